@@ -17,8 +17,8 @@ static int publish(u64 cgroup, u64 flags)
     return 0;
 }
 
-/* Remove the cgroup id from a page: a process that still has the page's index then finds that the page does not belong
- * to its level any more. */
+/* Remove the cgroup id from a page: a process that still has the page's index then finds that the page no longer
+ * belongs to the process's level. */
 static int withdraw(u64 cgroup)
 {
     struct fgpu_usage_page *page = page_of(cgroup);
@@ -39,8 +39,8 @@ static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
     end(p);
 }
 
-/* Compute by how many bytes the overhead changes. FGPU_RAISE: by the given number, in any case. FGPU_OVERHEAD: to the
- * given number; -EAGAIN if another change has begun since the agent read the process. */
+/* Compute by how many bytes the overhead changes. FGPU_RAISE: by the given number, whatever has changed. FGPU_OVERHEAD:
+ * to the given number, or -EAGAIN if another change has begun since the agent read the process. */
 static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx, s64 *more)
 {
     *more = ctx->args[4];
@@ -49,7 +49,7 @@ static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
     return p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0;
 }
 
-#define STRAGGLER_NS 50000000 /* no program runs longer: a program that read a side before a move has ended by then */
+#define STRAGGLER_NS 50000000 /* no program that read a side before a move runs longer */
 
 /* Return 1 or 0. The compiler cannot turn the result into a branch. */
 static u64 differs(u64 a, u64 b)
@@ -61,8 +61,8 @@ static u64 differs(u64 a, u64 b)
 }
 
 /* Charge or release at the levels of one side, whatever the limit: the bytes to be moved are allocated already. Levels
- * that both sides have keep their charge, unless `all` is set. There is no branch, because the verifier would follow
- * each comparison both ways. */
+ * that are on both sides keep their charge, unless `all` is set. The code has no branch, because the verifier would
+ * follow each comparison both ways. */
 static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes, u64 all)
 {
     struct fgpu_level *own = levels_of(p, side), *other = levels_of(p, side + 1);
@@ -78,7 +78,7 @@ static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes
     }
 }
 
-/* Move the bytes that a side still has to the other side, which has `before` of them already. */
+/* Move the remaining bytes of a side to the other side, which has `before` of these bytes already. */
 static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
 {
     s64 bytes = __sync_lock_test_and_set(charged(p, from, device), 0);
@@ -99,7 +99,7 @@ static void shift_stragglers(struct fgpu_process *p)
     }
 }
 
-/* Charge the other side, and then make it current: it is charged before a thread can release from it. */
+/* Charge the other side before it becomes current, so that no thread can release from an uncharged side. */
 static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 {
     u64 turn = p->turn;
@@ -115,7 +115,7 @@ static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ct
     p->level_count = ctx->args[3];
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         s64 bytes = *(volatile s64 *)charged(p, turn, d);
-        before.bytes[d] = forget(bytes & ~(bytes >> 63), p->generation); /* not below 0 */
+        before.bytes[d] = forget(bytes & ~(bytes >> 63), p->generation); /* at least 0 */
         alter_levels(p, turn + 1, d, before.bytes[d], 0);
         __sync_fetch_and_add(charged(p, turn + 1, d), before.bytes[d]);
     }
@@ -132,7 +132,7 @@ static int stays(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return !other;
 }
 
-/* Enter the same levels again: one of their pages may have been removed and created again. */
+/* Enter the same levels again, because one of their pages may have been removed and created again. */
 static int look_again(struct fgpu_process *p)
 {
     struct fgpu_level *own = levels_of(p, p->turn);
@@ -166,8 +166,8 @@ static int enter_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
     return processes.lookup(&tgid) ? 0 : adopt(tgid, ctx, 0);
 }
 
-/* Adjust a process. The process may exit meanwhile, and then no program would release bytes that are recorded after
- * that. So its state is read last. */
+/* Adjust a process. The process may exit meanwhile, and no program would release bytes that are recorded after the
+ * exit. Therefore the state of the process is read last. */
 static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -229,7 +229,7 @@ static int decide_on_room(u64 cgroup, u32 device, u64 until_ns)
     return 0;
 }
 
-/* Subtract the number of deleted entries, never below 0: the cgroup may have another level now, or none. */
+/* Subtract the number of deleted entries, never below 0, because the cgroup may have another level or no level now. */
 static int swept(u64 cgroup, u64 n, u64 place)
 {
     struct fgpu_level level = {.cgroup = cgroup, .place = place};
@@ -237,7 +237,8 @@ static int swept(u64 cgroup, u64 n, u64 place)
     return 0;
 }
 
-/* Release the claims of an owner that exceed its entries, except one claim; of an owner without entries, all claims. */
+/* Release the claims of an owner that exceed its entries, except one claim. An owner without entries loses all
+ * claims. */
 static void trim(struct fgpu_owner *owner, u32 shared)
 {
     u64 most = most_of(shared), few = FEW(most);
@@ -268,8 +269,8 @@ static int own(struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* Wake the gatekeeper. The content has no meaning. If the ring is full, no gatekeeper has read it for long, and the
- * next gatekeeper reads everything. */
+/* Wake the gatekeeper. The content has no meaning. If the ring buffer is full, no gatekeeper has read the buffer for a
+ * long time, and the next gatekeeper reads all state. */
 static int ring(void)
 {
     u64 nothing = 0;

@@ -11,7 +11,7 @@ static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission 
 }
 
 /* Charge an admission that no driver call settled as overhead: the memory may have been allocated by a call without a
- * probe. It stays charged until NVML shows that the process does not have it. */
+ * probe. The bytes stay charged until NVML shows that the process does not have this memory. */
 static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a)
 {
     if (a->bytes && is_of_era(p, a->device, a->kind)) add_overhead(p, a->device, a->bytes);
@@ -39,13 +39,13 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         u64 *known = contexts.lookup(&device);
         bytes = known ? *known : 0;
     }
-    kind = forget(kind, p->generation);                   /* from here on, a context is charged like every other kind */
-    if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and a sum with it does not overflow */
+    kind = forget(kind, p->generation);                   /* from now on, a context is charged like every other kind */
+    if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits in no level, and no sum overflows */
     if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
     if (is_uncommitted(h, device, bytes, kind)) return FGPU_REFUSED;
     if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;
-    busy(p, t); /* only here: otherwise a thread that repeats a refused request would always be in a change, and the
-                   agent could never correct its process */
+    busy(p, t); /* not before this point: otherwise a thread that repeats a refused request would always be in a change,
+                   and the agent could never correct the thread's process */
     a->verdict = charge(p, h, device, bytes, 0);
     if (granted(a->verdict)) grant(p, h, a, device, bytes);
     return a->verdict;
@@ -61,9 +61,9 @@ static u64 answer(struct fgpu_process *p, struct held *h, struct fgpu_thread *t,
     return verdict;
 }
 
-/* Decide for a process without an entry, which cannot be charged. If all levels only observe, the request is admitted:
- * NVML shows the memory. If the process's own level has too many entries, the request is refused, and the refusal is
- * reported. FGPU_AGAIN: there is no verdict. */
+/* Decide for a process without an entry, which cannot be charged. If all levels only observe, the request is admitted,
+ * and NVML shows the memory. If the process's own level has too many entries, the request is refused, and the refusal
+ * is reported. FGPU_AGAIN: there is no verdict. */
 static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     struct fgpu_usage_page *leaf = h->page[0];
@@ -146,7 +146,7 @@ int admit(struct pt_regs *ctx)
     return 0;
 }
 
-/* Report that the bytes fit in the level, and the device was out of memory. */
+/* Report that the bytes fit in the level, but the device was out of memory. */
 static void device_full(struct fgpu_process *p, u32 device, u32 kind, u64 bytes)
 {
     count(p->levels[0], device, kind, FGPU_REASON_DEVICE_FULL);
@@ -154,8 +154,8 @@ static void device_full(struct fgpu_process *p, u32 device, u32 kind, u64 bytes)
 }
 
 /* Return whether these bytes were released already. During an upgrade, programs of two versions run at each call. Each
- * release has a ticket of its own. While a thread is in no driver call, the field for the call's first argument can
- * hold that ticket. */
+ * release has its own ticket. While a thread is in no driver call, the field for the call's first argument can hold
+ * that ticket. */
 static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
 {
     struct fgpu_thread *t = own_thread(p, id);
@@ -166,9 +166,9 @@ static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
 }
 
 /* Return the part of released pool bytes that is charged. If the process did not use all bytes of its pools, the last
- * correction has lowered the overhead below the size of the contexts by the unused bytes: these are released first, and
- * they become overhead again. Memory that was freed with a context lowers the overhead too, so the agent must look
- * before it refuses a request. */
+ * correction has lowered the overhead below the size of the contexts by the unused bytes. These unused bytes are
+ * released first, and become overhead again. Memory that was freed with a context lowers the overhead too, so the agent
+ * must check NVML before the agent refuses a request. */
 static u64 charged_part(struct fgpu_process *p, u32 device, u64 bytes)
 {
     struct fgpu_usage_page *page;

@@ -2,12 +2,13 @@
 
 static int same_call(struct fgpu_call *a, struct fgpu_call *b)
 {
-    int is_mapping = a->function == FGPU_FUNCTION_MAP; /* of another handle, perhaps */
+    int is_mapping = a->function == FGPU_FUNCTION_MAP; /* the mapping may be of another handle */
     return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1] &&
            (!is_mapping || a->arguments[2] == b->arguments[2]);
 }
 
-/* Return whether an admission is for a driver call. Pool bytes are committed at once, and no call settles them. */
+/* Return whether an admission is for a driver call. Pool bytes are committed at once, and no call settles pool
+ * bytes. */
 static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && (a->kind & BELOW_ERA) != FGPU_POOL; }
 
 /* Move a thread's admission into its call. Return the admitted bytes that were released with the last context. */
@@ -44,8 +45,8 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
         if (!settles && same_call(&t->call, &now)) return;
         give_up(p, tgid, &t->call); /* a call left by longjmp */
     }
-    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values:
-                                                                                  hide them from the verifier */
+    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values,
+                                                                                  which are hidden from the verifier */
     now.function = forget(now.function, any);
     now.device = forget(now.device, any);
     if (UNLIKELY(retains(now.function))) now.device = referred_device(p, tgid, now.device);
@@ -57,7 +58,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
         take_entry(p, tgid, &now, is_trusted(cookie));
     else
         cover(p, &now, bytes > lost ? bytes : lost, 0);
-    if (now.bytes && now.uncovered <= lost) now.uncovered = 0; /* it had an admission, and its bytes fit again */
+    if (now.bytes && now.uncovered <= lost) now.uncovered = 0; /* the call had an admission, and its bytes fit again */
     if (retains(now.function)) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
     t->call = now;
 }
@@ -82,8 +83,9 @@ int call_enter(struct pt_regs *ctx)
 
 #define OUT_OF_MEMORY 2 /* CUDA_ERROR_OUT_OF_MEMORY */
 
-/* Report a call that succeeded without an admission, or with a smaller one. A call that fails (after a fork, without a
- * context) is not a bypass. The event is sent once for each process; FGPU_TOLD_BYPASS is set only if it was sent. */
+/* Report a call that succeeded without an admission, or with a smaller admission. A call that fails (after a fork,
+ * without a context) is not a bypass. The event is sent once for each process; FGPU_TOLD_BYPASS is set only if the
+ * event was sent. */
 static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
 {
     note(p, FGPU_SEEN_BYPASS);
@@ -93,8 +95,8 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
         note(p, FGPU_TOLD_BYPASS);
 }
 
-/* Report a call that has taken memory in a thread or process without an entry, because its level has reached its
- * bound. The kernel refuses all requests of such a thread, unless all levels only observe. */
+/* Report a call that has allocated memory in a thread or process without an entry. The entry is missing because the
+ * level has reached its bound. The kernel refuses all requests of such a thread, unless all levels only observe. */
 static void name_unrecorded(u32 tgid, u64 function)
 {
     struct fgpu_call f = {.function = function};
@@ -118,7 +120,8 @@ static void name_unrecorded(u32 tgid, u64 function)
 }
 
 /* Run call_return again, for the rest of a range with more mappings than one run releases. The kernel permits a chain
- * of 34 programs. Further bytes of a longer range stay charged until NVML shows that the device does not hold them. */
+ * of 34 programs. Further bytes of a longer range stay charged until NVML shows that the device does not hold these
+ * bytes. */
 static void go_on(struct pt_regs *ctx, struct fgpu_thread *t, struct fgpu_call *rest)
 {
     t->call = *rest;
@@ -147,7 +150,7 @@ int call_return(struct pt_regs *ctx)
         cover(p, &f, late_bytes(p, &f), 1);
         if (!is_trusted(cookie)) distrust(p, f.function);
         out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
-        f.function = forget(f.function, p->generation); /* each function leaves other values here too */
+        f.function = forget(f.function, p->generation); /* each function leaves other values in this field too */
         out.freed = forget(out.freed, p->generation);
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
         release(p, f.device, out.freed);

@@ -1,7 +1,7 @@
-/* contexts.bpf.h: contexts that begin and end, and the memory that ends with the last of them. */
+/* contexts.bpf.h: creation and destruction of contexts, and the memory that is freed with the last context. */
 
-/* The effects of a successful call: bytes freed on its device, bytes that it released and that the device may still
- * hold, and whether there is a new handle. */
+/* The effects of a successful call: bytes freed on the call's device, bytes that the call released and that the device
+ * may still hold, and whether a new handle exists. */
 struct outcome {
     u64 freed, orphaned;
     u64 bytes, owner;
@@ -9,8 +9,8 @@ struct outcome {
 };
 
 /* Make handles, pools and overhead add up to the charge again, after the last context has ended. If the process did not
- * use all bytes of its pools, the charge may be smaller than handles and pools: then the unused bytes leave the pools,
- * so that the process cannot release them a second time, from the charge of its handles. */
+ * use all bytes of its pools, the charge may be smaller than handles and pools. The unused bytes are then subtracted
+ * from the pools, so that the process cannot release these bytes a second time from the charge of its handles. */
 static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
 {
     struct fgpu_holding *has = on(p, device);
@@ -20,9 +20,9 @@ static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
 }
 
 /* The last context of a device was destroyed, with all memory of the device's contexts. Handles and pools remain, and
- * so does memory that other processes may have open. Imported handles remain too, and pools that grew without an
- * admission. They are in the overhead, and without a context no row of NVML shows them. So the overhead beyond the
- * size of a context is orphaned. */
+ * memory that other processes may have open remains too. Imported handles, and pools that grew without an admission,
+ * also remain. Their bytes are in the overhead, and without a context no row of NVML shows these bytes. Therefore the
+ * overhead beyond the size of a context is orphaned. */
 static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     struct fgpu_holding *has = on(p, device);
@@ -43,8 +43,8 @@ static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *
     return bytes - open;
 }
 
-/* A context was destroyed. If it is not the last, its own bytes are released at once; NVML shows how much memory was
- * allocated in it. */
+/* A context was destroyed. If the context is not the last, its own bytes are released at once. NVML shows how much
+ * memory was allocated in the context. */
 static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     device &= DEVICE_MASK;
@@ -67,7 +67,7 @@ static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
     return end_context(p, device, out);
 }
 
-/* A context was created. Its bytes are overhead: reconcile corrects them. */
+/* A context was created. Its bytes are overhead, which reconcile corrects. */
 static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
@@ -76,9 +76,10 @@ static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
     p->last_device = device;
 }
 
-/* The primary context was retained. The first reference creates the context. Otherwise another thread was first, or the
- * context existed already: then the admitted bytes are released. The reference itself was counted before the driver
- * counted it: otherwise a thread that releases its reference in between would treat it as the last one. */
+/* The primary context was retained. The first reference creates the context. If another thread was first, or the
+ * context existed already, the admitted bytes are released. The reference itself was counted before the driver counted
+ * the reference: otherwise a thread that releases its reference in between would treat that reference as the last
+ * reference. */
 static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
@@ -103,7 +104,7 @@ static u64 given(struct fgpu_call *f)
     return handle;
 }
 
-/* A green context was created. It has an entry like other contexts, under its handle. */
+/* A green context was created. Like other contexts, a green context has an entry under its handle. */
 static void green_made(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     struct fgpu_allocation value = {.device = f->device, .references = 1};
@@ -112,8 +113,8 @@ static void green_made(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_
     enter_allocation(key, &value, levels_of(p, p->turn));
 }
 
-/* A green context was destroyed. Store its device in the call. Returns 0 if it has no entry: then its reference to the
- * primary context stays. */
+/* A green context was destroyed. Store its device in the call. Returns 0 if the context has no entry; its reference to
+ * the primary context then stays. */
 static int green_ended(struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     key->space = FGPU_SPACE_CONTEXT;

@@ -1,6 +1,7 @@
 /* ends.bpf.h: exits of threads and processes, and starts of programs. */
 
-/* Handle the exit of a thread. It may leave an admission that was not settled, and a call that never returned. */
+/* Handle the exit of a thread. The thread may leave an admission that was not settled, and a call that never
+ * returned. */
 static void end_thread(u64 id)
 {
     struct fgpu_thread *t = threads.lookup(&id);
@@ -32,7 +33,7 @@ static int end_process(u32 tgid)
     end_announcement(tgid);
     if (!p) return 0;
     int had_context = has_context(p);
-    __sync_fetch_and_add(&p->state, 1); /* first, so that the entry is not ready while its bytes are read */
+    __sync_fetch_and_add(&p->state, 1); /* before all reads, so that the entry is not ready while its bytes are read */
     orphan_all(p, tgid);
     if (UNLIKELY(p->flags & FGPU_PARKED)) drop_parked(p, tgid);
     delete_process(tgid, p);
@@ -43,8 +44,8 @@ static int end_process(u32 tgid)
 static int is_last(struct bpf_raw_tracepoint_args *ctx)
 {
 #ifdef SIGNAL_AT
-    /* Before Linux 6.16: `live` is the number of threads that have not come this far in their exit. Two threads may
-     * both read 0. */
+    /* Before Linux 6.16: `live` is the number of threads that have not reached this point of their exit. Two threads
+     * may both read 0. */
     void *signal = 0;
     s32 live = 1;
     bpf_probe_read_kernel(&signal, sizeof(signal), (void *)ctx->args[0] + SIGNAL_AT);

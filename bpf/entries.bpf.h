@@ -1,14 +1,14 @@
 /* entries.bpf.h: the number of entries that each level, and each owner of a bound, has in the shared maps. */
 
-/* Return how many entries a shared map can have. 0: the number is not known, and new entries are refused. */
+/* Return how many entries a shared map can have. 0: the number is unknown, and new entries are refused. */
 static u64 most_of(u32 shared)
 {
     u64 *most = sizes.lookup(&shared);
     return most ? *most : 0;
 }
 
-/* Return the owner in a slot. Slot 0 is for levels without an owner: it is counted too and has no bound. A check for 0
- * would add a branch at every use, and the verifier follows each branch both ways. */
+/* Return the owner in a slot. Slot 0 is for levels without an owner. The entries of slot 0 are counted too, without a
+ * bound. A check for 0 would add a branch at every use, and the verifier follows each branch both ways. */
 static struct fgpu_owner *owner_in(u32 slot_of_owner) { return owners.lookup(&slot_of_owner); }
 
 /* Return a pointer to the number of entries of a map that all owners together have claimed. */
@@ -26,9 +26,9 @@ static int is_scarce(u64 claimed_by_all, u32 shared)
     return claimed_by_all + FEW(most) > most - RESERVE(most);
 }
 
-/* Claim some more entries for an owner. If only the map's reserve is left, an owner that has claims already gets none,
- * unless `force` is set. Several threads may claim at the same time. The agent releases claims that are not needed any
- * more (`trim`): to do that in each program that frees would cost too much. */
+/* Claim more entries for an owner. If only the map's reserve is left, an owner with claims gets no entries, unless
+ * `force` is set. Several threads may claim at the same time. The agent releases claims that are no longer needed
+ * (`trim`), because a release in each program that frees would cost too much. */
 static int claim(struct fgpu_owner *owner, u32 shared, int force)
 {
     u64 most = most_of(shared), few = FEW(most), *all = claims_on(shared);
@@ -75,7 +75,7 @@ static int is_crowded(struct fgpu_usage_page *page, u32 shared)
 }
 
 /* Count one more entry in a shared map. Returns 0 if the level, or its owner, has reached its bound. A level whose page
- * was removed counts nothing itself. */
+ * was removed has no count of its own. */
 static int take_place(struct fgpu_level *level, u32 shared, int force)
 {
     struct fgpu_usage_page *page = page_at(level);
@@ -99,8 +99,8 @@ static void give_places(struct fgpu_level *level, u32 shared, u64 n)
 static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
 
 /* Create the entry of an allocation. Returns 1 if an entry with this key exists already, and leaves that entry
- * unchanged. If the bound is reached, or the map is full, no entry is created: the bytes stay charged until the process
- * exits. */
+ * unchanged. If the bound is reached, or the map is full, no entry is created, and the bytes stay charged until the
+ * process exits. */
 static int enter_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value, struct fgpu_level *leaf)
 {
     value->level = *leaf;

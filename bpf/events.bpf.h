@@ -7,7 +7,7 @@
 #define KNOCKS_A_SECOND 20
 #define CGROUPS_A_SECOND 4000
 #define BUDGETED_A_SECOND 3000 /* after this many events of a second, workloads with a budget send none */
-#define WORKLOAD_A_SECOND 250  /* the most of one workload with a budget */
+#define WORKLOAD_A_SECOND 250  /* the maximum of one workload with a budget */
 #define HOST_SECOND 2
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5
@@ -19,8 +19,8 @@
 
 static void fate(u32 what) { incident(FGPU_REASONS + what); }
 
-/* Return whether this is one of the first `most` events of a second. Threads that begin a second at the same time may
- * let a few more through. */
+/* Return whether this is one of the first `most` events of a second. If several threads begin a second at the same
+ * time, a few more events may pass. */
 static int first_ones(u64 *second, u64 *n, u64 most)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
@@ -57,8 +57,8 @@ static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, 
         send(page, kind, device, bytes, operation, reason);
 }
 
-/* Send an event of a bypass, of a killed process or of a first use. These events have a budget of their own, so that
- * refusals cannot use it up. Returns 1 if the event was sent. */
+/* Send an event of a bypass, of a killed process or of a first use. These events have their own budget, which refusals
+ * cannot use up. Returns 1 if the event was sent. */
 static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
 {
     if (!page || !spend(&page->urgent_second, &page->urgent_count, EVENTS_A_SECOND)) return 0;
@@ -66,8 +66,8 @@ static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64
     return 1;
 }
 
-/* Send an event of orphaned bytes, at most one in 2 ms on the whole host. The agent asks NVML repeatedly while orphans
- * are new, so not each of them needs an event. */
+/* Send an event of orphaned bytes, at most one in 2 ms on the whole host. The agent reads NVML repeatedly while orphans
+ * are new, so not each orphan needs an event. */
 static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
     u32 at = HOST_ORPHANED;
@@ -77,7 +77,8 @@ static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
     send(page, FGPU_NEWS_ORPHANED, device, bytes, FGPU_MEMORY, 0);
 }
 
-/* Send an event for the first process of a level in each second: it shows the agent that the level is in use. */
+/* Send an event for the first process of a level in each second. The event reports to the agent that the level is in
+ * use. */
 static void tell_of_process(struct fgpu_usage_page *page)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
@@ -86,17 +87,18 @@ static void tell_of_process(struct fgpu_usage_page *page)
     tell(page, FGPU_NEWS_PROCESS, 0, 0, 0, 0);
 }
 
-/* Send an event of a program that starts: the agent searches its root directory for a libcuda. Only the first few in a
- * second are sent. Several may be needed, because a runtime is executed in the host's root before the container's
- * program is executed in its own. A program without an event is found later, through NVML. */
+/* Send an event of a program that starts: the agent searches its root directory for a libcuda. Only the first few
+ * events in a second are sent. Several events may be needed, because a runtime is executed in the host's root before
+ * the container's program is executed in the container's root. A program without an event is found later, through
+ * NVML. */
 static void tell_of_program(struct fgpu_usage_page *page)
 {
     if (page && first_ones(&page->exec_second, &page->exec_count, PROGRAMS_A_SECOND))
         send(page, FGPU_NEWS_EXECUTED, 0, 0, 0, 0);
 }
 
-/* Count an entry after it was created. A reader reads this number first and the map second. If the number has changed
- * since, the reader reads the map again. */
+/* Count an entry after it was created. A reader reads this number before the map. If the number has changed afterwards,
+ * the reader reads the map again. */
 static void count_entry(u32 at)
 {
     u64 *n = host.lookup(&at);
@@ -120,7 +122,7 @@ static void note_end(u32 tgid)
 #endif
 }
 
-/* Report the exit of a process to the gatekeeper, so that its turn ends at once. If the ring `bell` is full, the
+/* Report the exit of a process to the gatekeeper, so that its turn ends at once. If the ring buffer `bell` is full, the
  * process's pidfd reports the exit, after the driver has cleaned up. */
 static void tell_of_end(u32 tgid)
 {
@@ -128,9 +130,9 @@ static void tell_of_end(u32 tgid)
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 
-/* Report to the gatekeeper that a process may not connect to its socket. Only the first few of a bound owner in a
- * second are sent, and of all processes and levels without an owner together (slot 0). The shim of a process that was
- * not reported knocks again. */
+/* Report to the gatekeeper that a process may not connect to its socket. Only the first few knocks of a bound owner in
+ * a second are reported. All processes and levels without an owner together count as one owner (slot 0). The shim of a
+ * process that was not reported knocks again. */
 static void tell_of_knock(struct fgpu_usage_page *page, u32 tgid, u32 descriptor)
 {
     u32 at = page ? page->owner : 0;
@@ -145,8 +147,8 @@ static void tell_of_knock(struct fgpu_usage_page *page, u32 tgid, u32 descriptor
  * processes */
 
 /* Return the budget of the workload that contains a cgroup. The workload is the shortest beginning of the cgroup's path
- * that has a budget; beginnings are compared by their FNV-1a hash. 0: there is none. is_outside: the cgroup is not in
- * the agent's cgroup namespace, so it does not concern the agent. */
+ * that has a budget; beginnings are compared by their FNV-1a hash. 0: no budget. is_outside: the cgroup is not in the
+ * agent's cgroup namespace, so the agent does not need the event. */
 static struct fgpu_event_budget *budget_of(const char *path, u64 *is_outside)
 {
     u64 name = FGPU_FNV_BASIS, root_at = FGPU_BUDGET_ROOT, any = bpf_ktime_get_ns();

@@ -1,9 +1,9 @@
 /*
  * fgpu.bpf.c: the BPF programs. They admit, charge and release, for each cgroup and device, and decide no policy.
  *
- * The order is the same everywhere: a charge goes to the levels first and to the process second, a release the other
- * way round. So a level never has less than its processes. When a process exits, one word, `bytes`, is the number to
- * release.
+ * All programs use one order: a charge is added to the levels before the process, and a release is subtracted from the
+ * process before the levels. Therefore a level never has less than its processes. When a process exits, one word,
+ * `bytes`, is the number to release.
  *
  * Clang compiles one file: driver/compiler.py inserts the parts, because BCC rewrites map calls in the main file alone.
  * A part uses only functions of the parts above it (tools/bpf_order.py). SPARSE (BPF_F_NO_PREALLOC if the kernel

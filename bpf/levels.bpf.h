@@ -1,5 +1,5 @@
-/* levels.bpf.h: the managed cgroups of a process, and their charges: bytes are added if they fit, and subtracted from
- * the levels that they were added to. */
+/* levels.bpf.h: the managed cgroups of a process, and their charges: bytes are added if they fit, and are later
+ * subtracted from the same levels. */
 
 static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
@@ -16,8 +16,7 @@ static void raise_peak(u64 *peak, u64 now)
 }
 
 /* Charge one level, if the bytes fit, if the level only observes, or if `force` is set. The bytes are compared with the
- * limit before they are added: to add them first and subtract them later would refuse requests of neighbours that
- * fit. */
+ * limit before the addition. An addition with a later subtraction would refuse requests of neighbours that fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];
@@ -34,10 +33,10 @@ static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
     return FGPU_ADMITTED;
 }
 
-/* Return the side for a number of moves. A move cannot stop threads that are charging at the same time. So a process
- * has two sides, each with its levels and the bytes charged to them. A move fills the other side and then makes it
- * current. A thread that determined the side before the move charges the old side. When the agent next examines the
- * process, it moves that remainder. */
+/* Return the side for a number of moves. A move cannot stop threads that are charging at the same time. Therefore a
+ * process has two sides. Each side has levels and the bytes charged to these levels. A move fills the other side and
+ * then makes this side current. A thread that determined the side before the move charges the old side. The agent moves
+ * that remainder when the agent next examines the process. */
 static u64 side_of(u64 turn)
 {
     __asm__ volatile("" : "+r"(turn));
@@ -46,16 +45,17 @@ static u64 side_of(u64 turn)
 
 static struct fgpu_level *levels_of(struct fgpu_process *p, u64 side) { return &p->sides[side_of(side) * FGPU_LEVELS]; }
 
-/* Set a flag. Two threads may set flags at the same time, and none may be lost. LLVM 14 has this operation for 64 bits
- * only, so it is applied to the word whose lower half is `level_count` and whose upper half is the flags. */
+/* Set a flag. Two threads may set flags at the same time, and no flag may be lost. LLVM 14 has this operation for 64
+ * bits only, so the operation is applied to the word whose lower half is `level_count` and whose upper half is the
+ * flags. */
 static void note(struct fgpu_process *p, u64 flag) { __sync_fetch_and_or((u64 *)&p->level_count, flag << 32); }
 
 static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
 static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p, device)->charged[side_of(side)]; }
 
-/* The era of a device plus 1, in the upper bits of an admission or a call. It is read before the bytes are charged. If
- * another era has begun since, the charge was released with the last context, although the memory may be allocated
- * after it. 0: not known, because programs of an earlier version wrote the word. */
+/* The era of a device plus 1, in the upper bits of an admission or a call. The era is read before the bytes are
+ * charged. If another era has begun since, the charge was released with the last context, although the memory may be
+ * allocated after this release. 0: unknown era, because programs of an earlier version wrote the word. */
 #define ERA_SHIFT 8
 #define BELOW_ERA ((1 << ERA_SHIFT) - 1)
 static u32 in_word(u32 era) { return (era + 1) << ERA_SHIFT; }
@@ -69,8 +69,8 @@ static int is_of_era(struct fgpu_process *p, u32 device, u32 word)
 #define OPENINGS_BEGUN 0
 #define OPENINGS_OVER 1
 
-/* Count `n` calls that may open memory: at their entry, and when their result is recorded. `openings` is the upper half
- * of the word that is added to. */
+/* Count `n` calls that may open memory: at their entry, and at the recording of their result. `openings` is the upper
+ * half of the incremented word. */
 static void count_opening(struct fgpu_process *p, u32 at, u64 n)
 {
     if (UNLIKELY(n)) __sync_fetch_and_add((u64 *)&on(p, at)->era, n << 32);
@@ -78,9 +78,9 @@ static void count_opening(struct fgpu_process *p, u32 at, u64 n)
 static u32 openings(struct fgpu_process *p, u32 at) { return *(volatile u32 *)&on(p, at)->openings; }
 static int opens_now(struct fgpu_process *p) { return openings(p, OPENINGS_OVER) != openings(p, OPENINGS_BEGUN); }
 
-/* Return whether memory that this call has freed may still be in use: 0 if not. A call that overlaps it may have opened
- * the memory before the driver freed it, and found no entry, or has not been recorded yet. There is no branch, because
- * this is called in a loop. */
+/* Return whether memory that this call has freed may still be in use; 0: no. An overlapping call may have opened the
+ * memory before the driver freed the memory, and may have found no entry or may not be recorded yet. The code has no
+ * branch, because the function is called in a loop. */
 static u64 may_be_open(struct fgpu_process *p, struct fgpu_call *f)
 {
     return (p->flags & FGPU_SEEN_EXPORT) | (f->exported >> 32 ^ openings(p, OPENINGS_BEGUN));
@@ -91,7 +91,7 @@ static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
     __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
 }
 
-/* Set the cgroup of a level. The index of its page is looked up once, here. */
+/* Set the cgroup of a level. The index of the level's page is looked up only in this function. */
 static void enter_level(struct fgpu_level *level, u64 cgroup)
 {
     struct fgpu_usage_page *page = cgroup ? page_of(cgroup) : 0;
@@ -99,8 +99,8 @@ static void enter_level(struct fgpu_level *level, u64 cgroup)
     level->cgroup = cgroup;
 }
 
-/* The pages of one side's levels, looked up once; 0: no longer managed. Loops over them are unrolled, because the
- * verifier follows pointers on the stack only at known offsets. */
+/* The pages of one side's levels, looked up once; 0: the level is no longer managed. Loops over the pages are unrolled,
+ * because the verifier follows pointers on the stack only at known offsets. */
 struct held {
     struct fgpu_usage_page *page[FGPU_LEVELS];
     u64 side;
@@ -121,7 +121,7 @@ static void give_back_levels(struct held *h, u32 device, u64 bytes, u32 below)
     EACH_LEVEL if (i < below && h->page[i]) subtract(&h->page[i]->devices[slot(device)].used, bytes);
 }
 
-/* Return whether the bytes would fit if the level's orphaned bytes were gone. */
+/* Return whether the bytes would fit without the level's orphaned bytes. */
 static int fits_without_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];
@@ -130,9 +130,10 @@ static int fits_without_orphans(struct fgpu_usage_page *page, u32 device, u64 by
     return orphaned <= used && used - orphaned + bytes <= limit;
 }
 
-/* Return whether a level refuses the bytes. All levels are read before any is charged, so that a request that never
- * fits disturbs no other request. The report comes after the loop, because code in the loop is compiled for every
- * level. A patient request that would fit without orphaned bytes is refused and not reported: the shim repeats it. */
+/* Return whether a level refuses the bytes. All levels are read before any level is charged, so that a request that
+ * never fits affects no other request. The report follows the loop, because code in the loop is compiled for every
+ * level. A patient request that would fit without orphaned bytes is refused and not reported, because the shim repeats
+ * the request. */
 static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind, u32 patient)
 {
     struct fgpu_usage_page *full = 0;
@@ -178,8 +179,8 @@ static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u3
     count(page->cgroup, device, kind, FGPU_REASON_ENTRIES);
 }
 
-/* Return whether the level or its owner has reached its bound in a shared map: then no allocation, of any size, can get
- * an entry. */
+/* Return whether the level or its owner has reached its bound in a shared map. At the bound, no allocation of any size
+ * can get an entry. */
 static int crowded(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
 {
     if (!page || kind == FGPU_POOL || page->flags & FGPU_OBSERVE) return 0;
@@ -196,7 +197,7 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
         if (!h->page[i]) continue;
         int got = take(h->page[i], device, bytes, force);
         if (UNLIKELY(got == FGPU_REFUSED ||
-                     got == FGPU_AGAIN)) { /* it fitted a moment ago: another thread was faster */
+                     got == FGPU_AGAIN)) { /* the bytes fitted a moment ago, but another thread was faster */
             give_back_levels(h, device, bytes, i);
             return FGPU_AGAIN;
         }
@@ -206,14 +207,14 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
     return verdict;
 }
 
-/* Each change of a process's numbers is between these two calls: the agent does not correct a process during a
+/* Each change of a process's numbers is between begin() and end(). The agent does not correct a process during a
  * change. */
 static void begin(struct fgpu_process *p) { __sync_fetch_and_add(&p->begun, 1); }
 static void end(struct fgpu_process *p) { __sync_fetch_and_add(&p->changes, 1); }
 
-/* A thread is in a change from its admission to the end of the driver call that settles it: meanwhile the driver may or
- * may not have allocated the bytes. The generation is compared, because a process that has left its cgroups and returns
- * has a new generation. */
+/* A thread is in a change from its admission to the end of the driver call that settles the admission. During this
+ * time, the driver may or may not have allocated the bytes. The generation is compared, because a process that has left
+ * its cgroups and returns has a new generation. */
 static void busy(struct fgpu_process *p, struct fgpu_thread *t)
 {
     if (t->open == p->generation) return;
@@ -239,7 +240,7 @@ static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes,
     return verdict;
 }
 
-/* Subtract bytes from one side, at most as many as it has. Returns the number of subtracted bytes. */
+/* Subtract bytes from one side, at most as many as the side has. Returns the number of subtracted bytes. */
 static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
 {
     s64 *has = charged(p, side, device), was = __sync_fetch_and_add(has, -bytes);

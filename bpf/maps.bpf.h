@@ -3,7 +3,7 @@
 #define VERDICT_MASK (FGPU_VERDICTS - 1)
 #define DEVICE_MASK (FGPU_DEVICES - 1)
 #define TICKET_MASK ((1ULL << 62) - 1)
-#define DEPTH 16 /* cgroups that are searched for levels: the root, and 15 below it on the path of the task */
+#define DEPTH 16 /* cgroups that are searched for levels: the root, and 15 cgroups on the path of the task */
 #define TRIES 8
 #define MOST_ALLOCATIONS (SPARSE ? 1048576 : 262144) /* without SPARSE, all entries are allocated at once */
 #define MOST_THREADS 65536
@@ -12,15 +12,15 @@
 #define MOST_ORPHANS 65536
 #define MOST_BORROWERS 4096
 #define MOST_PARKED 4096
-#define PART(most) ((most) / 4)                       /* of a shared map: the most that one level may have */
+#define PART(most) ((most) / 4)                       /* of a shared map: the maximum of one level */
 #define RESERVE(most) ((most) / 8)                    /* of a shared map: reserved for owners with few entries */
-#define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* of a shared map: what an owner claims at a time */
+#define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* of a shared map: the number that an owner claims at a time */
 #define SPAN 32                                       /* mappings that one run releases, of a long unmap */
 #define READY 2
 #define SIGKILL 9
 #define EVENT_BYTES (1 << 20)
 #define BELL_BYTES (1 << 16)                         /* one page of memory, on every architecture */
-#define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler moves this branch out of the way */
+#define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler moves this branch out of the common path */
 #define IDLE (1ULL << 63)                            /* in the same word as the generation that a thread belongs to */
 #define OBSERVED 4 /* an additional verdict: charged beyond a limit that is only observed, or by force */
 
@@ -40,7 +40,8 @@ BPF_F_TABLE("hash", u64, struct fgpu_thread, threads, MOST_THREADS, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_orphan_key, struct fgpu_orphan, orphans, MOST_ORPHANS, SPARSE);
 BPF_TABLE("array", u32, u64, orphans_made, 1);                 /* entries of `orphans` so far */
 BPF_F_TABLE("hash", u64, u32, spaces, MOST_PROCESSES, SPARSE); /* address space -> its process */
-/* Processes that use the address space of another process (vfork). That other process is charged for their calls. */
+/* Processes that use the address space of another process (vfork). The other process is charged for the calls of such
+ * processes. */
 BPF_F_TABLE("hash", u32, u32, borrowers, MOST_BORROWERS, SPARSE);
 BPF_TABLE("array", u32, struct fgpu_owner, owners, FGPU_OWNERS);
 /* How many entries each map of enum fgpu_shared can have. The loader writes these numbers: a pinned map may have been
@@ -51,8 +52,8 @@ BPF_TABLE("array", u32, u64, contexts, FGPU_DEVICES);
 BPF_TABLE("array", u32, struct fgpu_device, devices, FGPU_DEVICES);
 BPF_F_TABLE("hash", struct fgpu_file, u32, files, 4096, SPARSE);
 /* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far, 6: when the
- * last event of orphans was sent to the agent, 7: tags so far. The last slot is not used: the form of a pinned map must
- * not change, so a new value gets a map of its own. */
+ * last event of orphans was sent to the agent, 7: tags so far. The last slot is unused. The form of a pinned map must
+ * not change, so a new value gets its own map. */
 BPF_TABLE("array", u32, u64, host, 9);
 BPF_F_TABLE("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUDGETS, SPARSE);
 BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
@@ -65,12 +66,12 @@ BPF_F_TABLE("hash", struct fgpu_parked_key, struct fgpu_parked, parked, MOST_PAR
 BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);
 #endif
 BPF_RINGBUF_OUTPUT(events, EVENT_BYTES / PAGE_SIZE);
-BPF_RINGBUF_OUTPUT(bell, BELL_BYTES / PAGE_SIZE); /* the kernel wakes the gatekeeper through this ring */
+BPF_RINGBUF_OUTPUT(bell, BELL_BYTES / PAGE_SIZE); /* the kernel wakes the gatekeeper through this ring buffer */
 /* A blank entry, which is never written: struct fgpu_process is too large for the stack. */
 BPF_ARRAY(blanks, struct fgpu_process, 1);
 
-/* Return a device as an index that the verifier accepts. It is masked at each use, because the compiler may keep the
- * unmasked number. */
+/* Return a device as an index that the verifier accepts. The device is masked at each use, because the compiler may
+ * keep the unmasked number. */
 static u64 slot(u64 device)
 {
     __asm__ volatile("" : "+r"(device));
@@ -78,8 +79,8 @@ static u64 slot(u64 device)
     return device;
 }
 
-/* Return `value`, and make the verifier forget its knowledge of it. The verifier then follows the code after this call
- * once, and not once for each possible value. The verifier must know nothing about the number `any` either. */
+/* Return `value`, and make the verifier discard all bounds of this value. The verifier then follows the code after this
+ * call once, and not once for each possible value. The number `any` must also be unknown to the verifier. */
 static u64 forget(u64 value, u64 any)
 {
     value ^= any;
@@ -89,7 +90,7 @@ static u64 forget(u64 value, u64 any)
 
 /* Make the kernel give each run of the program a stack of its own. From version 6.13 on, Linux gives a large program
  * one stack for each processor, unless the program contains a tail call. A program at a uprobe can be preempted, and
- * the next program on that processor would overwrite its pointers. The kernel looks for this call when it loads the
+ * the next program on that processor would overwrite its pointers. The kernel searches for this call when it loads the
  * program. The call is never executed. */
 static void own_stack(struct pt_regs *ctx)
 {
@@ -111,8 +112,8 @@ static struct fgpu_usage_page *page_of(u64 cgroup)
     return inner ? bpf_map_lookup_elem(inner, &zero) : 0;
 }
 
-/* Return a level's page without a search, by the index that its page had when the process entered the level. A page
- * that was removed has no cgroup id any more. */
+/* Return a level's page without a search, by the index that its page had when the process entered the level. A removed
+ * page has no cgroup id. */
 static struct fgpu_usage_page *page_at(struct fgpu_level *level)
 {
     u32 place = level->place, zero = 0;
@@ -121,8 +122,8 @@ static struct fgpu_usage_page *page_at(struct fgpu_level *level)
     return page && page->cgroup == level->cgroup ? page : 0;
 }
 
-/* Count an incident of the host. Many places call this function, and the code for a lookup or a new map entry in each
- * of them would be a third of all code. */
+/* Count an incident of the host. Many functions call this function, and inline code for a lookup or a new map entry
+ * would be a third of all code. */
 static void incident(u32 at)
 {
     u64 *n = incidents.lookup(&at);

@@ -1,4 +1,4 @@
-/* opens.bpf.h: opens of device nodes. A program of the cgroup hierarchy's root decides about each. */
+/* opens.bpf.h: opens of device nodes. A program of the cgroup hierarchy's root decides about each open. */
 
 /* struct bpf_cgroup_dev_ctx of linux/bpf.h */
 struct device_context {
@@ -10,8 +10,8 @@ struct device_context {
 #define READ_OR_WRITE 6    /* BPF_DEVCG_ACC_READ, BPF_DEVCG_ACC_WRITE; not MKNOD, which a container's runtime does */
 #define OPENS_A_SECOND 4
 
-/* Return whether a process may open nodes in any case: it has called the published shim's code, or it opened devices
- * before. */
+/* Return whether a process may open nodes in any case, because the process has called the published shim's code or has
+ * opened devices before. */
 static int may_open(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -19,7 +19,8 @@ static int may_open(u32 tgid)
 }
 
 /* Return 1 if the current process may open a node, otherwise 0. Only nodes of the driver and processes of levels are
- * concerned. A level with FGPU_DENY refuses nodes to a process without the shim; others count its opens. */
+ * concerned. A level with FGPU_DENY refuses nodes to a process without the shim. All other levels count the opens of
+ * such a process. */
 int device_open(struct device_context *ctx)
 {
     u32 major = ctx->major, access = ctx->access_type >> 16, tgid = bpf_get_current_pid_tgid() >> 32;

@@ -2,13 +2,13 @@
  * orphans.bpf.h: bytes that leave a process: released, or orphaned if the device may still hold them.
  *
  * The driver keeps memory as long as a descriptor refers to it: a descriptor of the driver's own file, in a forked
- * child or unread in a socket's queue, or a descriptor of an export. So the bytes that a process held at its exit, and
- * those that it exported and then freed, stay charged to its levels. They are recorded under the process's pid and
- * generation until the agent finds that the device does not hold them.
+ * child or unread in a socket's queue, or a descriptor of an export. Therefore the bytes that a process held at its
+ * exit, and the bytes that it exported and then freed, stay charged to its levels. These bytes are recorded under the
+ * process's pid and generation until the agent finds that the device does not hold them.
  */
 
-/* Subtract bytes from a process, at most as many as it has. Returns how many of them this side had; the rest is on the
- * other side, and the next move settles it. */
+/* Subtract bytes from a process, at most as many as the process has. Returns how many of the bytes this side had. The
+ * rest is on the other side, and the next move settles the rest. */
 static u64 take_from_process(struct fgpu_process *p, u64 turn, u32 device, u64 bytes)
 {
     u64 *all = &on(p, device)->bytes, was = __sync_fetch_and_add(all, -bytes);
@@ -22,8 +22,8 @@ static u64 take_from_process(struct fgpu_process *p, u64 turn, u32 device, u64 b
     return some;
 }
 
-/* Release bytes, one level after the other. If this function had the pages of all levels at once, each present or
- * absent, the verifier would follow sixteen paths. */
+/* Release bytes, one level after the other. With the pages of all levels at once, each present or absent, the verifier
+ * would follow sixteen paths. */
 static void release(struct fgpu_process *p, u32 device, u64 bytes)
 {
     u64 turn = *(volatile u64 *)&p->turn;
@@ -38,7 +38,7 @@ static void release(struct fgpu_process *p, u32 device, u64 bytes)
     }
 }
 
-/* Create an entry. Returns 0 if the map, or the level's part of it, is full. */
+/* Create an entry. Returns 0 if the map, or the level's part of the map, is full. */
 static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orphan_key *key)
 {
     struct fgpu_level *levels = levels_of(p, key->turn);
@@ -53,9 +53,9 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
     return orphans.lookup(key);
 }
 
-/* Orphan bytes: write the entry first and the pages second. The agent reads in the opposite order, so it never counts
- * an entry's bytes as bytes without an entry. If there is no room for an entry, the bytes are orphaned too, and only
- * the level's sum contains them. */
+/* Orphan bytes. The entry is written before the pages, and the agent reads in the opposite order, so the agent never
+ * counts an entry's bytes as bytes without an entry. If the map has no room for an entry, the bytes are orphaned too,
+ * and only the level's sum contains them. */
 static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 bytes, int ended)
 {
     struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};
@@ -89,8 +89,8 @@ static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
     if (some) orphan(p, tgid, turn, device, some, 0);
 }
 
-/* Count managed memory that is freed. It may have been on the device, and NVML reports no process for it. The agent
- * subtracts this count from its estimate of the memory that live processes have and NVML does not show. */
+/* Count managed memory that is freed. This memory may have been on the device, and NVML reports no process for the
+ * memory. The agent subtracts this count from its estimate of the memory that processes have and NVML does not show. */
 static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
 {
     u32 at = device & DEVICE_MASK;
@@ -98,8 +98,8 @@ static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
     if (n && bytes) __sync_fetch_and_add(n, bytes);
 }
 
-/* Orphan the bytes of one side. This may run twice: the second run then finds bytes that another program has added
- * after the first. */
+/* Orphan the bytes of one side. This function may run twice. The second run then finds bytes that another program has
+ * added after the first run. */
 static void orphan_side(struct fgpu_process *p, u32 tgid, u64 turn)
 {
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
@@ -116,9 +116,9 @@ static void orphan_all(struct fgpu_process *p, u32 tgid)
     if (turn) orphan_side(p, tgid, turn - 1);
 }
 
-/* Release orphaned bytes that the device does not hold any more, at most as many as the level has orphaned: its page
- * may be a new one, created since. An entry with 0 bytes stays while its process may add to it; the agent deletes it by
- * a call with 0 bytes. */
+/* Release orphaned bytes that the device no longer holds, at most as many as the level has orphaned, because the
+ * level's page may have been created since. An entry with 0 bytes stays while its process may add bytes to the entry.
+ * The agent deletes such an entry by a call with 0 bytes. */
 static int let_go(struct fgpu_orphan_key *key, u64 bytes)
 {
     struct fgpu_orphan *known = orphans.lookup(key);

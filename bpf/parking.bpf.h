@@ -1,10 +1,11 @@
 /*
  * parking.bpf.h: bytes of parked processes. The driver has copied the memory of such a process to the host, and the
- * device holds nothing of it.
+ * device holds no memory of the process.
  *
- * The process's own level stays charged: its room is kept, and views from inside do not change. The levels around it
- * are not charged. So only these have to admit the bytes when the process is woken. The levels of a process with an
- * entry do not change: its shim finds on the page of its own level that it has to hold calls back.
+ * The process's own level stays charged, so its room is kept, and views from inside do not change. The levels around
+ * the own level are not charged. Therefore only these outer levels have to admit the bytes when the process is woken.
+ * The levels of a process with an entry do not change. The shim of the process reads from the page of its own level
+ * that calls have to be delayed.
  */
 
 static struct fgpu_parked *parked_entry(u32 tgid, u64 generation)
@@ -19,7 +20,8 @@ static void hold(const struct fgpu_level *level, u64 processes)
     if (page) __sync_fetch_and_add(&page->held, processes);
 }
 
-/* Create the entry of a process that the agent is about to park. From now on no reading of NVML corrects its charge. */
+/* Create the entry of a process that the agent is about to park. From now on no reading of NVML corrects the charge of
+ * this process. */
 static int begin_park(struct fgpu_process *p, u32 tgid)
 {
     struct fgpu_parked_key key = {.tgid = tgid, .generation = p->generation};
@@ -43,8 +45,8 @@ static void leave_groups(struct fgpu_process *p, u64 side, u32 device, u64 bytes
     }
 }
 
-/* The driver has let go of the process's memory on a device. May be called again: bytes that were charged since then
- * are moved too. */
+/* Record that the driver has released the process's memory on a device. The function may be called again to move bytes
+ * that were charged after the last call. */
 static int park(struct fgpu_process *p, u32 tgid, u32 device)
 {
     struct fgpu_parked *entry = parked_entry(tgid, p->generation);
@@ -64,7 +66,8 @@ static int park(struct fgpu_process *p, u32 tgid, u32 device)
     return 0;
 }
 
-/* Charge the parked bytes on a device again, before the driver restores them. `force`: the driver has restored them. */
+/* Charge the parked bytes on a device again, before the driver restores these bytes. `force`: the driver has restored
+ * the bytes already. */
 static int wake(struct fgpu_process *p, u32 tgid, u32 device, int force)
 {
     struct fgpu_parked *entry = parked_entry(tgid, p->generation);
@@ -88,7 +91,7 @@ static int wake(struct fgpu_process *p, u32 tgid, u32 device, int force)
     return 0;
 }
 
-/* A parked process has exited: its bytes are on no device, so they are released at once. */
+/* Handle the exit of a parked process. Its parked bytes are on no device, so these bytes are released at once. */
 static void drop_parked(struct fgpu_process *p, u32 tgid)
 {
     struct fgpu_parked_key key = {.tgid = tgid, .generation = p->generation};
@@ -105,7 +108,7 @@ static void drop_parked(struct fgpu_process *p, u32 tgid)
     if (!parked.delete(&key)) hold(&level, -1ull);
 }
 
-/* The process runs again. */
+/* Delete the entry of a process that runs again. */
 static int end_park(u32 tgid, u64 generation)
 {
     struct fgpu_parked_key key = {.tgid = tgid, .generation = generation};

@@ -1,6 +1,6 @@
 /* processes.bpf.h: the entry of a process, and the entries of its threads. */
 
-/* Find the managed cgroups of the current task, innermost first. If there are more than fit, the innermost are left
+/* Find the managed cgroups of the current task, innermost first. If there are too many, the innermost cgroups are left
  * out: a user that may create cgroups inside a group must not be able to displace the group. */
 static u32 find_levels(u64 *levels)
 {
@@ -32,15 +32,15 @@ static u64 *announcements_near(u32 tgid)
     return announcements.lookup(&at);
 }
 
-/* Record that this process executes the published shim, whether or not it has levels: it may get levels later. Each pid
- * has a bit of its own, so no number of processes takes the room of another. */
+/* Record that this process executes the published shim, even if the process has no levels, because it may get levels
+ * later. Each pid has its own bit, so no process can use up the room of another. */
 static void announce(u32 tgid)
 {
     u64 *bits = announcements_near(tgid);
     if (bits) __sync_fetch_and_or(bits, 1ULL << tgid % 64);
 }
 
-/* The process exits, or executes another program. */
+/* Clear the record of a process that exits or executes another program. */
 static void end_announcement(u32 tgid)
 {
     u64 *bits = announcements_near(tgid);
@@ -75,8 +75,9 @@ static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
     __sync_fetch_and_add(&p->state, 1); /* claimed -> ready; orders the stores before it */
 }
 
-/* Create an entry and set its identity. `force`: even if its level and its owner have reached their bounds. Returns 0
- * if there is no room, or if another thread is creating it; then `*found` is 1. */
+/* Create an entry and set its identity. `force`: create the entry even if its level and its owner have reached their
+ * bounds. Returns 0 if the map has no room, or if another thread is creating the entry. In the latter case `*found` is
+ * 1. */
 static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, int force, int *found)
 {
     struct fgpu_process *p, *blank;
@@ -108,8 +109,8 @@ static void claim_space(struct fgpu_process *p, u32 tgid, u64 space)
 }
 
 /* Find the process whose address space this process uses. A process that was created by vfork, or by clone with
- * CLONE_VM, runs in the address space of another process and allocates memory for it. So that other process is charged,
- * and its entry is returned. `*tgid` becomes its pid. */
+ * CLONE_VM, runs in the address space of another process and allocates memory for it. Therefore the other process is
+ * charged, and its entry is returned. `*tgid` becomes the pid of the other process. */
 static struct fgpu_process *lender(u32 *tgid, u64 space)
 {
     u32 *owner = space ? spaces.lookup(&space) : 0, borrower = *tgid;
@@ -122,7 +123,7 @@ static struct fgpu_process *lender(u32 *tgid, u64 space)
     return p;
 }
 
-/* Return the entry that a process is charged to, if there is one; `*tgid` becomes the pid of that entry. */
+/* Return the entry that a process is charged to, or 0 without an entry; `*tgid` becomes the pid of that entry. */
 static struct fgpu_process *owner_of(u32 *tgid)
 {
     struct fgpu_process *p = processes.lookup(tgid);
@@ -132,10 +133,10 @@ static struct fgpu_process *owner_of(u32 *tgid)
     return processes.lookup(tgid);
 }
 
-/* Return the entry that the current process is charged to. Create it if the process is managed and has none. Returns 0
- * if the process is unmanaged, or if there is no room for the entry in the map or in its level's part; in the second
- * case `h` has its pages. If several threads do this at the same time, one of them creates the entry and counts it.
- * `*tgid` becomes the pid of that entry. */
+/* Return the entry that the current process is charged to. Create the entry if the process is managed and has no entry.
+ * Returns 0 if the process is unmanaged, or if the map or the level's part has no room for the entry. In the second
+ * case `h` has the pages of the process. If several threads call this function at the same time, one thread creates and
+ * counts the entry. `*tgid` becomes the pid of that entry. */
 static struct fgpu_process *own_process(u32 *tgid, struct held *h)
 {
     struct fgpu_process *p = processes.lookup(tgid);
@@ -163,7 +164,7 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h)
     return p;
 }
 
-#define NO_MORE (-1LL << 62) /* stays below 0, however many threads add to it */
+#define NO_MORE (-1LL << 62) /* stays below 0, however many threads add to this number */
 
 /* Count a thread in its process's part of the map. Returns 0 if the part is used up, or the process has exited. */
 static int count_thread(struct fgpu_process *p)
@@ -183,8 +184,8 @@ static void uncount_thread(struct fgpu_process *p)
  * has a new generation. */
 static int belongs(struct fgpu_process *p, struct fgpu_thread *t) { return (t->open & ~IDLE) == p->generation; }
 
-/* Return the entry of the current thread. Create it if the thread has none in this generation of its process. Returns 0
- * if there is no room for it in the map or in its level's part. */
+/* Return the entry of the current thread. Create the entry if the thread has no entry in this generation of its
+ * process. Returns 0 if the map or the level's part has no room for the entry. */
 static struct fgpu_thread *own_thread(struct fgpu_process *p, u64 id)
 {
     struct fgpu_thread *t = threads.lookup(&id);
@@ -199,8 +200,8 @@ static struct fgpu_thread *own_thread(struct fgpu_process *p, u64 id)
     return 0;
 }
 
-/* Delete the entry of a process. If the process has only left its cgroups, its threads continue, and have no entry of a
- * process from then on. */
+/* Delete the entry of a process. If the process has only left its cgroups, its threads continue, without an entry of a
+ * process. */
 static void delete_process(u32 tgid, struct fgpu_process *p)
 {
     struct fgpu_level level = p->counted;

@@ -1,4 +1,4 @@
-/* settle.bpf.h: the result of a driver call: what the call allocated is recorded, and what it freed is released. */
+/* settle.bpf.h: the result of a driver call: allocated memory is recorded, and freed memory is released. */
 
 /* Subtract freed bytes from the parts of a process's bytes. */
 static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handle, u64 managed, u64 exported)
@@ -11,7 +11,7 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
 }
 
 /* Add a charge to the overhead, which reconcile corrects: no probe has reported the end of the memory. `kept` bytes are
- * left out, because the entry keeps them. If other processes may have the memory open, orphan all bytes instead. */
+ * left out, because they stay in the entry. If other processes may have the memory open, orphan all bytes instead. */
 static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
     lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);
@@ -21,18 +21,19 @@ static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation
         add_overhead(p, old->device, old->bytes - kept);
 }
 
-/* Return the bytes that a free of this key frees if there are two charges under the key: the smaller number, since
- * either of the two may be freed. 0 if they are on different devices, or one may be open in another process. */
+/* Return the bytes that a free of this key frees if two charges have the key. The result is the smaller number, because
+ * either memory may be freed. The result is 0 if the charges are on different devices, or if one memory may be open in
+ * another process. */
 static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
 {
     if (old->exported || old->device != new->device) return 0;
     return new->bytes < old->bytes ? new->bytes : old->bytes;
 }
 
-/* Keep one of two charges under one key. Either a free was not seen, or the key that a call returned is forged. A
- * tenant gains nothing by that: nothing is released here, and no free of this key releases more than the driver frees.
- * (A forged key without a charge is not noticed: docs/security.md, "What is not promised".) The rest has no entry:
- * managed memory and handles stay charged until the process exits; reconcile corrects all other memory. */
+/* Keep one of two charges under one key. Either a free was not recorded, or the key that a call returned is forged. A
+ * tenant gains nothing by a forged key: this function releases nothing, and no free of this key releases more than the
+ * driver frees. (A forged key without a charge is not detected: docs/security.md, "What is not promised".) The rest has
+ * no entry: managed memory and handles stay charged until the process exits; reconcile corrects all other memory. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
 {
@@ -48,8 +49,8 @@ static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, st
     allocations.update(key, new);
 }
 
-/* Record a new handle. If there is an older charge under its key, that memory was freed with its context, or it is not
- * known which of the two charges is right. */
+/* Record a new handle. If an older charge has the same key, the older memory was freed with its context, or it is
+ * unknown which of the two charges is right. */
 static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 bytes, u32 device, u64 owner)
 {
     struct fgpu_allocation value = {
@@ -73,7 +74,7 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
     if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
 }
 
-/* A mapping was created. It refers to its handle. On entry `key` is the key of the handle; this function changes it
+/* Record a new mapping, which refers to its handle. On entry `key` is the key of the handle; this function changes it
  * into the key of the mapping. */
 static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
@@ -90,7 +91,7 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
 }
 
 /* Drop one reference to a handle on the call's device. The last reference frees the memory, unless another process may
- * have it open. */
+ * have the memory open. */
 static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key,
                            struct outcome *out)
 {
@@ -106,9 +107,9 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct f
         out->freed += bytes;
 }
 
-/* A range (pointer, bytes) was unmapped. It may cover several mappings, one after the other. A range that is left over,
- * or that is on another device, is stored in the call's arguments. The loop only sums up the freed bytes: the verifier
- * follows each iteration. */
+/* Record that a range (pointer, bytes) was unmapped. The range may cover several mappings, one after the other. The
+ * rest of a range, or a range on another device, is stored in the call's arguments. The loop only adds the freed bytes,
+ * because the verifier follows each iteration. */
 static u64 unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
@@ -135,7 +136,7 @@ static u64 unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_all
 
 static void allocated(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
 {
-    if (!f->bytes) return; /* host memory, or none yet */
+    if (!f->bytes) return; /* host memory, or no memory yet */
     if (f->function == FGPU_FUNCTION_ALLOC_MANAGED) {
         __sync_fetch_and_add(&on(p, f->device)->managed, f->bytes);
         out->owner = 1;
@@ -159,9 +160,9 @@ static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgp
     out->new = 1;
 }
 
-/* Return bytes that are known only after the call: of a pitched allocation, or of a context without an admission. For
- * other calls return the size that no admission covered (0: all was covered): bytes that did not fit when the call
- * began are charged now. */
+/* Return bytes that are known only after the call: the bytes of a pitched allocation, or of a context without an
+ * admission. For all other calls, return the size that no admission covered; 0: an admission covered all bytes. Bytes
+ * that did not fit when the call began are charged now. */
 static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
 {
     u64 pitch = 0, *known;
@@ -206,13 +207,13 @@ static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u3
         return;
     }
     if (__sync_val_compare_and_swap(&a->exported, 0, 1)) return;
-    if (!*(volatile u64 *)&a->references) note(p, FGPU_SEEN_EXPORT); /* a free may have read the entry before */
+    if (!*(volatile u64 *)&a->references) note(p, FGPU_SEEN_EXPORT); /* a free may already have read the entry */
     u64 *sum = space == FGPU_SPACE_HANDLE ? &on(p, a->device)->exported_vmm : &on(p, a->device)->exported;
     __sync_fetch_and_add(sum, a->bytes);
 }
 
-/* A library that the tenant brought reports that it dropped a reference. The reference may still exist, and keep memory
- * that a trusted library appears to free. So from now on no memory of this process counts as freed. */
+/* A library that the tenant brought reports that it dropped a reference. The reference may still exist, and may keep
+ * memory that a trusted library appears to free. Therefore no memory of this process counts as freed from now on. */
 static void distrust(struct fgpu_process *p, u64 function)
 {
     if (function == FGPU_FUNCTION_UNMAP || function == FGPU_FUNCTION_RELEASE) note(p, FGPU_SEEN_EXPORT);

@@ -1,5 +1,5 @@
-/* witness.bpf.h: how much memory a driver call allocates, as far as its arguments show it, and which memory it is about
- * to free. */
+/* witness.bpf.h: the memory that a driver call allocates, as far as its arguments show the size, and the memory that
+ * the call is about to free. */
 
 /* Return whether a call adds a reference to the primary context of a device. */
 static int retains(u64 function) { return function == FGPU_FUNCTION_RETAIN || function == FGPU_FUNCTION_GREEN; }
@@ -16,8 +16,8 @@ static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE && functi
     (1ULL << FGPU_FUNCTION_MAP | 1ULL << FGPU_FUNCTION_RETAIN_HANDLE | 1ULL << FGPU_FUNCTION_EXPORT |                  \
      1ULL << FGPU_FUNCTION_EXPORT_POINTER | 1ULL << FGPU_FUNCTION_EXPORT_RANGE | 1ULL << FGPU_FUNCTION_EXPORT_POOL)
 
-/* Return 1 if a call may create a reference to memory, or let other processes open it, else 0. There is no comparison,
- * because the verifier would follow each both ways. */
+/* Return 1 if a call may create a reference to memory, or let other processes open it, else 0. The code has no
+ * comparison, because the verifier would follow each comparison both ways. */
 static u64 opens(u64 function)
 {
     u64 all = OPENS;
@@ -25,8 +25,8 @@ static u64 opens(u64 function)
     return all >> (function & 63) & 1;
 }
 
-/* Count a call that may open memory. Another call stores how many of them are over, before it reads any entry: their
- * results are recorded. */
+/* Count a call that may open memory. Another call, before reading any entry, stores the number of counted calls that
+ * have ended and whose results are recorded. */
 static void begin_opening(struct fgpu_process *p, struct fgpu_call *f)
 {
     u64 is_opening = opens(f->function);
@@ -69,8 +69,9 @@ static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_allocation(&key, &value, levels_of(p, p->turn));
 }
 
-/* The last context may have ended during a call of another thread, and with it the charge of that call. Return the
- * bytes that an allocating call has lost so. Memory that a call was about to free is gone, except handles. */
+/* Return the bytes that an allocating call has lost with the last context. The last context may have been destroyed
+ * during a call of another thread, together with the charge of that call. Memory that a call was about to free was
+ * freed too, except handles. */
 static u64 lost_with_context(struct fgpu_process *p, struct fgpu_call *f)
 {
     if (!f->bytes || is_of_era(p, f->device, f->admitted) || f->function == FGPU_FUNCTION_RELEASE) return 0;
@@ -80,7 +81,7 @@ static u64 lost_with_context(struct fgpu_process *p, struct fgpu_call *f)
     return lost;
 }
 
-/* A call failed: release the bytes that were charged for the call, or restore the entry that was removed. */
+/* Undo a failed call: release the bytes that were charged for the call, or restore the entry that was removed. */
 static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (frees(f->function)) {
@@ -91,7 +92,7 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     release(p, f->device, f->bytes);
 }
 
-/* Charge bytes that a call has, whether they fit or not. */
+/* Charge bytes that a call has allocated, whether or not they fit. */
 static void charge_anew(struct fgpu_process *p, struct fgpu_call *f, u64 bytes)
 {
     struct held h;
@@ -114,15 +115,15 @@ static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
     if (a) __sync_fetch_and_add(&a->references, 1);
 }
 
-/* The return of a call was not seen: its thread has exited, or has left the call by longjmp or for another call. The
- * driver may have completed it. So its bytes stay charged. Managed memory and handles, which NVML may not show, stay
- * charged until the process exits; other memory becomes overhead, which reconcile corrects. If the call may have
- * created a context, another context does not count as the last. A mapping keeps its handle. After an export, memory
- * that is freed later counts as possibly open elsewhere. */
+/* Settle a call whose return was not recorded, because its thread has exited or has left the call by longjmp or for
+ * another call. The driver may have completed the call. Therefore its bytes stay charged. Managed memory and handles,
+ * which NVML may not show, stay charged until the process exits; other memory becomes overhead, which reconcile
+ * corrects. If the call may have created a context, another context does not count as the last. A mapping keeps its
+ * handle. After an export, memory that is freed later counts as possibly open elsewhere. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     u64 missing = lost_with_context(p, f);
-    if (f->uncovered > f->bytes + missing) missing = f->uncovered - f->bytes; /* they did not fit at the entry */
+    if (f->uncovered > f->bytes + missing) missing = f->uncovered - f->bytes; /* the bytes did not fit at the entry */
     charge_anew(p, f, missing);
     switch (f->function) {
     case FGPU_FUNCTION_FREE:
@@ -140,7 +141,7 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     case FGPU_FUNCTION_MAP:
         hold_handle(p, tgid, f->arguments[2]);
         break;
-    case FGPU_FUNCTION_RETAIN: /* its reference is counted already */
+    case FGPU_FUNCTION_RETAIN: /* the reference is counted already */
     case FGPU_FUNCTION_GREEN:
         make_primary(p, f->device);
         break;
@@ -166,8 +167,8 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 }
 
 /* Return whether a call ends an allocation. NVML does not show managed memory, and whether its charge is released
- * depends on which context is the last. So a library that is not trusted can end neither managed memory nor a context:
- * both stay charged until the process exits, or a trusted library ends them. */
+ * depends on which context is the last. Therefore a library that is not trusted can end neither managed memory nor a
+ * context. Their bytes stay charged until the process exits, or until a trusted library ends the allocation. */
 static int is_ended(u64 function, struct fgpu_allocation *a, int trusted)
 {
     return trusted || (function != FGPU_FUNCTION_DESTROY && !(function == FGPU_FUNCTION_FREE && a->owner));
@@ -187,14 +188,14 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
     f->admitted = in_word(a->era);
     f->arguments[2] = a->owner;
     u64 references = __sync_fetch_and_add(&a->references, -1ULL);
-    f->exported |= *(volatile u64 *)&a->exported; /* only here: see exported() */
+    f->exported |= *(volatile u64 *)&a->exported; /* not before this point, see exported() */
     if (UNLIKELY(references != 1)) {
         f->bytes = 0;
         return;
     }
     if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE) {
-        f->bytes = 0;                                                /* was freed with its context */
-        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* not restored if the free fails */
+        f->bytes = 0;                                                /* the memory was freed with its context */
+        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* no restored references if the free fails */
     }
     delete_allocation(&key, a);
 }
@@ -220,8 +221,8 @@ static int kills(struct fgpu_usage_page *page)
     return page && page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE);
 }
 
-/* Return a level in which these additional bytes do not fit, preferably a level under `onBypass: kill`; 0: they fit in
- * all. */
+/* Return a level in which these additional bytes do not fit, preferably a level under `onBypass: kill`; 0: the bytes
+ * fit in all levels. */
 static struct fgpu_usage_page *exceeded(struct held *h, u32 device, u64 bytes)
 {
     struct fgpu_usage_page *full = 0;
@@ -243,9 +244,9 @@ static void kill_caller(struct fgpu_usage_page *full, struct fgpu_call *f, u64 b
     bpf_send_signal(SIGKILL);
 }
 
-/* Charge the witnessed size if it is larger than the admitted one. If the difference does not fit, charge it only if
- * the call `has` the memory: it has returned, and the driver has allocated it. To charge it at the entry of a call that
- * may fail would cause refusals of other requests that fit. */
+/* Charge the witnessed size if it is larger than the admitted size. A difference that does not fit is charged only if
+ * the call `has` the memory, which means that the call has returned and the driver has allocated the memory. A charge
+ * at the entry of a call that may fail would cause refusals of other requests that fit. */
 static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes, int has)
 {
     if (!UNLIKELY(bytes > f->bytes) || bytes > FGPU_MOST_BYTES) return;
@@ -277,8 +278,8 @@ static u64 element_bytes(u32 format)
     return 4; /* 32 bits; compressed and planar formats take no more than this */
 }
 
-/* Return an extent at a mipmap level, at least 1. There is no branch, because this is called in a loop: the verifier
- * would follow both ways at each level. */
+/* Return an extent at a mipmap level, at least 1. The code has no branch, because the function is called in a loop, and
+ * the verifier would follow both ways at each level. */
 static u64 extent(u64 n, u32 level)
 {
     n >>= level & 31;
@@ -338,7 +339,7 @@ static u64 pitch_bytes(u64 pitch, u64 height)
  * an admission replaces by the ledger's index. `any` is for forget(). */
 static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
 {
-    f->device = FGPU_DEVICES; /* not known: the last device of the process is used */
+    f->device = FGPU_DEVICES; /* unknown device: the last device of the process is used */
     switch (f->function) {
     case FGPU_FUNCTION_ALLOC:
     case FGPU_FUNCTION_ALLOC_MANAGED:

@@ -1,7 +1,7 @@
-"""ctypes structures of the pages, messages and map values that several processes share.
+"""The ctypes structures of the pages, messages and map values that several processes share.
 
-The structures mirror bpf/fgpu.h; tests/unit/test_layout.py compares the two offset by offset. This module runs in every
-Python process of fgpu, in any thread. It has no state.
+The structures mirror bpf/fgpu.h; tests/unit/test_layout.py compares each structure with its C structure, offset by
+offset. This module runs in every Python process of fgpu, in any thread, and has no state.
 
 An assignment to a field writes one aligned word, so a reader in another process reads either the old or the new value.
 `struct.pack_into` would write zeros first. Sizes are in bytes, times in nanoseconds of CLOCK_MONOTONIC.
@@ -41,7 +41,7 @@ MAGIC = 0x75706766
 SOCKET_DIR = "/run/fgpu/shim"
 SOCKET = SOCKET_DIR + "/shim.sock"
 
-# Numbered as in the header, from 0.
+# The numbers are those of the header, from 0.
 Verdict = IntEnum("Verdict", "REFUSED ADMITTED AGAIN UNLIMITED", start=0)
 Kind = IntEnum("Kind", "MEMORY POOL CONTEXT HELLO VMM KINDS EVENTS", start=0)
 Shared = IntEnum("Shared", "ALLOCATIONS THREADS PROCESSES", start=0)
@@ -70,7 +70,7 @@ News = IntEnum(
 )
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
-# Flags. LimitFlag: in limits and usage pages. ControlFlag: in control pages and answers. Seen: in processes.
+# LimitFlag is used in limits and usage pages, ControlFlag in control pages and answers, Seen in processes.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL DENY WAITS")
 ControlFlag = IntFlag("ControlFlag", "MANAGED MPS")
 Gate = IntFlag("Gate", "OPEN GATED")  # the bits below GATE_SHIFT; the bits above are the number of the turn
@@ -88,13 +88,13 @@ def limit(bytes_: int) -> int | None:
 
 
 class Usage(Structure):
-    """One device on a usage page: the limit, the charged bytes, their peak, and the number of refusals."""
+    """One device on a usage page: the limit, the charged bytes, the peak of these bytes, and the number of refusals."""
 
     _fields_ = (("limit", u64), ("used", u64), ("peak", u64), ("refused", u64))
 
 
 class Tally(Structure):
-    """Two counters of bytes on one device, which only grow: admitted bytes, and witnessed bytes."""
+    """Two counters of bytes on one device: admitted bytes, and witnessed bytes. The counters only grow."""
 
     _fields_ = (("admitted", u64), ("witnessed", u64))
 
@@ -194,7 +194,7 @@ class Span(Structure):
 
 
 class StatusPage(Structure):
-    """The status page: the reports of one process about itself. They are never trusted."""
+    """The status page: the reports of one process about itself. These reports are never trusted."""
 
     _fields_ = (
         ("version", u32),
@@ -234,7 +234,7 @@ class Limit(Structure):
 
 
 class Owner(Structure):
-    """A value of the map `owners`, by slot: the entries of a bound owner in each shared map, and their maximum."""
+    """A value of the map `owners`, by slot: a bound owner's entries in each shared map, and the maximum of entries."""
 
     _fields_ = (
         ("cgroup", u64), ("entries", u64 * OWNED), ("claimed", u64 * OWNED), ("most", u64 * OWNED),
@@ -262,7 +262,7 @@ class FileKey(Structure):
 
 
 class Level(Structure):
-    """A level of a process: its cgroup, and the slot of its usage page when the process entered the level."""
+    """A level of a process: the level's cgroup, and the slot of the usage page when the process entered the level."""
 
     _fields_ = (("cgroup", u64), ("place", u64))
 
@@ -335,7 +335,7 @@ class OrphanKey(Structure):
 
 
 class Orphan(Structure):
-    """A value of the map `orphans`: bytes that stay charged after their process has ended or freed them."""
+    """A value of the map `orphans`: bytes that stay charged after the process has ended or freed these bytes."""
 
     _fields_ = (("bytes", u64), ("since_ns", u64), ("ended_ns", u64), ("spare", u64), ("levels", Level * LEVELS))
 
@@ -353,13 +353,13 @@ class Parked(Structure):
 
 
 class Admission(Structure):
-    """An admission that no driver call has settled yet. `ticket` 0: there is no such admission."""
+    """An admission that no driver call has settled yet. `ticket` is 0 if there is no unsettled admission."""
 
     _fields_ = (("ticket", u64), ("bytes", u64), ("device", u32), ("kind", u32), ("verdict", u64))
 
 
 class Call(Structure):
-    """The driver call that a thread is in. `function` 0: the thread is in no driver call."""
+    """The driver call that a thread is in. `function` is 0 if the thread is in no driver call."""
 
     _fields_ = (
         ("function", u64), ("arguments", u64 * 3), ("bytes", u64), ("device", u32), ("admitted", u32),
@@ -380,7 +380,7 @@ class CounterKey(Structure):
 
 
 class Event(Structure):
-    """A rare event that the kernel reports to the agent at once."""
+    """A rare event that the kernel reports to the agent immediately."""
 
     _fields_ = (
         ("at_ns", u64), ("kind", u32), ("tgid", u32), ("cgroup", u64), ("bytes", u64),
@@ -389,7 +389,7 @@ class Event(Structure):
 
 
 class CgroupEvent(Structure):
-    """An Event of a cgroup. `path` is cut to PATH bytes."""
+    """An Event of a cgroup. `path` has at most PATH bytes; the rest of a longer path is missing."""
 
     _fields_ = (("event", Event), ("path", ctypes.c_char * PATH))
 

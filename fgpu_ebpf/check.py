@@ -9,7 +9,7 @@ import os
 from functools import cache
 from typing import NamedTuple
 
-FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode number that every kernel gives that namespace
+FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode number of the first pid namespace in every kernel
 
 
 class Check(NamedTuple):

@@ -1,7 +1,7 @@
-"""The client side of the control socket: sends one request to the agent, and returns the answer.
+"""The client side of the control socket, which sends one request to the agent and returns the answer.
 
-This module runs in the commands, in any thread, and in the event loop of the device plugin. It imports nothing that
-only the agent needs, because a command has to start quickly.
+This module runs in the commands, in any thread, and in the event loop of the device plugin. The module imports nothing
+that only the agent needs, because a command has to start quickly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from fgpu_ebpf.linux import file_locks
 
 PATIENCE_SECONDS = 30.0
-PARKED = 5  # the code of a refusal because tenants are parked
-GROUP = "fgpu"  # its members may send requests that change nothing
+PARKED = 5  # the exit code if the agent refuses a request because tenants are parked
+GROUP = "fgpu"  # members of this group may send requests that change nothing
 UNIT = "fgpu-agent"
 _UNIT_FILES = (Path("/etc/systemd/system"), Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
 _BOOTED = Path("/run/systemd/system")  # exists if systemd is this host's init
@@ -25,7 +25,7 @@ _LOCKS = Path("/proc/locks")
 
 
 class RequestError(Exception):
-    """An error in a request, or the agent's refusal of it. `code` is the exit code for the command."""
+    """An error in a request, or the agent's refusal of a request. `code` is the exit code for the command."""
 
     def __init__(self, text: str, code: int = 1) -> None:
         super().__init__(text)
@@ -33,7 +33,7 @@ class RequestError(Exception):
 
 
 class NoAnswerError(ConnectionError):
-    """The agent has not answered. `fix`: what to do. `denied`: an agent runs, but this user may not open its socket."""
+    """The error of a missing answer. `fix`: what to do. `denied`: an agent runs, and this user has no access to it."""
 
     def __init__(self, text: str, fix: str, denied: bool = False) -> None:
         super().__init__(text)
@@ -42,7 +42,7 @@ class NoAnswerError(ConnectionError):
 
 
 def agent_command(verb: str = "start") -> str:
-    """Return the command that starts (or restarts) the agent on this host: `systemctl` if the agent has a unit."""
+    """Return the command that starts or restarts the agent on this host: `systemctl` if the agent has a unit."""
     return f"systemctl {verb} {UNIT}" if has_unit() else "fgpu agent"
 
 
@@ -52,7 +52,7 @@ def has_unit() -> bool:
 
 
 def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-    """Send a request to the agent and return its answer.
+    """Send a request to the agent and return the agent's answer.
 
     Args:
         run_dir: the folder of the agent's sockets.
@@ -75,7 +75,7 @@ def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIE
 
 
 async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-    """Send a request like call(), without blocking the event loop. `patience_seconds`: timeout of the whole request.
+    """Send a request as call() does, but without blocking the event loop. `patience_seconds` limits the whole request.
 
     Raises:
         ConnectionError: there is no answer; NoAnswerError if the reason is known.
@@ -115,7 +115,7 @@ def _is_running(run_dir: Path) -> bool:
         inode = os.stat(run_dir / file_locks.AGENT).st_ino
         locked = {line.split()[-3].rpartition(":")[2] for line in _LOCKS.read_text(encoding="ascii").splitlines()}
     except (OSError, IndexError):
-        return True  # unknown; the only certain fact is the missing permission
+        return True  # it is unknown whether an agent runs; only the missing permission is certain
     return str(inode) in locked
 
 

@@ -1,7 +1,7 @@
-"""`fgpu agent` and `fgpu load`: makes the parts of the agent process, and runs them.
+"""`fgpu agent` and `fgpu load`: make the parts of the agent process, and run these parts.
 
-This module runs in the main thread of these commands. A start that fails raises AgentError, whose text has the fix;
-limits that were in force stay in force.
+This module runs in the main thread of these commands. A start that fails raises AgentError, whose text has the fix.
+Limits that were in force stay in force.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("fgpu agent")
 
 
 def settings(options: Options) -> Settings:
-    """Return the agent's settings: those of `options`, else those of agent.yaml.
+    """Return the agent's settings. A setting that `options` does not have is taken from agent.yaml.
 
     Raises:
         AgentError: agent.yaml has errors, or a file of the package is not installed.
@@ -82,14 +82,14 @@ def _built_file(folder: str, name: str) -> Path:
 
 
 def serve(options: Options) -> None:
-    """Run the agent until SIGTERM. Raises AgentError: why it cannot run, and how to fix it."""
+    """Run the agent until SIGTERM. Raise AgentError, with the reason and the fix, if the agent cannot run."""
     begun = _process_start()
     os.umask(0o022)  # permissions of files for other users must not depend on how the agent was started
     _clean_environment()
     for check in doctor.host_checks():
         if not check.ok and check.name not in options.skipped:
             raise AgentError(f"{check.found}: {check.fix}")
-    cgroups.make_run_folder()  # here, because the agent later drops the capability that this needs
+    cgroups.make_run_folder()  # now, because the agent later drops the capability that this call needs
     malloc.keep_small()
     chosen = settings(options)
     logs.configure(logs.Format(chosen.log_format) if chosen.log_format else None)
@@ -120,8 +120,8 @@ def serve(options: Options) -> None:
 def _clean_environment() -> None:
     """Remove the environment variables that make the dynamic loader or Python load code, and forbid pydantic's plugins.
 
-    Otherwise the programs that the agent starts would inherit the variables. To find plugins, pydantic would read the
-    metadata of all installed packages.
+    The programs that the agent starts would inherit the variables. To find plugins, pydantic would read the metadata of
+    all installed packages.
     """
     for name in [name for name in os.environ if name.startswith(("LD_", "PYTHON"))]:
         del os.environ[name]
@@ -136,9 +136,9 @@ def _process_start() -> float:
 
 
 def _handle_signals(service: Agent) -> None:
-    """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads the policies.
+    """Install signal handlers: SIGTERM and SIGINT end the agent, and SIGHUP reloads the policies.
 
-    SIGCHLD starts a round, which checks the gatekeeper. Each signal wakes the main loop at once.
+    SIGCHLD starts a round, which checks the gatekeeper. Each signal wakes the main loop immediately.
     """
     wakeup = Wakeup()
     service.selector.register(wakeup, selectors.EVENT_READ, wakeup.clear)
@@ -158,7 +158,7 @@ def _handle_signals(service: Agent) -> None:
 
 @contextlib.contextmanager
 def _reachable(service: Agent) -> Iterator[None]:
-    """Serve the control socket and the metrics address within the context. Limits must be in force at its start."""
+    """Serve the control socket and the metrics address within the context. Limits must be in force before."""
     commands = control_server.ControlServer(service)
     web = control_server.MetricsAddress(service)
     try:
@@ -171,7 +171,7 @@ def _reachable(service: Agent) -> Iterator[None]:
 
 
 def load(options: Options) -> str:
-    """Compile and pin the BPF programs. An agent does this at its start if the programs are not pinned.
+    """Compile and pin the BPF programs. An agent compiles the programs at its start if they are not pinned.
 
     If `fgpu load` has run before, the agent's process needs less memory.
 
@@ -196,17 +196,17 @@ def load(options: Options) -> str:
 
 
 class ParkedError(Exception):
-    """Tenants are parked and could not be woken. The text has their names and the reason."""
+    """The error of parked tenants that could not be woken. The text has the names of the tenants and the reason."""
 
 
 def take_away(run_dir: Path, hung: bool) -> bool:
-    """Remove everything of fgpu from this host while no agent runs, and keep agents from starting meanwhile.
+    """Remove everything of fgpu from this host while no agent runs, and prevent the start of agents during the removal.
 
     Parked tenants are woken first.
 
     Args:
         run_dir: the folder of the agent's sockets.
-        hung: remove everything even if an agent holds its lock. The caller found that this agent does not answer.
+        hung: remove everything even if an agent holds its lock. The caller has found that this agent does not answer.
 
     Returns:
         True if everything was removed; False if an agent is starting or exiting.
@@ -223,7 +223,7 @@ def take_away(run_dir: Path, hung: bool) -> bool:
 
 
 def wake_all(run_dir: Path) -> bool:
-    """Wake all parked tenants while no agent runs. Returns False if one is starting or exiting. Raises ParkedError."""
+    """Wake all parked tenants while no agent runs. Return False if an agent starts or exits. Raise ParkedError."""
     if not ledger.PINS.exists():  # leave no lock file on a host without limits
         return True
     with _alone(run_dir) as is_held:
@@ -234,7 +234,7 @@ def wake_all(run_dir: Path) -> bool:
 
 @contextlib.contextmanager
 def _alone(run_dir: Path) -> Iterator[bool]:
-    """Hold the agent's lock within the context, if no agent holds it. The value: whether it is held."""
+    """Hold the agent's lock within the context, unless an agent holds the lock. Yield whether the lock is held."""
     lock = file_locks.FileLock(run_dir / file_locks.AGENT)
     try:
         yield lock.take()

@@ -1,7 +1,7 @@
-"""`fgpu doctor`: all checks of this host, and the subsets that `fgpu agent` and `fgpu load` require.
+"""`fgpu doctor`: all checks of this host, and the checks that `fgpu agent` and `fgpu load` require.
 
 This module runs in the main thread of the commands. The checks of a subject, such as SELinux, are defined in the module
-of that subject and collected here.
+of that subject. This module collects all checks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_checks() -> list[Check]:
 def checks(options: Options) -> list[Check]:
     """Return every check, in the order of an agent's start.
 
-    The driver's root and the loader are those of `options`, else those of the running agent, else those of agent.yaml.
+    The driver's root and the loader are taken from `options`, else from the running agent, else from agent.yaml.
     """
     is_released = False
     with contextlib.suppress(ConnectionError, control_client.RequestError):
@@ -51,7 +51,7 @@ def checks(options: Options) -> list[Check]:
             driver_root=options.driver_root or Path(reply["driver_root"]),
             loader=options.loader or reply["loader"],
         )
-        is_released = reply.get("released", False)  # an agent of an older version does not report this
+        is_released = reply.get("released", False)  # an agent of an older version does not report a release
     host, errors = host_config.read(options.config)
     found = [*host_checks(), _settings(options.config, errors)]
     if host:
@@ -63,7 +63,7 @@ def checks(options: Options) -> list[Check]:
         agents.append(folder.check(options.policies or host.policy_folder))
     agents += [parker_check.check(options.run_dir)] if host and host.parking else []
     agents += [mps.check(options.run_dir)] if host and any(shared for _, shared in host.sharing) else []
-    from fgpu_ebpf.kubernetes import device_plugin  # here: the agent must not import asyncio
+    from fgpu_ebpf.kubernetes import device_plugin  # not at the top: the agent must not import asyncio
 
     plugin = device_plugin.check(options.run_dir)
     agents += [plugin] if plugin else []
@@ -93,11 +93,11 @@ def _kernel() -> Check:
 def _pid_namespace() -> Check:
     """Check that this process is in the host's pid namespace.
 
-    The BPF programs report host pids. In another namespace the agent would treat every process as exited.
+    The BPF programs report host pids. In another pid namespace the agent would treat every process as exited.
     """
     if has_host_pids():
         return Check("pid namespace", True, "the host's")
-    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants do not need this"
+    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants do not need it"
     return Check("pid namespace", False, "this process is not in the host's pid namespace", fix)
 
 
@@ -110,7 +110,7 @@ def _uprobes() -> Check:
 
 
 def _ptrace() -> Check:
-    """Check that the agent may read the memory of other processes, where it checks the breakpoints of the probes."""
+    """Check that the agent may read the memory of other processes, which has the breakpoints of the probes."""
     try:
         scope = int(PTRACE_SCOPE.read_text(encoding="ascii"))
     except OSError:  # this kernel has no such setting
@@ -124,12 +124,12 @@ def _ptrace() -> Check:
 def _bpffs() -> Check:
     if os.path.ismount("/sys/fs/bpf"):
         return Check("bpffs", True, "/sys/fs/bpf")
-    fix = "mount -t bpf bpf /sys/fs/bpf (the agent does this at its start)"
+    fix = "mount -t bpf bpf /sys/fs/bpf (the agent mounts bpffs at its start)"
     return Check("bpffs", False, "no bpffs is mounted at /sys/fs/bpf", fix)
 
 
 def _agent(run_dir: Path) -> list[Check]:
-    """Check the agent and, if the agent answers, its gatekeeper, its Snapshot and the files that tenants get."""
+    """Check the agent and, if the agent answers, the gatekeeper, the Snapshot and the files that tenants get."""
     try:
         answer = control_client.call(run_dir, {"verb": "ping"})
         snapshot = control_client.call(run_dir, {"verb": "snapshot"})

@@ -1,8 +1,8 @@
-"""Creates the classes of protobuf messages from tables of their fields.
+"""Create the classes of protobuf messages from tables of the messages' fields.
 
 This module runs in the agent (messages of the CRI) and in the device plugin. Only classes() imports protobuf, because
-most hosts do not need it. fgpu contains no code made by protoc. Such code works only with some versions of protobuf,
-and fgpu supports all versions since 3.21 (Debian 12).
+most hosts do not need protobuf. fgpu contains no code that protoc has generated. Generated code works only with some
+versions of protobuf, and fgpu supports all versions since 3.21 (Debian 12).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ STRING, BOOL, INT64, INT32 = 9, 8, 3, 5  # numbers of FieldDescriptorProto; an e
 MAP = -1
 _MESSAGE, _ONE, _REPEATED = 11, 1, 3
 
-# message -> field -> (number, type). The type is a scalar, MAP (of strings), the name of a message, or a list of one of
-# these for a repeated field.
+# message -> field -> (number, type). The type is a scalar, MAP (of strings) or the name of a message. The type of a
+# repeated field is a list of one type.
 Table = Mapping[str, Mapping[str, tuple[int, Any]]]
 
 
 def classes(package: str, table: Table) -> dict[str, Any]:
-    """Return the class of each message by the message's name. Raises ImportError if protobuf is not installed."""
+    """Return the class of each message by the message's name. Raise ImportError if protobuf is not installed."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name=f"fgpu_{package}.proto", package=package, syntax="proto3")

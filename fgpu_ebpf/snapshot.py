@@ -1,7 +1,7 @@
-"""The state of the host at one moment, as frozen data classes: all that commands, metrics and the web page show.
+"""The state of the host at one moment, as frozen data classes, which commands, metrics and the web page show.
 
-The agent's main thread makes a Snapshot; any thread may read it, and commands read it as JSON. Names contain the unit.
-None stands for a number that was not measured.
+The agent's main thread makes a Snapshot. Any thread may read the Snapshot, and commands read its JSON form. Names of
+fields contain the unit. A number that was not measured is None.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """The part of a device's time that was due to a busy tenant in the last ten seconds and that it did not get.
+    """The time of a device in the last ten seconds that was due to a busy tenant and that the tenant did not get.
 
     `ratio`: the part of the device's time. `why`: the reason, as text.
     """
@@ -35,13 +35,13 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class ComputeView:
-    """A tenant's share of one device's time, and how much of it the tenant had.
+    """A tenant's share of one device's time, and the part of that time that the tenant had.
 
     `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
-    tenant and has no ceiling, so its time is not measured. `waiting_seconds`: how long it has waited for its next turn;
-    None: it is not waiting. `beyond_ratio`: the part of the device's time in which the tenant's kernels ran, as NVML
-    samples it, minus the part that the tenant owned, in the last ten seconds; usually below 0, because kernels do not
-    fill a whole turn. `shortfall` None: the tenant got the time that is due to it, or was not busy.
+    tenant and has no ceiling, so the tenant's time is not measured. `waiting_seconds`: how long the tenant has waited
+    for its next turn; None if the tenant is not waiting. `beyond_ratio`: the part of the device's time in which the
+    tenant's kernels ran, as NVML samples it, minus the part that the tenant owned, in the last ten seconds. This part
+    is usually below 0, as kernels do not fill turns. `shortfall`: None if the tenant got its time or was not busy.
     """
 
     limit_ratio: float
@@ -66,7 +66,7 @@ class UsageView:
     """The use of one device by a tenant since the agent's start, as far as one source has measured it.
 
     `source`: `turns`, `nvml` (a sample), or `none` if the device's time is unknown. `held_seconds`: the time for which
-    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals of it with < 1 % of use.
+    the tenant had memory on the device. `idle_seconds`: the sum of the measured intervals with < 1 % of use.
     """
 
     source: str
@@ -80,11 +80,11 @@ class UsageView:
 class TenantDevice:
     """A tenant's memory on one device, and its share of the device's time.
 
-    `compute` None: the tenant is not gated. `limit_bytes` 18446744073709551615 (2^64 - 1): the tenant has no limit on
-    the device. `drift_bytes`: bytes in the ledger minus bytes in the driver. `used_bytes` includes `orphaned_bytes` (of
-    processes that have ended, or that have exported and freed the memory) and `unwitnessed_bytes` (not allocated by a
-    call that a probe has recorded). `usage`: one entry for each source. `parked_bytes`: of parked processes, on no
-    device. They are not in `used_bytes`, but the limit has to cover them too.
+    `compute`: None if the tenant is not gated. `limit_bytes`: 18446744073709551615 (2^64 - 1) if the tenant has no
+    limit on the device. `drift_bytes`: bytes in the ledger minus bytes in the driver. `used_bytes` includes
+    `orphaned_bytes` (of processes that have ended, or that have exported and freed the memory) and `unwitnessed_bytes`
+    (not allocated by a call that a probe has recorded). `usage`: one entry for each source. `parked_bytes`: bytes of
+    parked processes, on no device. `used_bytes` does not include these bytes, but the limit has to cover them too.
     """
 
     gpu: int
@@ -107,11 +107,11 @@ class TenantDevice:
 class ParkingView:
     """A tenant's parking since the agent's start.
 
-    `state`: running, parking, parked, waiting (for room or for the parker, to be woken), waking or unknown (the driver
-    has to be asked). `seconds`: the time in this state; None if it is running. `why`: why it waits, or why the
-    driver has to be asked. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies.
-    `after_seconds`: the idle time after which the policy parks it, or None. `idle_seconds`, `parked_in_seconds`: how
-    long it has been idle, when it will be parked; None: it does not run. `refused`: the last reason against it.
+    `state`: running, parking, parked, waiting (for room or for the parker, to be woken), waking or unknown (until the
+    driver reports it). `seconds`: the time in this state, or None. `why`: why the tenant waits, or why the state is
+    unknown. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies. `after_seconds`: the idle
+    time after which the policy parks the tenant. `idle_seconds`, `parked_in_seconds`: the idle time, the time until
+    parking; None unless the tenant runs. `refused`: the reason for the last refusal.
     """
 
     state: str
@@ -129,11 +129,11 @@ class ParkingView:
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A process on one device. `pid`: its pid on the host. `how`: the way in which it bypasses the shim, else empty.
+    """A process on one device. `pid`: the pid on the host. `how`: the way in which the process bypasses the shim.
 
-    `why`: the reason why it has no shim (`driver.bypass_reason`); empty if it has one or the reason is unknown.
-    `loader`: the path of its dynamic loader, in quotes, if that is the reason. The process may have chosen the path.
-    `parked_bytes`: in host memory, and not in `bytes`.
+    `how` is empty if nothing is bypassed. `why`: why the process has no shim (`driver.bypass_reason`); empty if
+    unknown, or if the process has a shim. `loader`: the path of the dynamic loader, in quotes, if the loader is the
+    reason. The process may have chosen the path. `parked_bytes`: bytes in host memory, not included in `bytes`.
     """
 
     pid: int
@@ -147,7 +147,7 @@ class ProcessView:
 
 @dataclass(frozen=True, slots=True)
 class UnmanagedView:
-    """A process outside any tenant that holds memory of a device. `bytes` None: NVML does not report the amount."""
+    """A process outside any tenant that holds memory of a device. `bytes`: None if NVML does not report the amount."""
 
     pid: int
     bytes: int | None
@@ -155,11 +155,11 @@ class UnmanagedView:
 
 @dataclass(frozen=True, slots=True)
 class OrphanView:
-    """Orphaned bytes of process `pid` on one device. They have been orphaned for `seconds`.
+    """Orphaned bytes of process `pid` on one device. The bytes have been orphaned for `seconds`.
 
-    `ended`: the process has ended, or has executed another program; otherwise it has exported the memory and freed it.
-    `keepers`: processes that have descriptors of the driver open and may keep the memory; empty if none was found.
-    `parents`: the parent pid of each keeper, in the same order; 0 if it is unknown.
+    `ended`: the process has ended or has executed another program. If False, the process has exported and freed the
+    memory. `keepers`: processes that have descriptors of the driver open and may keep the memory; empty if no keeper
+    was found. `parents`: the parent pid of each keeper, in the same order; 0 if the parent is unknown.
     """
 
     pid: int
@@ -173,13 +173,13 @@ class OrphanView:
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
-    """A managed cgroup. `kind`: `tenant`, `group`, or `gone` if the cgroup was removed and its memory is still held.
+    """A managed cgroup. `kind`: `tenant`, `group`, or `gone` if the cgroup was removed while its memory is still held.
 
-    `denied`: the reason why the tenant's limit is not in force on some device; empty if it is in force on all.
+    `denied`: the reason why the tenant's limit is not in force on some device; empty if no device lacks the limit.
     `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
     the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`. `opens_denied`: opens of the
-    driver's device nodes by processes without the shim that were refused. `opens_would_deny`: such opens that
-    `onBypass: deny` would have refused. `parking` None: the tenant was not parked since the agent's start.
+    driver's device nodes by processes without the shim that were refused. `opens_would_deny`: opens that `onBypass:
+    deny` would have refused. `parking`: None if the tenant was not parked since the agent's start.
     """
 
     tenant: str
@@ -210,11 +210,11 @@ class DeviceView:
     """A device of the host.
 
     `owner`: the tenant that has the turn. `reconcile_age_seconds`: the time since NVML last answered for the device.
-    `xids`: the count of each XID since the agent's start; None: NVML does not report XIDs. `ignored_xids`: how many of
-    these XIDs agent.yaml ignores, by default those that programs cause. `fatal_xid`: the XID because of which no share
-    of the device is offered; None: there is none. `unexplained_bytes`: bytes in use that belong to no process, orphan
-    or known reserve; None: unknown. `usable_bytes`: the capacity without the driver's reserve, against which
-    `committed_bytes` counts. `sharing`: turns or concurrent.
+    `xids`: the count of each XID since the agent's start; None if NVML does not report XIDs. `ignored_xids`: how many
+    of these XIDs agent.yaml ignores; by default agent.yaml ignores the XIDs that programs cause. `fatal_xid`: the XID
+    because of which no share of the device is offered, or None. `unexplained_bytes`: bytes in use that belong to no
+    process, orphan or known reserve; None if unknown. `usable_bytes`: the capacity without the driver's reserve,
+    against which `committed_bytes` counts. `sharing`: `turns` or `concurrent`.
     """
 
     index: int
@@ -241,11 +241,11 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True)
 class SlicesView:
-    """Turns on one device, as the gatekeeper counts them.
+    """The gatekeeper's counts of the turns on one device.
 
     `lent_seconds`: the time for which all tenants of the device could launch at the same time. `drain_seconds`: the sum
-    of all drains. `drains`: the number of drains in each interval that ends at one of `bounds_seconds`, and last the
-    number of longer drains.
+    of all drains. `drains`: the number of drains in each interval that ends at one of `bounds_seconds`. The last item
+    counts longer drains.
     """
 
     switches: int
@@ -258,10 +258,10 @@ class SlicesView:
 
 @dataclass(frozen=True, slots=True)
 class PoliciesView:
-    """The last reading of the policy files. `good`: it had no error. `faults`: its errors.
+    """The last reading of the policy files. `good`: the reading had no error. `faults`: the errors of the reading.
 
     `loaded_seconds`: the time of the last reading without an error, since the epoch. `unsaved`: the reason why the set
-    in force is not stored on disk for the next start; empty if it is stored.
+    in force is not stored on disk for the next start; empty if the set is stored.
     """
 
     good: bool
@@ -273,10 +273,10 @@ class PoliciesView:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """A container engine that the agent asks for labels. `waiting`: the number of containers that have no answer yet.
+    """A container engine from which the agent requests labels. `waiting`: the number of containers without an answer.
 
-    `fault`: the reason why the last request failed; empty if it succeeded. `found`, `unknown` and `failed`: the number
-    of requests with this outcome.
+    `fault`: the reason why the last request failed; empty if the request succeeded. `found`, `unknown` and `failed`:
+    the number of requests with this outcome.
     """
 
     name: str
@@ -291,11 +291,11 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True)
 class LibraryView:
-    """A driver library that processes have mapped and that is not the host's own.
+    """A driver library that processes have mapped and that is not the host's own library.
 
     `digest`: empty until the contents of the file have been read. `role`: `listed` if the contents are trusted, because
     agent.yaml lists the digest or the host's driver has the same contents; else `unknown`. `tenant`: the tenant of one
-    of the processes; empty if that process is in none.
+    of the processes; empty if that process is in no tenant.
     """
 
     path: str
@@ -307,7 +307,7 @@ class LibraryView:
 
 @dataclass(frozen=True, slots=True)
 class MapView:
-    """A table that all tenants share. `entries`: entries in use or reserved for a workload. `most`: its capacity."""
+    """A table that all tenants share. `entries`: entries in use or reserved for a workload. `most`: the capacity."""
 
     name: str
     entries: int
@@ -319,11 +319,11 @@ class Snapshot:
     """The host at one moment: `time_seconds` since the epoch, `taken_seconds` on the monotonic clock.
 
     `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
-    unknown whether all requested limits are in force; empty if they are. `lacks`: the failed checks that do not concern
-    enforcement, by name, each with its finding and fix. `trusted`: the digests that agent.yaml lists. `events`: the
-    number of kernel events that were sent, and of events that were lost, by reason. `writes_refused`: the number of
-    requests on the control socket that lacked the permission to write. `failures`: the number of internal errors after
-    which the agent continued. `gatekeeper`: the gatekeeper's own counters, for reports; their names may change.
+    unknown whether all requested limits are in force; empty if all are in force. `lacks`: the finding and the fix of
+    each failed check that does not concern enforcement, by name. `trusted`: the digests that agent.yaml lists.
+    `events`: the number of kernel events that were sent, and the numbers of lost events by reason. `writes_refused`:
+    the number of requests on the control socket that lacked the permission to write. `failures`: the number of internal
+    errors after which the agent continued. `gatekeeper`: the gatekeeper's counters for reports, whose names may change.
     """
 
     time_seconds: float
@@ -354,7 +354,7 @@ def plain(view: Any) -> dict[str, Any]:
 
 
 class Fields(Mapping[str, Any]):
-    """A mapping with the contents of a view's JSON. A field is converted when it is read."""
+    """A mapping with the contents of a view's JSON. A field is converted at the time of reading."""
 
     __slots__ = ("_view",)
 
@@ -362,7 +362,7 @@ class Fields(Mapping[str, Any]):
         self._view = view
 
     def __getitem__(self, name: str) -> Any:
-        """Return a field in its JSON form. Raises KeyError if there is no such field."""
+        """Return a field in its JSON form. Raise KeyError if the view has no field with this name."""
         try:
             return _read(getattr(self._view, name))
         except AttributeError:
@@ -396,5 +396,5 @@ def no_limit(snapshot: Mapping[str, Any]) -> str:
         return f"No limit is enforced: {snapshot['unenforced']}"
     if released := snapshot.get("lacks", {}).get(RELEASED):
         return f"Released devices: {released[0]}"
-    incomplete = snapshot.get("incomplete")  # an agent of an older version does not report this
+    incomplete = snapshot.get("incomplete")  # an agent of an older version does not report `incomplete`
     return f"Some limits may be out of date: {incomplete}" if incomplete else ""

@@ -1,1 +1,1 @@
-"""The agent process: its main loop, its settings, the reconciliation with NVML, and its reports."""
+"""The agent process: the main loop, the settings, the reconciliation with NVML, and the reports."""

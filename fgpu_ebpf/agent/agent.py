@@ -1,8 +1,7 @@
-"""The agent: puts limits in force, keeps probes and the ledger up to date, and takes Snapshots on request.
+"""The agent, which puts limits in force, keeps probes and the ledger up to date, and takes Snapshots on request.
 
-This is the main module of the agent process. It runs in the main thread. The agent has no part in an allocation, which
-BPF programs admit. When the agent ends, limits stay in force in the kernel, and the next agent takes over the pinned
-maps.
+This main module of the agent process runs in the main thread. The agent has no part in an allocation, which BPF
+programs admit. When the agent ends, limits stay in force in the kernel, and the next agent takes over the pinned maps.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from fgpu_ebpf.workloads.engine_labels import Engines, api_of
 
 log = logging.getLogger("fgpu.agent")
 ROUND_SECONDS = 1.0
-# Errors of a host that is short of memory or files. EFAULT: the kernel had no page for a result (seen with cgroup v1).
+# Errors of a host that is short of memory or files. EFAULT means that the kernel had no page for a result (cgroup v1).
 SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.EFAULT})
 HURRY_SECONDS = 0.1  # the period of rounds while there is no gatekeeper
-SNAPSHOT_SECONDS = 1.0  # the greatest age of a Snapshot that is shown
+SNAPSHOT_SECONDS = 1.0  # the maximum age of a Snapshot that is shown
 AHEAD_BYTES = 1 << 20  # heap kept for small objects: enough for requests, scrapes and rescans at the same time
 
 
@@ -88,7 +87,7 @@ class Agent:
         self.parts.take_over()
         run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
-        # The files that containers get; None if they could not be written.
+        # The files that containers get, or None if a file could not be written.
         self.given = startup.set_up_containers(settings, driver.shim, driver.nvml.devices)
         self.mark("in force")
 
@@ -97,7 +96,7 @@ class Agent:
         self.marks[part] = time.monotonic()
 
     def _follow(self) -> None:
-        """Register everything that wakes the main loop: kernel events, the gatekeeper, NVML, policies and engines."""
+        """Register all sources of events for the main loop: the kernel, the gatekeeper, NVML, policies and engines."""
         parts, discovery = self.parts, self.parts.driver.discovery
         fd = discovery.listen(self.settings.run_dir / "discover.sock")
         self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
@@ -113,30 +112,36 @@ class Agent:
         parts.reconciler.start(ROUND_SECONDS)
 
     def wait_for_gatekeeper(self) -> None:
-        """Wait until the gatekeeper accepts connections. Raises AgentError: it does not within UP_SECONDS."""
+        """Wait until the gatekeeper accepts connections.
+
+        Raise AgentError if no connection is accepted within UP_SECONDS.
+        """
         if not self.gatekeeper.wait():
             raise AgentError("the gatekeeper did not start: see its log above")
 
     # -- the main loop
 
     def end(self, *_: object) -> None:
-        """Make run() return after its current step. Signal handlers call this, so it may run at any point."""
+        """Make run() return after the current step. Signal handlers call this method, so it may run at any point."""
         self._ended = True
 
     def reload(self) -> tuple[ConfigError, ...]:
-        """Read the policies again, and return their errors. After an error the last good set stays in force."""
+        """Read the policies again, and return the errors found. After an error the last good set stays in force."""
         return self.parts.policies.ask()
 
     def policy_error(self) -> str:
-        """Return why pinned limits are enforced instead of policies, or an empty text if policies are enforced."""
+        """Return why pinned limits are enforced instead of policies, or an empty text while policies are enforced."""
         return self.parts.policies.trouble if self.parts.manager.policies_unknown else ""
 
     def reload_soon(self, *_: object) -> None:
-        """Make the main loop reload the policies soon. The handler of SIGHUP may call this at any point."""
+        """Make the main loop reload the policies soon. The handler of SIGHUP may call this method at any point."""
         self._reload_wanted = True
 
     def round_soon(self, *_: object) -> None:
-        """Make the main loop do a round soon. The handler of SIGCHLD calls this: the gatekeeper may have ended."""
+        """Make the main loop do a round soon.
+
+        The handler of SIGCHLD calls this method, because the gatekeeper may have ended.
+        """
         self._next_round = 0.0
 
     def run(self) -> None:
@@ -166,7 +171,7 @@ class Agent:
             raise AgentError(self.devices.fault)
 
     def _round(self, now: float) -> None:
-        """Do the periodic work, which no event triggers."""
+        """Do the periodic work that no event triggers."""
         self._next_round = now + ROUND_SECONDS
         for chore in (*self.chores, self.gatekeeper.keep):
             self._do(chore)
@@ -180,9 +185,9 @@ class Agent:
             self._do(part)
 
     def _do(self, step: Callable[[], object]) -> None:
-        """Run one step. If it raises, log and count the error, so that the other steps still run.
+        """Run one step. If the step raises an error, log and count the error, so that the other steps still run.
 
-        Limits stay in force in the kernel in any case.
+        Limits stay in force in the kernel after an error.
         """
         try:
             step()
@@ -212,7 +217,7 @@ class Agent:
         parts.chores.adoption.look()
 
     def look(self) -> Snapshot:
-        """Take a Snapshot now, and return it."""
+        """Return a new Snapshot."""
         self.snapshot = replace(
             take_snapshot(self.parts, self.settings.run_dir), writes_refused=self.writes_refused,
             failures=self.failures, engines=self.engines.views(), trusted=self.settings.trusted_drivers,
@@ -222,11 +227,11 @@ class Agent:
         return self.snapshot
 
     def fresh(self) -> Snapshot:
-        """Return the last Snapshot, or take a new one if the last is older than SNAPSHOT_SECONDS."""
+        """Return the last Snapshot, or a new Snapshot if the last Snapshot is older than SNAPSHOT_SECONDS."""
         return self.snapshot if time.monotonic() - self._taken < SNAPSHOT_SECONDS else self.look()
 
     def stop(self) -> None:
-        """Stop all parts that this agent has started, also after an incomplete start. Limits stay in force."""
+        """Stop all parts that this agent has started, even after an incomplete start. Limits stay in force."""
         made = self._parts
         of_parts = (made.policies, made.reconciler, made.chores.usage, made.chores.parking) if made else (None,) * 4
         policies, reconciler, usage, parking = of_parts
@@ -235,21 +240,21 @@ class Agent:
                 self._do(part.stop)
 
     def _look_at_answered(self) -> None:
-        """Reconsider cgroups whose labels an engine has reported: their policy or limits may have changed."""
+        """Reconsider cgroups for which an engine has reported labels, because the policy or limits may have changed."""
         self.parts.manager.consider(self.engines.take())
 
     def _look_at_booked(self) -> None:
-        """Reconsider cgroups of pods for which the scheduler has booked other sizes than those in force."""
+        """Reconsider cgroups of pods for which the scheduler has booked sizes that differ from the limits in force."""
         self.parts.manager.consider(self.parts.claims.take())
 
     def _look_at_named(self) -> None:
-        """Probe the files of the processes that the gatekeeper has reported, and decide about their cgroups."""
+        """Probe the files of processes that the gatekeeper has reported, and decide about the processes' cgroups."""
         manager, discovery = self.parts.manager, self.parts.driver.discovery
         for pids in discovery.named():
             for pid in pids:
                 discovery.look_at(pid)
             paths = {path for pid in pids if (path := procfs.cgroup_path(pid)) is not None}
-            # The cgroups may be so new that the kernel events about them have not been read yet.
+            # The kernel events about new cgroups may not have been read yet.
             lacking = manager.consider({above for path in paths for above in procfs.and_above(path)})
             for path in paths:
                 manager.enforcer.answer(path, lacking)

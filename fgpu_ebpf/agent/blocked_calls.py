@@ -1,11 +1,13 @@
-"""Finds calls of parked processes that wait in the driver: the tenant has to be woken.
+"""The search for calls of parked processes that wait in the driver and for which the tenant has to be woken.
 
-Each parked tenant has a thread, which looks at the tenant's processes 20 times a second until it finds a call or is
-stopped. Without parked tenants no thread runs. A look reads one file, unless the tenant's processes have used processor
-time since the last look: a thread that has not run has made no call. After a look that took long, the thread pauses for
-long, so that it uses at most a tenth of a processor.
+Each parked tenant has a search thread, which checks the tenant's processes 20 times a second until the thread finds a
+call or is stopped. Without parked tenants no search thread runs. A check reads only one file if the tenant's processes
+have used no processor time since the last check, because a thread that has not run has made no call. A full check is
+made at least once in FULL_SECONDS. The pause after a check is proportional to the duration of the check, so that a
+search thread uses at most a tenth of a processor.
 
-The thread reads memory of the tenant's processes, which may block. It blocks for its own tenant alone.
+The search thread reads memory of the tenant's processes, which may block. A blocked thread delays only the wake-up of
+its own tenant.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from fgpu_ebpf.linux import call_stacks, procfs
 from fgpu_ebpf.linux.call_stacks import Sleep, Where
 
 LOOK_SECONDS = 0.05
-FULL_SECONDS = 1.0  # the longest time between two full looks
-PAUSE = 9  # the pause after a look, as a multiple of the time that the look took
+FULL_SECONDS = 1.0  # the longest time between two full checks
+PAUSE = 9  # the pause after a check, as a multiple of the time that the check took
 
 Places = Mapping[tuple[int, int], Sleep]  # (pid, thread) -> the place at which the thread slept
 
 
 @dataclass(slots=True)
 class Known:
-    """The findings about one process: the verdict on each place at which a thread was found asleep."""
+    """The results for one process: the verdict on each place at which a thread was found asleep."""
 
     code: call_stacks.Code | None = None
     judged: dict[tuple[int, Sleep], Where] = field(default_factory=dict)
@@ -39,7 +41,7 @@ def find(pid: int, known: Known) -> Iterable[tuple[int, Sleep, Where]]:
 
     Args:
         pid: the process.
-        known: the verdicts of earlier looks, which this function renews.
+        known: the verdicts of earlier checks, which this function renews.
 
     Raises:
         OSError: the process has ended, or must not be read.
@@ -54,19 +56,19 @@ def find(pid: int, known: Known) -> Iterable[tuple[int, Sleep, Where]]:
             judged |= {place: where for place in new if (where := _where(stacks, place[1], known.code)) is not None}
         finally:
             stacks.close()
-    # A thread that was woken and sleeps at the same place again may be in another call: only quiet places are kept.
+    # Only quiet places are kept: a woken thread that sleeps at the same place again may be in another call.
     known.judged = {place: where for place, where in judged.items() if where is Where.ELSEWHERE}
     return [(*place, where) for place, where in judged.items() if where is not Where.ELSEWHERE]
 
 
 def _is_of_mps(pid: int) -> bool:
-    """Return whether a process has the variable that names an MPS daemon. Raises OSError."""
+    """Return whether a process has the variable that names an MPS daemon. Raise OSError if the process is gone."""
     words = procfs.read(f"/proc/{pid}/environ").split(b"\0")
     return any(word.startswith(b"CUDA_MPS_PIPE_DIRECTORY=") for word in words)
 
 
 def _where(stacks: call_stacks.Stacks, sleep: Sleep, code: call_stacks.Code) -> Where | None:
-    """Return where a thread sleeps; None: it has ended, or its stack cannot be read now."""
+    """Return where a thread sleeps, or None if the thread has ended or the stack cannot be read now."""
     try:
         return stacks.where(sleep, code)
     except (OSError, OverflowError):
@@ -74,11 +76,11 @@ def _where(stacks: call_stacks.Stacks, sleep: Sleep, code: call_stacks.Code) -> 
 
 
 def before_parking(pids: Iterable[int]) -> tuple[str, Places]:
-    """Look at the processes of a tenant before it is parked. May block on them.
+    """Check the processes of a tenant before the tenant is parked. The function may block on these processes.
 
     Returns:
-        Why the tenant cannot be parked now, or an empty text; and the places at which threads slept that are not
-        certainly in a call.
+        Why the tenant cannot be parked now, or an empty text; and the places of sleeping threads that are not certainly
+        in a call.
     """
     perhaps = {}
     for pid in pids:
@@ -100,14 +102,14 @@ def before_parking(pids: Iterable[int]) -> tuple[str, Places]:
 
 
 class BlockedCalls:
-    """The thread of one parked tenant.
+    """The search thread of one parked tenant.
 
     Args:
-        pids: returns the tenant's processes, also those that are not parked: the shim holds their calls back too. The
-            thread calls it.
-        quiet: places at which threads slept before the tenant was parked; empty: not known.
+        pids: a function that returns the tenant's processes, including processes that are not parked, because the shim
+            blocks their calls too. The search thread calls this function.
+        quiet: places at which threads slept before the tenant was parked; empty if unknown.
         cgroup: the folder of the tenant's cgroup.
-        found: called by the thread, once, with the pid of a process that has a blocked call.
+        found: a function that the search thread calls once, with the pid of a process that has a blocked call.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class BlockedCalls:
         self._thread = threading.Thread(target=self._run, name="parked", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Raises RuntimeError: the system has no room for a thread."""
+        """Start the thread. Raise RuntimeError if the system has no room for a thread."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -141,7 +143,7 @@ class BlockedCalls:
             self._stopping.wait(max(LOOK_SECONDS, PAUSE * (time.monotonic() - began)))
 
     def _usage(self) -> str:
-        """Return the processor time of the tenant as text; empty: not known."""
+        """Return the processor time of the tenant as text, or an empty text if unknown."""
         try:
             return procfs.read(self._usage_file).split(b"\n", 1)[0].decode()
         except OSError:
@@ -153,9 +155,9 @@ class BlockedCalls:
         for pid, known in self._known.items():
             try:
                 found = find(pid, known)
-            except (FileNotFoundError, ProcessLookupError):  # it has ended
+            except (FileNotFoundError, ProcessLookupError):  # the process has ended
                 continue
-            except OSError:  # its calls cannot be found any more
+            except OSError:  # calls of the process can no longer be found
                 return pid
             for thread, sleep, where in found:
                 if where is Where.IN_DRIVER or not _same(self._quiet.get((pid, thread)), sleep):
@@ -168,16 +170,19 @@ def _same(one: Sleep | None, other: Sleep) -> bool:
 
 
 class Checks:
-    """The threads that look at tenants before these are parked. A tenant can make a look block for ever."""
+    """The threads that check tenants before the tenants are parked. A tenant can block a check forever."""
 
     def __init__(self) -> None:
         self._threads: dict[int, threading.Thread] = {}
 
     def begin(self, cgroup: int, run: Callable[[], None]) -> str:
-        """Run a function in a thread of its own. Return why this is not possible; an empty text if it has begun."""
+        """Run a function in its own thread.
+
+        Return why no thread can be started, or an empty text if the thread has started.
+        """
         self._threads = {key: thread for key, thread in self._threads.items() if thread.is_alive()}
         if cgroup in self._threads:
-            return "an earlier look at its memory has not ended"
+            return "an earlier check of the tenant's memory has not ended"
         thread = threading.Thread(target=run, name="parking", daemon=True)
         try:
             thread.start()

@@ -1,8 +1,8 @@
-"""Kills bypassing processes of tenants that exceed their limits, if the policy has `onBypass: kill`.
+"""Kill bypassing processes of tenants that exceed their limits, if the policy has `onBypass: kill`.
 
 The BPF programs kill a process in a call that has a probe. Memory that was allocated through a driver library without
-probes is visible in NVML alone, so the agent kills the process that holds it. This module runs in the agent's main
-loop, once a round, and needs the capability KILL.
+probes is visible in NVML alone, so the agent kills the process that holds the memory. This module runs in the agent's
+main loop, once a round, and needs the capability KILL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 
 
 class BypassKiller:
-    """Kills bypassing processes. `truth` returns the last result of NVML."""
+    """The steps that kill bypassing processes. `truth` returns the last result of NVML."""
 
     def __init__(
         self,
@@ -42,7 +42,10 @@ class BypassKiller:
         self._before: dict[int, Mapping[int, Rows]] = {}  # NVML's rows when a tenant's cgroup got its limit
 
     def look(self) -> None:
-        """Kill processes, once for each new result of NVML. The ledger has already been corrected by this result."""
+        """Kill processes, once for each new result of NVML.
+
+        The ledger has already been corrected according to this result.
+        """
         truth, kills = self._truth(), [tenant for tenant in self._enforcer if self._kills(tenant)]
         new = {tenant.cgroup: truth.held if tenant.cgroup in self._enforcer.since else {} for tenant in kills}
         self._before = {cgroup: self._before.get(cgroup, held) for cgroup, held in new.items()}
@@ -67,9 +70,9 @@ class BypassKiller:
         return tenant.kill and not tenant.observe and not self._enforcer.spares(tenant)
 
     def _spared(self, pid: int, tenant: Tenant, device: int) -> int:
-        """Return the bytes for which a process is not killed: what it had before its cgroup had a limit.
+        """Return the bytes for which a process is not killed: the memory from the time before the limit of the cgroup.
 
-        No probe could record these. A part may be modules, which the driver loads later.
+        No probe could record these bytes. Some of these bytes may be for modules, which the driver loads later.
         """
         before = self._before[tenant.cgroup].get(device, {}).get(pid) or 0
         started, since = procfs.started(pid) if before else None, self._enforcer.since.get(tenant.cgroup, 0.0)
@@ -77,7 +80,7 @@ class BypassKiller:
         return before + self._unwitnessed.modules if is_older else 0
 
     def _beyond_limit(self, tenant: Tenant) -> list[int]:
-        """Return the devices on which a tenant is charged more than its limit, also if the limit does not count."""
+        """Return the devices on which a tenant is charged more than its limit, even if the limit does not count."""
         found = self._ledger.usage(tenant.cgroup) or []
         limits = [max(u.limit, tenant.limits.get(device, 0)) for device, u in enumerate(found)]
         return [d for d, u in enumerate(found) if limits[d] != abi.NO_LIMIT and u.used > limits[d]]
@@ -85,7 +88,7 @@ class BypassKiller:
     def _kill(self, pid: int, generation: int) -> bool:
         """Kill a process by its pidfd, if the ledger's entry is still the same after the pidfd was opened.
 
-        Returns whether the process was killed.
+        Return whether the process was killed.
         """
         try:
             pidfd = os.pidfd_open(pid)

@@ -1,4 +1,4 @@
-"""Decides in which way a process bypasses the shim, and why it has no shim, in the words of `fgpu ps` and the metrics.
+"""The way in which a process bypasses the shim, and the reason for a missing shim, as in `fgpu ps` and the metrics.
 
 This module runs in the agent's main thread, on the readings for one Snapshot.
 """
@@ -19,7 +19,7 @@ _WITHOUT = ("no_admission", "no_shim", "unwitnessed", "unprobed")
 
 @dataclass(frozen=True, slots=True)
 class Bypasses:
-    """The readings: sets of pids by property, the audit of turns, and the reasons why processes have no shim.
+    """The inputs: sets of pids by property, the audit of turns, and the reasons why processes have no shim.
 
     `unwitnessed`: processes that hold more memory than recorded calls explain.
     """
@@ -32,20 +32,21 @@ class Bypasses:
     reasons: Reasons
 
     def how(self, tgid: int, process: Process) -> str:
-        """Return the way in which a process bypasses the shim, or an empty text if it does not.
+        """Return the way in which a process bypasses the shim, or an empty text for a process that does not bypass it.
 
-        The result is the first of these that applies. The first three apply only to processes that have memory:
+        The result is the first way in this list that applies. The first three ways apply only to processes that have
+        memory:
 
         * `older`: the process started before fgpu.
-        * `unprobed`: it has mapped a library that could not be probed, so its calls are unknown.
-        * `standalone`: its shim found no agent, and enforces the image's own limit.
-        * `no_admission`: probes have recorded calls for which it requested no admission.
-        * `no_shim`: it has memory and no shim. Probes record its calls.
-        * `unwitnessed`: it has memory that no recorded call explains.
-        * `outside_turns`: according to NVML, it runs outside its tenant's turns.
-        * `empty_turns`: according to NVML, it runs nothing in its tenant's turns.
+        * `unprobed`: the process has mapped a library that could not be probed, so the calls are unknown.
+        * `standalone`: the shim of the process found no agent, and enforces the image's own limit.
+        * `no_admission`: probes have recorded calls for which the process requested no admission.
+        * `no_shim`: the process has memory and no shim. Probes record the calls.
+        * `unwitnessed`: the process has memory that no recorded call explains.
+        * `outside_turns`: according to NVML, the process runs outside its tenant's turns.
+        * `empty_turns`: according to NVML, the process runs nothing in its tenant's turns.
 
-        A process that exits during its adoption bypasses nothing, and its entry is deleted soon.
+        A process that exits during its adoption bypasses nothing, and its entry in the ledger is deleted soon.
         """
         if tgid in self.preexisting and any(process.bytes) and not procfs.ended(tgid):
             return "older"
@@ -64,11 +65,14 @@ class Bypasses:
         return "empty_turns" if tgid in self.turns.empty else ""
 
     def why(self, tgid: int, process: Process, how: str) -> str:
-        """Return why a bypassing process has no shim, or an empty text if it has one or the reason is unknown."""
+        """Return why a bypassing process has no shim.
+
+        The text is empty if the process has a shim or the reason is unknown.
+        """
         if how not in _WITHOUT or process.flags & abi.Seen.SHIM:
             return ""
         return self.reasons.of(tgid, process.generation) or ""
 
     def loader(self, tgid: int, process: Process) -> str:
-        """Return the path of a process's dynamic loader if why() names it as the reason, else an empty text."""
+        """Return the path of a process's dynamic loader if why() names the loader as the reason, else an empty text."""
         return self.reasons.loader(tgid, process.generation)

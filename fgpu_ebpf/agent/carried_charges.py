@@ -1,12 +1,13 @@
-"""Prevents double charges of running programs after a change of the ledger's layout.
+"""Prevent double charges of running programs after a change of the ledger's layout.
 
 An agent that finds pinned maps of another layout at its start copies the charges of each level into its own ledger, as
 orphaned bytes without an entry (`other_layouts`). The first reconcile passes charge each running program with the bytes
-that NVML shows for it. This module then releases the same number of orphaned bytes. The rest is memory that NVML shows
-for no process, or memory of exited processes. `OrphanRelease` releases the rest once the device no longer holds it.
+that NVML shows for the program. This module then releases the same number of orphaned bytes. The rest is memory that
+NVML shows for no process, or memory of exited processes. `OrphanRelease` releases the rest once the device no longer
+holds this memory.
 
-This module runs in the reconcile thread, in the first seconds after such a start. After an error the bytes stay
-charged.
+This module runs in the reconcile thread, in the first seconds after an agent's start with a changed layout. After an
+error the bytes stay charged.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from collections.abc import Iterable
 
 from fgpu_ebpf.ledger.ledger import Ledger
 
-# Long enough for several passes, but short, because new allocations of running programs in this time are mistaken for
-# carried bytes.
+# The time is long enough for several passes, and short because new allocations of running programs in this time are
+# mistaken for carried bytes.
 SECONDS = 3.0
 
 _Where = tuple[int, int]  # level and device
 
 
 class Carried:
-    """The bytes carried over. `pids`: the programs that ran before the change; empty if the layout has not changed."""
+    """The carried bytes. `pids`: the programs that ran before the change; empty if the layout has not changed."""
 
     def __init__(self, ledger: Ledger, pids: Iterable[int]) -> None:
         self._ledger, self._pids = ledger, frozenset(pids)
@@ -33,7 +34,7 @@ class Carried:
         self._before: dict[_Where, int] = self._orphaned() if self._pids else {}
 
     def look(self) -> None:
-        """Release as many orphaned bytes as the programs of `pids` are charged with by now."""
+        """Release as many orphaned bytes as the programs of `pids` are charged with now."""
         if not self._before:
             return
         charged: Counter[_Where] = Counter()
@@ -51,7 +52,7 @@ class Carried:
     def _orphaned(self) -> dict[_Where, int]:
         """Return the orphaned bytes without an entry, by level and device.
 
-        The pages are read before the entries; orphans.bpf.h has the reason.
+        The pages are read before the entries, for the reason in orphans.bpf.h.
         """
         pages = {level: self._ledger.orphans.of_level(level) for level in self._ledger.tenants()}
         found = Counter(

@@ -1,7 +1,7 @@
-"""Scans of cgroups in short steps. They find changes that no kernel event has reported.
+"""Scans of cgroups in short steps, which find changes that no kernel event has reported.
 
-A scan runs in the agent's main loop, in slices (`sliced_looks`). A step handles a bounded number of cgroups,
-however many a workload has made. It raises the errors of the parts that it calls.
+A scan runs in the agent's main loop, in slices (`sliced_looks`). A step handles a bounded number of cgroups, however
+many a workload has made. A step raises the errors of the parts that it calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class HostLook:
-    """Scans the cgroups of the host in steps."""
+    """The scans of the host's cgroups."""
 
     def __init__(
         self, manager: Manager, kernel_events: KernelEvents, engines: Engines, discovery: Discovery,
@@ -36,7 +36,10 @@ class HostLook:
         self._stale_mounts, self._lists = stale_mounts, lists
 
     def steps(self, path: str) -> Iterator[None]:
-        """Return the steps of a scan of all cgroups if `path` is ALL, else of the cgroup at `path` and all in it."""
+        """Return the steps of a scan of the cgroup at `path` and all cgroups below.
+
+        With ALL, all cgroups are scanned.
+        """
         return self._everything() if path == ALL else self._inside(path)
 
     def _everything(self) -> Iterator[None]:
@@ -68,7 +71,9 @@ class HostLook:
         yield from self._follow(path)
 
     def _cgroups(self, top: str) -> Iterator[list[tuple[int, str]]]:
-        """Yield id and path of every cgroup below `top` in chunks, sorted by depth, then by age, the oldest first.
+        """Yield id and path of every cgroup below `top` in chunks.
+
+        The order is by depth, then from the oldest cgroup on.
 
         A chunk is empty if its step has only read a part of a folder.
         """
@@ -83,14 +88,14 @@ class HostLook:
             yield from chunks(layer, CHUNK)
 
     def _gone(self, top: str) -> Iterator[None]:
-        """Decide again about the tenants in `top` without a cgroup: it no longer exists."""
+        """Decide again about the tenants in `top` whose cgroups no longer exist."""
         for tenants in chunks(list(self._enforcer), CHUNK):
             paths = [t.path for t in tenants if is_inside(t.path, top) and self._workloads.cgroup(t.path) != t.cgroup]
             self._manager.consider(paths)
             yield
 
     def _follow(self, top: str) -> Iterator[None]:
-        """Move the charges of processes to the cgroups that they are in now."""
+        """Move the charges of processes to the present cgroups of these processes."""
         found: set[str] = set()
         for pids in chunks(self._kernel_events.charged(), CHUNK):
             found |= {path for pid in pids if (path := procfs.cgroup_path(pid)) and is_inside(path, top)}
@@ -102,7 +107,7 @@ class HostLook:
     def tenants(self) -> Iterator[None]:
         """Check each tenant for stale mounts, and scan the root of its first process.
 
-        That process may have started while no agent ran, so that no agent received its exec event.
+        The first process may have started while no agent ran, so that no agent received the exec event.
         """
         for tenant in list(self._enforcer):
             for pid in self._workloads.pids(tenant.path)[:1]:
@@ -112,7 +117,7 @@ class HostLook:
 
 
 def is_inside(path: str, top: str) -> bool:
-    """Return True if the cgroup is the one at `top`, or below it."""
+    """Return True if the cgroup is at `top` or below."""
     return path == top or path.startswith(f"{top}/")
 
 

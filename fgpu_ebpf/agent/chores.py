@@ -1,6 +1,6 @@
-"""The work that the agent does once in every round, apart from the upkeep of its own parts.
+"""The work that the agent does once in every round, apart from the maintenance of the agent's own parts.
 
-The steps are made at the agent's start and run in its main loop. Most of them add new events to the event log.
+The steps are made at the agent's start and run in the agent's main loop. Most steps add new events to the event log.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fgpu_ebpf.tenancy.usage_store import Writer
 
 @dataclass(frozen=True, slots=True)
 class Chores:
-    """The steps of a round, in their order, and the objects of these steps that other modules use too."""
+    """The steps of a round in the order of execution, and the objects of these steps that other modules use too."""
 
     steps: tuple[Callable[[], object], ...]
     adoption: AdoptionReports
@@ -49,7 +49,7 @@ def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
     failed_checks: MutableMapping[str, Check], settings: Settings, opens: DeniedOpens,
 ) -> Chores:  # fmt: skip
-    """Make the steps.
+    """Make the steps of a round.
 
     Args:
         failed_checks: the agent's failed checks by name, which some steps change.

@@ -1,8 +1,8 @@
-"""Keeps `onBypass: deny` in force: programs without the shim may not open the driver's device nodes.
+"""Keep `onBypass: deny` in force, so that programs without the shim cannot open the driver's device nodes.
 
 A BPF program decides about each open (bpf/opens.bpf.h), by the flag of a limit. This module renews the major numbers,
-which change when modules of the driver are loaded, and exempts processes that had a device before. Runs in the agent's
-main loop.
+which change when modules of the driver are loaded, and exempts processes that had a device before. The module runs in
+the agent's main loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DeniedOpens:
         ledger: the ledger.
         truth: returns the last result of NVML.
         tenants: all tenants.
-        fault: returns the reason why no program decides about opens; an empty text if a program does.
+        fault: returns the reason why no BPF program decides about opens, or an empty text if a program decides.
         failed_checks: the agent's failed checks.
     """
 
@@ -39,7 +39,7 @@ class DeniedOpens:
         self._fault, self._failed_checks = fault, failed_checks
 
     def look(self) -> None:
-        """Exempt processes that NVML shows, renew the major numbers, and report whether the policy is in force."""
+        """Exempt the processes that NVML shows, renew the major numbers, and report whether the policy is in force."""
         truth = self._truth()
         for pid in truth.strangers() & truth.processes.keys():
             process = truth.processes[pid]

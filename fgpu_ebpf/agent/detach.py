@@ -1,10 +1,10 @@
-"""`fgpu detach`: removes everything that fgpu has left on the host, with seven exceptions.
+"""`fgpu detach`: the removal of everything that fgpu has left on the host, with seven exceptions.
 
 The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), versions of the shim that
 processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, cgroups in which programs
 of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the store of
-`fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError a part
-is left, which the next call removes.
+`fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError the next
+call removes the remaining parts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FILES = (
     *(
         *(host.name for host in run.PRELOADS),
         NAMES,
-        injection.PUBLISHED,  # removed after the store, because it has the path of the store
+        injection.PUBLISHED,  # removed after the store, because this file has the path of the store
         PreexistingProcesses.FILE,
         "gatekeeper.json",
         "parker.sock",
@@ -48,14 +48,17 @@ _FILES = (
 
 
 def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
-    """Stop the gatekeeper, and remove pins, probes and files. `is_locked`: the caller holds the agent's lock."""
+    """Stop the gatekeeper, and remove pins, probes and files.
+
+    `is_locked`: True if the caller holds the agent's lock.
+    """
     gatekeeper_process.end_any(run_dir)
     _cgroups()
     for folder in (pins, *other_layouts.folders(pins)):
         attach.detach(folder)
     _remove_empty(pins.parent)
     programs.unmount_made()
-    # An earlier agent may have published another shim than the last agent.
+    # An earlier agent may have published a shim that differs from the last agent's shim.
     mounted, published = injection.mounted(run_dir).get("shim"), injection.published(run_dir)
     injection.take_away(run_dir)
     run.remove_created_preloads(run_dir)
@@ -76,7 +79,7 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
 
 
 def _cgroups() -> None:
-    """Remove the empty cgroups of `fgpu run`. A later agent removes the others when their programs have ended."""
+    """Remove the empty cgroups of `fgpu run`. A later agent removes every other cgroup when the programs have ended."""
     root = procfs.cgroup2_root()
     if root is None:
         return
@@ -86,20 +89,21 @@ def _cgroups() -> None:
 
 
 def _published(shim: Path) -> None:
-    """Remove the store of this shim and the helper, unless an engine's settings or a process needs them."""
+    """Remove the store of this shim and the helper, unless an engine's settings or a process needs the files."""
     store = shim.parent.parent
     if any(engine_setup.STATE.glob("*.json")):
         return
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
     if shim_store.remove(store, mapped):
         shutil.rmtree(injection.BIN, ignore_errors=True)
-    # BESIDE exists on the host if a container has mounted a folder above it: its runtime creates the mount point there.
+    # BESIDE exists on the host if a container has mounted a folder above, because the runtime creates the
+    # mount point.
     for folder in (store, engine_setup.STATE, Path(shim_mounts.BESIDE), store.parent):
         _remove_empty(folder)
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file of the run folder, and the folders that were renamed to make room for the file."""
+    """Remove a file of the run folder, and the folders that were renamed to free the name of the file."""
     path.unlink(missing_ok=True)
     clear_path.remove_moved(path)
 
@@ -117,6 +121,6 @@ def _leave(folder: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a folder, unless something is in it or it is mounted."""
+    """Remove a folder, unless the folder has contents or is mounted."""
     with contextlib.suppress(OSError):
         os.rmdir(folder)

@@ -1,7 +1,8 @@
-"""Closes the devices on request, so that they can be reset and their driver unloaded, and detects a replaced driver.
+"""The release of the devices, so that a device can be reset and the driver unloaded, and the check for a new driver.
 
-This module runs in the agent's main loop; the reconcile thread shuts NVML down. During a release limits stay in force
-in the kernel, but memory that only NVML shows is not charged. A release ends by a command, or when its time is over.
+This module runs in the agent's main loop. The reconcile thread shuts NVML down. During a release limits stay in force
+in the kernel, but memory that only NVML shows is not charged. A command ends a release, or the release ends when its
+time is over.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _FILES_FIX = "once the modules of the new driver are loaded, restart the agent: 
 
 @dataclass(slots=True)
 class DeviceRelease:
-    """The release, if there is one, and the driver's files.
+    """The state of the release, and the driver's files.
 
     `files`: the driver's files at the agent's start. `failed_checks`: the agent's failed checks by name, which this
-    class changes. `fault`: the reason why the agent must exit and be started again with another driver, else empty.
+    class changes. `fault`: the reason why the agent must exit and be started again with another driver, or empty.
     """
 
     reconciler: Reconciler
@@ -39,18 +40,18 @@ class DeviceRelease:
     failed_checks: MutableMapping[str, Check]
     fault: str = ""
     _since: float = 0.0  # the start of the release, since the epoch
-    _until: float | None = None  # the end of the release on the monotonic clock; None: not released
+    _until: float | None = None  # the end of the release on the monotonic clock; None if no device is released
 
     @property
     def is_released(self) -> bool:
-        """True if a release is in force, or is about to be."""
+        """True if a release is in force or is about to begin."""
         return self._until is not None
 
     def release(self, seconds: float) -> dict[str, Any]:
         """Release the devices for at most `seconds` from now on. The caller repeats this call until `done` is True.
 
         Returns:
-            `done`: whether the devices are released. `open`: the files of devices that this process still has open.
+            `done`: whether the devices are released. `open`: the files of devices that the agent still has open.
             `until`: the end of the release as local time, HH:MM:SS.
         """
         if self._until is None:
@@ -75,7 +76,7 @@ class DeviceRelease:
         self._report_release()
 
     def look(self) -> None:
-        """End a release whose time is over, and report replaced files; to be called in every round."""
+        """End a release whose time is over, and report replaced files. The agent calls this method in every round."""
         if self._until is not None and time.monotonic() >= self._until:
             self.take()
         replaced = self._replaced()
@@ -84,7 +85,7 @@ class DeviceRelease:
         self._report(FILES, replaced, _FILES_FIX)
 
     def _replaced(self) -> str:
-        """Return a text that names the driver's files that were replaced since the agent's start; empty if none was."""
+        """Return a text that names the driver's files that were replaced since the agent's start, or an empty text."""
         replaced = sorted(str(path) for path, file in self.files.items() if file_at(path) != file)
         return f"replaced since the agent's start: {', '.join(replaced)}" if replaced else ""
 

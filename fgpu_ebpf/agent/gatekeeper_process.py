@@ -1,8 +1,8 @@
-"""The supervisor of the gatekeeper process: starts a gatekeeper if there is none, and stops it with the agent.
+"""The supervisor of the gatekeeper, which starts a missing gatekeeper, and stops the agent's gatekeeper with the agent.
 
-The supervisor runs in the agent's main loop, `check` in `fgpu doctor`, and `end_any` also in `fgpu detach` without an
-agent. A gatekeeper that a systemd service runs is stopped only by `fgpu detach` or a change of the layout. If the
-agent's own gatekeeper dies, the agent starts another within a second.
+The supervisor runs in the agent's main loop, `check` runs in `fgpu doctor`, and `end_any` also runs in `fgpu detach`
+without an agent. A gatekeeper that a systemd service runs is stopped only by `fgpu detach` or a change of the layout.
+If the agent's own gatekeeper exits, the agent starts another gatekeeper within a second.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ ABSENT = Check(
     "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
-# How long the agent waits before it starts a gatekeeper: after the exit of its own, and of a service's gatekeeper.
+# The delays before the agent starts a gatekeeper: after the exit of its own gatekeeper, and of a service's gatekeeper.
 OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0
 
 
 class GatekeeperProcess:
-    """Starts and stops the agent's own gatekeeper. There is at most one."""
+    """The agent's own gatekeeper. An agent has at most one gatekeeper of its own."""
 
     def __init__(self, run_dir: Path, pins: Path) -> None:
         self._run_dir, self._lock = run_dir, run_dir / file_locks.GATEKEEPER
-        # Without -P, Python would first search modules in the current folder, which may belong to any user. -S: the
-        # gatekeeper needs no other packages, and code in .pth files does not delay its start.
+        # Without -P, Python would first search modules in the current folder, which may belong to any user. With -S,
+        # code in .pth files does not delay the start; the gatekeeper needs no other packages.
         module = [sys.executable, "-P", "-S", "-m", "fgpu_ebpf.gatekeeper"]
         self._command = [*module, "--stand-in", "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
@@ -53,7 +53,7 @@ class GatekeeperProcess:
         self.is_missed = False  # no gatekeeper runs; set by keep()
 
     def start(self, layout_changed: bool = False) -> None:
-        """Start a gatekeeper, unless one runs that this agent, a service or an earlier agent has started.
+        """Start a gatekeeper, unless a gatekeeper of this agent, of a service or of an earlier agent runs.
 
         Args:
             layout_changed: a running gatekeeper may be of a version that rejects the hellos of this version's shims.
@@ -71,9 +71,9 @@ class GatekeeperProcess:
         self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment)
 
     def keep(self) -> None:
-        """Start a gatekeeper if there is none.
+        """Start a gatekeeper if no gatekeeper runs.
 
-        If a systemd service ran the last gatekeeper, the service has OTHERS_SECONDS to restart it.
+        If a systemd service ran the last gatekeeper, the service has OTHERS_SECONDS to restart the gatekeeper.
         """
         own, was_missed = self._child and self._child.poll() is None, self.is_missed
         self.is_missed = not own and not file_locks.is_locked(self._lock)
@@ -87,9 +87,11 @@ class GatekeeperProcess:
         self.start()
 
     def wait(self) -> bool:
-        """Wait until a gatekeeper accepts connections. Returns False if none does within UP_SECONDS.
+        """Wait until a gatekeeper accepts connections.
 
-        A gatekeeper that exits in this time is replaced.
+        Return False if no gatekeeper accepts a connection within UP_SECONDS.
+
+        A gatekeeper that exits during the wait is replaced.
         """
         deadline = time.monotonic() + UP_SECONDS
         while not self.answers():
@@ -100,11 +102,11 @@ class GatekeeperProcess:
         return True
 
     def answers(self) -> bool:
-        """Return whether a gatekeeper holds its lock and accepts connections at its socket."""
+        """Return whether a gatekeeper holds the gatekeeper's lock and accepts connections at its socket."""
         return is_up(self._run_dir) and _accepts(self._run_dir / "shim/shim.sock")
 
     def stop(self) -> None:
-        """Stop the agent's own gatekeeper, with SIGKILL if it does not exit within 2 s."""
+        """Stop the agent's own gatekeeper. If the gatekeeper does not exit within 2 s, send SIGKILL."""
         if self._child is None or self._child.poll() is not None:
             return
         self._child.terminate()
@@ -135,8 +137,8 @@ def _hangs_up(place: Path) -> bool:
 def _hello(place: Path, seconds: float) -> bytes | None:
     """Send a hello as a shim does, and return the reply without the descriptors of pages that come with it.
 
-    The result is empty if there is no gatekeeper or it closes the connection. It is None if there is no reply within
-    `seconds`.
+    The result is empty if there is no gatekeeper or the gatekeeper closes the connection. The result is None if there
+    is no reply within `seconds`.
     """
     hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -152,7 +154,10 @@ def _hello(place: Path, seconds: float) -> bytes | None:
 
 
 def _accepts(place: Path) -> bool:
-    """Return whether a process listens at the path. A folder or the socket of an exited process gives False."""
+    """Return whether a process listens at the path.
+
+    The result is False for a folder or the socket of an exited process.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)
         try:
@@ -165,13 +170,13 @@ def _accepts(place: Path) -> bool:
 
 
 def is_up(run_dir: Path) -> bool:
-    """Return whether a gatekeeper holds its lock and its socket exists. Only `check` tests whether it answers."""
-    # Strings instead of Paths, because this is called often: see is_locked.
+    """Return whether a gatekeeper holds its lock and has its socket. Only `check` tests whether it answers a hello."""
+    # The paths are strings instead of Paths, because this function is called often: see is_locked.
     return file_locks.is_locked(f"{run_dir}/{file_locks.GATEKEEPER}") and os.path.exists(f"{run_dir}/shim/shim.sock")
 
 
 def counts(run_dir: Path) -> dict[str, Any]:
-    """Return the gatekeeper's counters, or an empty dict if its file is missing or cannot be read."""
+    """Return the gatekeeper's counters, or an empty dict if the file of the counters is missing or cannot be read."""
     try:
         with open(f"{run_dir}/gatekeeper.json", encoding="utf-8") as file:
             found = json.load(file)
@@ -181,13 +186,13 @@ def counts(run_dir: Path) -> dict[str, Any]:
 
 
 def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
-    """Return the turns on a device from the result of counts(), or None if the result has none for the device."""
+    """Return the turns on a device from the result of counts(), or None if the result does not have the device."""
     try:
         slices = counted["slices"]
         of_device = slices["devices"][str(device)]
         bounds = tuple(ns / NS for ns in slices["bounds_ns"])
         drains = tuple(of_device["drains"])
-        lent = of_device.get("lent_ns", 0) / NS  # an older gatekeeper does not count it
+        lent = of_device.get("lent_ns", 0) / NS  # an older gatekeeper does not count lent time
         return SlicesView(
             of_device["switches"], of_device["overruns"], of_device["drain_ns"] / NS, bounds, drains, lent
         )
@@ -196,7 +201,7 @@ def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
 
 
 def end_any(run_dir: Path) -> None:
-    """Stop the gatekeeper that holds the lock, even that of an earlier agent. Waits up to UP_SECONDS for its exit.
+    """Stop the gatekeeper that holds the lock, even an earlier agent's, and wait up to UP_SECONDS for the exit.
 
     A gatekeeper that keeps running would create the folder of its socket again.
     """

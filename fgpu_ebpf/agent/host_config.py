@@ -1,4 +1,4 @@
-"""`/etc/fgpu/agent.yaml`: the settings of this host, and their defaults.
+"""`/etc/fgpu/agent.yaml`: the settings of this host, and the defaults of these settings.
 
 This module runs in the main thread of the agent and of commands. A file that users other than root may write is
 refused, because the settings name the program that loads the BPF programs.
@@ -29,26 +29,26 @@ ENGINES = (
     "cri:/run/k3s/containerd/containerd.sock",
 )
 KUBELET_FOLDER = Path("/var/lib/kubelet")
-NODE = Path("/proc/2/root")  # the root of a kernel thread, which is the node's, also for an agent in a pod
+NODE = Path("/proc/2/root")  # the root of a kernel thread, which is the node's root even for an agent in a pod
 MODULES_BYTES = 1 << 30  # the reason for this size: docs/operations.md, "Memory without a recorded allocation"
 
 
-# The first item with a matching choice says whether the tenants of a device run at the same time.
+# The first item with a matching choice determines whether the tenants of a device run at the same time.
 Sharing: TypeAlias = tuple[tuple[tuple[DeviceChoice, ...], bool], ...]
 
 
 def on_node(folder: Path) -> Path:
-    """Return the path by which this process reaches a folder of the node, without a mount."""
+    """Return the path by which this process can access a folder of the node without a mount."""
     return folder if folder.is_relative_to("/proc") else NODE / folder.relative_to("/")
 
 
 class HostSettings(NamedTuple):
     """The settings of a host.
 
-    `adapters`: the projects from which requests are read, in labels or, of NVIDIA's DRA driver, in files. `overcommit`:
-    the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for tenants that
-    wake up, and for requests for memory. `parking`: tenants may be parked.
-    `loader`: the interpreter that can import BCC, and its arguments. `engines`: the engines to ask for labels, as
+    `adapters`: the projects whose requests are read. The requests are in labels, or in files for NVIDIA's DRA driver.
+    `overcommit`: the sum of limits may exceed a device's memory. `makes_room`: idle tenants are parked to make room for
+    tenants that wake up, and for requests for memory. `parking`: tenants may be parked. `loader`: the interpreter that
+    can import BCC, and the arguments of the interpreter. `engines`: the engines from which labels are requested, as
     KIND:SOCKET. `profiles`: the shares that a device plugin offers. `ignored_xids`: XIDs after which a device is still
     offered. `trusted_drivers`: digests of trusted files of libcuda, as `sha256:…`. `module_bytes`: the most memory that
     a process may have without a recorded allocation. `bounds`: how much of the shared tables one workload may have.
@@ -80,7 +80,7 @@ class HostSettings(NamedTuple):
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[ConfigError, ...]]:
-    """Return the settings, or None and the file's errors. Without a file the settings are the defaults."""
+    """Return the settings, or None and the file's errors. If there is no file, the settings are the defaults."""
     try:
         data, _ = trusted_file.load(str(path), str(path), root_only)
     except FileNotFoundError:
@@ -89,7 +89,8 @@ def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None
         return None, (invalid.error,)
     except OSError as error:
         return None, (ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}"),)
-    # Imported here, because it imports pydantic, which takes 11 MiB. A host without the file does not need it.
+    # host_schema is imported only now, because it imports pydantic, which takes 11 MiB. A host without the file does
+    # not need pydantic.
     from fgpu_ebpf.agent import host_schema
 
     values, errors = host_schema.read(str(path), data)

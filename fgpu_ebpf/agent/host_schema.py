@@ -1,7 +1,7 @@
-"""The schema of `agent.yaml`: its keys and their values.
+"""The schema of `agent.yaml`: the keys and the permitted values.
 
 This module runs in the main thread of the agent and of commands. `host_config` opens the file and has the defaults.
-Errors are returned with their line numbers.
+Errors are returned with line numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError, docume
 from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 
 MOST_XID = 1023
-_SWITCHES = {"overcommit": ("allow", "park"), "parking": ("on",)}  # and the words that mean True
+_SWITCHES = {"overcommit": ("allow", "park"), "parking": ("on",)}  # each key with the words that mean True
 _PATHS = ("driver_root", "policy_folder", "cdi_folder", "kubelet_folder")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
@@ -112,7 +112,7 @@ _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
 
 
 class ProfileDocument(Model):
-    """A profile of `profiles:`."""
+    """An entry of `profiles` in agent.yaml."""
 
     share: Annotated[str, AfterValidator(_profile_share)] = Field(
         description="The share: memory, then a ceiling of compute time."
@@ -126,12 +126,12 @@ class ProfileDocument(Model):
 
 
 class SharingDocument(Model):
-    """An entry of `devices`."""
+    """An entry of `devices` in agent.yaml."""
 
     match: Devices = Field(description="The devices: index, UUID or its beginning, or model.")
     sharing: Literal["turns", "concurrent"] = Field(
-        description="`turns`: tenants with a share of time run one after another. `concurrent`: they run at the same"
-        " time, through NVIDIA's MPS, and a tenant that is ahead of its share waits."
+        description="`turns`: tenants with a share of time run one after another. `concurrent`: the tenants run at the"
+        " same time, through NVIDIA's MPS, and a tenant that is ahead of its share waits."
     )
 
 
@@ -148,7 +148,7 @@ class DriversDocument(Model):
 
 
 class BoundsDocument(Model):
-    """The mapping under `bounds:`."""
+    """The mapping under `bounds:` in agent.yaml."""
 
     levels: Annotated[int, Field(ge=1, le=4096)] = absent("Maximum number of cgroups with own limits, per workload.")
     allocations: Annotated[int, Field(ge=1, le=262_144)] = absent(
@@ -172,7 +172,7 @@ class BoundsDocument(Model):
 
 
 class PrioritiesDocument(Model):
-    """The mapping under `priorities:`."""
+    """The mapping under `priorities:` in agent.yaml."""
 
     high: _ClassNames = absent("Names that give high priority.", ["interactive"])
     normal: _ClassNames = absent("Names that give normal priority.")
@@ -186,7 +186,7 @@ class PrioritiesDocument(Model):
         return self
 
     def classes(self) -> Classes:
-        """Return the priorities by name."""
+        """Return the priority of each class name."""
         named = self.model_dump(exclude_unset=True).items()
         return {name: Priority(priority) for priority, names in named for name in names}
 

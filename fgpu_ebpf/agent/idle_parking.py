@@ -1,8 +1,9 @@
-"""Parks tenants by themselves when they have been idle for the time in their policies (`memory.park.after`).
+"""Park tenants automatically when they have been idle for the time in their policies (`memory.park.after`).
 
-Runs in the agent's main loop, once a second. Without a tenant that has such a policy it does nothing. Signs of work are
-what the kernel's ledger counts (changes of charges, requests, the calls that the shim reports) and what NVML samples.
-`Parking` looks at the stacks of the tenant before it parks it, and refuses a tenant with a thread in the driver.
+This module runs in the agent's main loop, once a second, and does nothing if no policy with `memory.park.after`
+applies. Signs of work are the counts of the kernel's ledger (changes of charges, requests, the calls that the shim
+reports) and NVML's samples. `Parking` checks the stacks of a tenant before parking, and refuses a tenant with a thread
+in the driver.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 LOOK_SECONDS = 1.0
-STAY_SECONDS = 10.0  # a tenant without work stays for this time at least, also if others wait for its room
+STAY_SECONDS = 10.0  # a tenant without work stays for at least this time, even if other tenants wait for the room
 NAME = "idle tenants"
 BUSY = f"busy in the last {STAY_SECONDS:.0f} s"
 _FIX = "set `parking: on` in agent.yaml, and restart the agent"
@@ -35,7 +36,7 @@ _OFF = "memory.park of the policy has no effect: parking is off"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A tenant that is being parked by itself. `devices`: those that hold its memory."""
+    """The automatic parking of a tenant that is in progress. `devices`: the devices that hold the tenant's memory."""
 
     tenant: Tenant
     devices: frozenset[int]
@@ -43,10 +44,10 @@ class Attempt:
 
 
 class IdleParking:
-    """The tenants that are parked by themselves.
+    """The automatic parking of all tenants.
 
     Args:
-        parking: parks tenants, and has those that do not run.
+        parking: parks tenants, and has the tenants that do not run.
         truth: returns the last result of NVML.
         history: the event log.
         failed_checks: the agent's failed checks by name, which this class changes.
@@ -61,7 +62,7 @@ class IdleParking:
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Look at all tenants with such a policy, at most once a second, and begin to park those that are due."""
+        """Check all tenants with `memory.park.after`, at most once a second, and begin to park tenants that are due."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
@@ -85,7 +86,7 @@ class IdleParking:
         return Look(_after(tenant), signs, self._parking.is_away(tenant.cgroup) or self._runs(now, own))
 
     def _runs(self, now: float, own: Mapping[int, Process]) -> bool:
-        """Return whether processes hold no memory, run kernels, or may run kernels as far as NVML reports."""
+        """Return whether the processes hold no memory, run kernels, or may run kernels as far as NVML reports."""
         truth, devices = self._truth(), _devices(own)
         if not devices or now - truth.sampled > STALE_SECONDS:
             return True
@@ -93,16 +94,16 @@ class IdleParking:
         return any(percent is None or any(percent.get(pid) for pid in own) for percent in percents)
 
     def begin(self, now: float, tenant: Tenant, own: Mapping[int, Process], purpose: str = "") -> bool:
-        """Begin to park an idle tenant, unless another one on its devices is being parked: the copies share the bus.
+        """Begin to park an idle tenant, unless a tenant on the same devices is being parked. The copies share the bus.
 
         Args:
-            now: the time.
-            tenant: the tenant, which is due by the policy or has no hindrance().
-            own: all of its processes, also those without memory.
-            purpose: why it is parked earlier than its policy requires, for the event.
+            now: the present time.
+            tenant: the tenant, which is due by its policy or has no hindrance().
+            own: all processes of the tenant, including processes without memory.
+            purpose: why the tenant is parked earlier than its policy requires, for the event.
 
         Returns:
-            Whether its parking has begun.
+            Whether the parking has begun.
         """
         devices = _devices(own)
         if any(devices & attempt.devices for attempt in self._attempts.values() if not attempt.errand.is_done):
@@ -117,16 +118,16 @@ class IdleParking:
         return True
 
     def idle_seconds(self, now: float, tenant: Tenant) -> float:
-        """Return for how many seconds a tenant with `memory.park.after` in its policy has been idle."""
+        """Return the seconds for which a tenant with `memory.park.after` in its policy has been idle."""
         return self._idleness.seconds(now, tenant.cgroup)
 
     def hindrance(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> str:
-        """Return why a tenant must not be parked to make room for another; an empty text if it may.
+        """Return why a tenant must not be parked to make room for another tenant, or an empty text if it may be parked.
 
         The tenant's policy must have `memory.park.after`. Even if `after` is longer, STAY_SECONDS without work suffice.
         """
         if not tenant.park.after_ns:
-            return "its policy does not park it"
+            return "the policy does not park the tenant"
         if why := self._parking.parkable.obstacle(tenant, {pid: p for pid, p in own.items() if any(p.bytes)}):
             return why
         self._end_attempts(now)
@@ -142,19 +143,22 @@ class IdleParking:
                 del self._attempts[cgroup]
                 if attempt.errand.error:
                     self._refuse(now, attempt.tenant, attempt.errand.error)
-                else:  # it may have been woken since the last look
+                else:  # the tenant may have been woken since the last check
                     self._idleness.begin_anew(cgroup)
                     self._refused.pop(cgroup, None)
 
     def _refuse(self, now: float, tenant: Tenant, why: str) -> None:
-        """Record why a tenant could not be parked. A reason that is as before, but for numbers, makes no event."""
+        """Record why a tenant could not be parked.
+
+        A reason that differs from the last reason only in numbers makes no event.
+        """
         self._idleness.failed(now, tenant.cgroup)
         if _words(self._refused.get(tenant.cgroup, "")) != _words(why):
             self._history.add("not parked", tenant=tenant.name, text=why)
         self._refused[tenant.cgroup] = why
 
     def _report(self, tenants: Mapping[int, Tenant]) -> None:
-        """Report policies that have no effect, as a failed check."""
+        """Report, as a failed check, the policies whose `memory.park.after` has no effect."""
         policies = sorted({tenant.policy for tenant in tenants.values()})
         if policies and not self._parking.parkable.is_on:
             found = f"{_OFF} ({', '.join(policies[:5])})"
@@ -162,10 +166,13 @@ class IdleParking:
         else:
             self._failed_checks.pop(NAME, None)
 
-    # -- what others see
+    # -- reports
 
     def view(self, tenant: Tenant) -> ParkingView | None:
-        """Return what is known of a tenant's parking; None: it was never parked, and its policy does not park it."""
+        """Return the state of a tenant's parking.
+
+        The result is None if it was never parked and its policy does not park it.
+        """
         view, cgroup, now = self._parking.view(tenant.cgroup), tenant.cgroup, time.monotonic()
         if not tenant.park.after_ns or not self._parking.parkable.is_on:
             return view
@@ -177,7 +184,7 @@ class IdleParking:
         return replace(view, after_seconds=after, idle_seconds=idle, parked_in_seconds=left, refused=refused)
 
     def explain(self, tenant: Tenant) -> str:
-        """Return whether a tenant is or can be parked, and when it will be, as text; empty if parking is off."""
+        """Return a text on whether and when a tenant is or can be parked. The text is empty if parking is off."""
         parkable, view = self._parking.parkable, self.view(tenant)
         if view and self._parking.is_away(tenant.cgroup):
             usage = self._ledger.usage(tenant.cgroup) or []
@@ -185,7 +192,7 @@ class IdleParking:
         if not parkable.is_on:
             return f"{_OFF}: {_FIX}" if tenant.park.after_ns else ""
         why = parkable.obstacle(tenant, parkable.processes_of(tenant))
-        now = f"cannot be parked now: {why}" if why else "can be parked while it makes no call"
+        now = f"cannot be parked now: {why}" if why else "can be parked while no call is running"
         return "; ".join(filter(None, (now, parking_text.plan(plain(view)) if view else "")))
 
 

@@ -1,8 +1,8 @@
-"""Dispatch of the events of the kernel's ring buffer.
+"""The dispatch of the events of the kernel's ring buffer.
 
-This module runs in the agent's main loop. It makes the manager examine cgroups that were created, emptied, removed or
-entered, moves the charges of processes that have entered another cgroup, and adds refusals, bypasses and kills to the
-event log. KernelEvents.lost() returns the cgroups whose events were lost, so that its caller scans them.
+This module runs in the agent's main loop. The module makes the manager examine cgroups that were created, emptied,
+removed or entered, moves the charges of processes that have entered another cgroup, and adds refusals, bypasses and
+kills to the event log. KernelEvents.lost() returns the cgroups whose events were lost and which must be scanned.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class KernelEvents:
         orphaned: called with the cgroup id of a level that has orphaned bytes.
         held: returns the memory of processes according to NVML: device -> pid -> bytes or None.
         began: called with the pid of a process that has executed a program.
-        explain: lets a worker find the reason why a process has no shim, and calls a function with it; False: no worker
-            has time.
+        explain: lets a worker find the reason why a process has no shim, and calls a function with the reason. The
+            result is False if no worker has time.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class KernelEvents:
         self._held = held
         self._began, self._explain = began, explain
         self.lacks: Callable[[int, int, int, float], object] = lambda *_: None
-        """Called with tenant, device, bytes and time of a request that the driver has no memory for, and that waits."""
+        """Called with tenant, device, bytes and time of a request that waits, for which the driver has no memory."""
         self._full = ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
 
     def fileno(self) -> int:
@@ -69,7 +69,7 @@ class KernelEvents:
         return self._events.fileno()
 
     def read(self) -> None:
-        """Handle the oldest MOST_AT_ONCE events. The descriptor stays readable if there are more."""
+        """Handle the oldest MOST_AT_ONCE events. If more events are queued, the descriptor stays readable."""
         events = list(islice(self._events.read(), MOST_AT_ONCE))
         for event in events:
             if event.kind not in _OF_CGROUPS:
@@ -81,7 +81,7 @@ class KernelEvents:
     def lost(self) -> list[str]:
         """Return the paths of workloads whose cgroup events were lost since the last call.
 
-        An empty path stands for all cgroups of the host.
+        An empty path means all cgroups of the host.
         """
         before, self._full = self._full, self._ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
         lost = self._budgets.lost()
@@ -136,7 +136,10 @@ class KernelEvents:
         )  # fmt: skip
 
     def _bounds_met(self, event: Event) -> str:
-        """Return the bounds because of which the event's level was refused entries; empty for other refusals."""
+        """Return the bounds because of which the event's level was refused entries.
+
+        The text is empty for other refusals.
+        """
         tenant = self._enforcer.get(event.cgroup) if event.reason == abi.Reason.ENTRIES else None
         return "; ".join(self._enforcer.places.crowds([tenant.path])) if tenant else ""
 
@@ -150,7 +153,7 @@ class KernelEvents:
     # -- cgroups
 
     def _look_at_cgroups(self, events: Iterable[Event]) -> None:
-        """Examine each cgroup of these events once, in its present state, whatever the order of the events."""
+        """Examine the present state of each cgroup of these events once, whatever the order of the events."""
         seen: dict[str, set[News]] = {}
         for event in events:
             seen.setdefault(event.path, set()).add(event.kind)
@@ -164,7 +167,7 @@ class KernelEvents:
         self.follow(moved)
 
     def follow(self, paths: Iterable[str]) -> None:
-        """Move the charges of the processes in these cgroups to the levels that the processes are in now."""
+        """Move the charges of the processes in these cgroups to the present levels of the processes."""
         known = self._ledger.processes()
         holders = {pid for held in self._held().values() for pid in held}
         for path in paths:
@@ -174,7 +177,7 @@ class KernelEvents:
                     if self._ledger.move(pid, known[pid].generation, levels):
                         self._ledger.new_epoch()
                 elif pid in holders and pid not in known and levels:
-                    self._ledger.new_epoch()  # the shim is registered as unmanaged, and has to register again
+                    self._ledger.new_epoch()  # the shim is registered as unmanaged and has to register again
 
     def charged(self) -> list[int]:
         """Return the pids of all charged processes."""

@@ -1,7 +1,7 @@
-"""Reports devices that had no NVML handle when the agent started, and adds each as soon as NVML finds it.
+"""Report devices that had no NVML handle at the agent's start, and add each device as soon as NVML finds the device.
 
-This module runs in the agent's main loop, once a round; the reconcile thread asks NVML. Until NVML finds the device, no
-tenant gets memory on it.
+This module runs in the agent's main loop, once a round. The reconcile thread queries NVML. Until NVML finds a device,
+no tenant gets memory on that device.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FIX = "nvidia-smi and dmesg | grep -i xid show the reason; after a reset or a r
 
 @dataclass(slots=True)
 class LateDevices:
-    """The missing devices.
+    """The devices that NVML has not found yet.
 
     `contexts`: the size of one context in bytes, by ledger index. `failed_checks`: the agent's failed checks by name.
-    This class changes both.
+    This class changes `contexts` and `failed_checks`.
     """
 
     nvml: Nvml
@@ -39,7 +39,7 @@ class LateDevices:
     _named: set[str] = field(default_factory=set)
 
     def look(self) -> None:
-        """Add the devices that NVML has found since the last round, and report the missing ones."""
+        """Add the devices that NVML has found since the last round, and report the missing devices."""
         if arrived := self.nvml.arrived():
             for device in arrived:
                 self._enter(device)

@@ -1,8 +1,8 @@
-"""Corrects overheads in the ledger: the memory that NVML shows for a process beyond its witnessed bytes.
+"""The correction of overheads in the ledger: the memory that NVML shows for a process beyond its witnessed bytes.
 
-This module runs in the reconcile thread. The charge of an idle process is set to what NVML shows, plus pool bytes that
-the driver has freed (see overhead_for()). While a process is not idle (one of its threads is between an admission and
-its settlement, or in a witnessed call), only bytes that are certainly missing are added.
+This module runs in the reconcile thread. The charge of an idle process is set to the bytes that NVML shows, plus pool
+bytes that the driver has freed (see overhead_for()). While a process is not idle (one of its threads is between an
+admission and its settlement, or in a witnessed call), only bytes that are certainly missing are added.
 """
 
 from __future__ import annotations
@@ -26,24 +26,30 @@ _Life = tuple[int, int, int]  # pid, generation, device
 
 
 class Corrections:
-    """Corrects overheads. `levels` returns the levels of a cgroup path, for processes that no probe has recorded."""
+    """The correction of overheads.
+
+    `levels` returns the levels of a cgroup path, for processes that no probe has recorded.
+    """
 
     def __init__(self, nvml: Nvml, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
         self._nvml = nvml
         self._ledger = ledger
         self._levels = levels
-        self._gone: dict[_Life, int] = {}  # number of passes in a row, see GONE
-        # At the last exact setting: the number of ended contexts, and the part of the overhead below 0. See _correct.
+        self._gone: dict[_Life, int] = {}  # by process and device: the number of passes in a row, see GONE
+        # The number of ended contexts at the last exact setting, and the part of the overhead below 0:
+        # see _correct.
         self._exact: dict[_Life, tuple[int, int]] = {}
 
     def mark(self, device: int, processes: Mapping[int, Process]) -> None:
-        """Reset the peaks of processes that are not idle, before NVML is asked."""
+        """Reset the peaks of processes that are not idle, before a query of NVML."""
         for tgid, process in processes.items():
             if not process.quiet:
                 self._ledger.mark(tgid, process.generation, device)
 
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
-        """Correct all processes of a device once. Returns True if some processes were not idle: a retry may be exact.
+        """Correct all processes of a device once.
+
+        Return True if some processes were not idle, so that a retry may be exact.
 
         The kernel refuses the correction of a process if a charge, a release, an admission or a call of the process has
         begun since the process was read.
@@ -55,7 +61,7 @@ class Corrections:
         known, is_unquiet = sample.processes, False
         self._look_for_the_unnamed(device, sample)
         for tgid, process in known.items():
-            if process.is_parked:  # NVML may show all of its memory, or none: the agent itself has the driver move it
+            if process.is_parked:  # the driver moves the memory for the parker, so NVML may show all of it or none
                 if tgid not in sample.rows and (process.parked[device] or not process.bytes[device]):
                     drift[tgid, device] = 0
                 continue
@@ -69,17 +75,18 @@ class Corrections:
                 is_unquiet = True
                 self._raise(tgid, process, device, held, drift)
             if tgid not in sample.rows and not process.contexts[device] and process.bytes[device]:
-                drift.pop((tgid, device), None)  # its handles are in no row, so the driver's bytes are unknown
+                drift.pop((tgid, device), None)  # its handles are in no row: the driver's bytes are unknown
         self._adopt(sample, ended)
         return is_unquiet
 
     def _held(self, tgid: int, process: Process, device: int, sample: Sample) -> int | None:
-        """Return the bytes that a process holds according to NVML, or None if its charge must stay as it is.
+        """Return the bytes that a process holds according to NVML, or None if the charge must not change.
 
         NVML lists only processes with a context. A process that has a context and is not listed keeps its charge until
         its memory counts as gone, as after the loss or a reset of the device. A process without a context keeps its
-        handles and pools, which are on the device, in no row. It keeps other witnessed bytes until they count as gone:
-        no probe has recorded its context, if the process is older than the probes.
+        handles and pools, which are on the device, in no row. A process without a recorded context keeps its other
+        witnessed bytes until these bytes count as gone, because a process that is older than the probes may have a
+        context that no probe has recorded.
         """
         if tgid in sample.rows:
             return sample.rows[tgid]
@@ -92,9 +99,9 @@ class Corrections:
         return max(0, min(process.witnessed(device), max(_outlasting(process, device), charged)))
 
     def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
-        """Count, for each unlisted process, the consecutive passes in which memory of its contexts is not in use.
+        """Count, for each unlisted process, the passes in a row in which memory of its contexts is not in use.
 
-        Its memory is not in use if fewer bytes are in use beyond all rows than probes counted for the process.
+        The memory is not in use if fewer bytes are in use beyond all rows than probes counted for the process.
         """
         unnamed = {
             tgid: process for tgid, process in sample.processes.items()
@@ -110,7 +117,7 @@ class Corrections:
         self._gone = counts
 
     def _left(self, device: int, sample: Sample) -> int | None:
-        """Return the bytes in use on a device that no row has; None: NVML does not report some of the bytes."""
+        """Return the bytes in use on a device that no row has, or None if NVML does not report some of the bytes."""
         known = [bytes_ for bytes_ in sample.rows.values() if bytes_ is not None]
         in_use = self._nvml.taken_bytes(device)
         return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
@@ -118,11 +125,11 @@ class Corrections:
     def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
         """Set the overhead of a process on a device, and record the remaining drift.
 
-        Returns whether the process now has this overhead; False: the kernel refused the change.
+        The result is whether the process now has this overhead. The result is False if the kernel refused the change.
 
-        If a context was destroyed while others remained, the overhead is set exactly, because no probe has recorded
-        which memory was freed with the context. The overhead may then be below 0. Later overheads may be as low, as
-        long as the process has a context.
+        If a context was destroyed while other contexts remained, the overhead is set exactly, because no probe has
+        recorded which memory was freed with the context. The overhead may then be below 0. While the process has a
+        context, later overheads may be as low.
         """
         exact, life = held - process.witnessed(device), (tgid, process.generation, device)
         contexts_ended, gone = self._exact.get(life, (0, 0))
@@ -137,7 +144,7 @@ class Corrections:
         return done
 
     def _raise(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> None:
-        """Charge the missing bytes of a process that is not idle: the bytes in its row above its peak since mark()."""
+        """Charge the missing bytes of a process that is not idle: the bytes in the row above the peak since mark()."""
         now = self._ledger.process(tgid)
         if now is None or now.generation != process.generation or now.is_parked:
             return
@@ -150,8 +157,9 @@ class Corrections:
     def _adopt(self, sample: Sample, ended: Mapping[int, int]) -> None:
         """Add to the ledger all processes of managed cgroups that hold memory and that no probe has recorded.
 
-        Exiting processes are not added: the driver takes 0.1 s to free their memory, and they bypass nothing. Outside
-        the host's pid namespace no process is added, because NVML's pids are not the kernel's there.
+        Exiting processes are not added, because the driver takes 0.1 s to free their memory, and an exiting process
+        bypasses nothing. If the agent is outside the host's pid namespace, no process is added, because NVML's pids
+        differ from the kernel's pids.
         """
         if not has_host_pids():
             return
@@ -170,15 +178,15 @@ class Corrections:
 
 
 def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
-    """Return the overhead with which the charge of a process equals what NVML shows.
+    """Return the overhead with which the charge of a process equals the bytes that NVML shows.
 
-    Pool bytes that the driver has freed are an exception. The shim uses these bytes again without a request, so they
-    stay charged until the shim releases them.
+    Pool bytes that the driver has freed are an exception. The shim uses these bytes again without a request, so the
+    bytes stay charged until the shim releases them.
 
     Args:
-        exact: what NVML shows minus the witnessed bytes.
+        exact: the bytes that NVML shows minus the witnessed bytes.
         pool: the bytes of the process's pools.
-        gone: the part of the overhead below 0 for memory that was freed with contexts; 0 or less.
+        gone: the part of the overhead below 0, for memory that was freed with contexts. The value is 0 or less.
     """
     return max(exact, min(gone, exact + pool))
 

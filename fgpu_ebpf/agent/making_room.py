@@ -1,9 +1,10 @@
-"""Makes room on a full device (`overcommit: park`): idle tenants of it are parked for others.
+"""Make room on a full device (`overcommit: park`) by parking idle tenants for other tenants.
 
-The others are tenants that wake up, and tenants with requests for memory (`room_requests.py`). Runs in the agent's main
-loop, at each attempt to wake such a tenant or to decide about such a request. Each attempt looks at the device anew,
-and at its tenants if HOLDERS_SECONDS have passed, and begins one park at most. The tenant for which room is being made
-has a claim, which the wake-ups of others leave free (`parked_tenant.coming_to`). Only one tenant of a device has one.
+Room is made for tenants that wake up, and for tenants with requests for memory (`room_requests.py`). This module runs
+in the agent's main loop, at each attempt to wake a tenant or to decide about a request. Each attempt reads the free
+memory of the device, reads the device's tenants if HOLDERS_SECONDS have passed, and begins to park at most one tenant.
+The tenant for which room is being made has a claim, and wake-ups of other tenants do not use the claimed bytes
+(`parked_tenant.coming_to`). Only one tenant of a device has a claim.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.policy.rules import Priority
 from fgpu_ebpf.tenancy.tenant import Tenant
 
-MOST_NAMES = 5  # in a text
-HOLDERS_SECONDS = 0.5  # many tenants that wait look at the holders of their devices together
-_RANKS = list(Priority)  # the highest first
+MOST_NAMES = 5  # the most names of tenants in a text
+HOLDERS_SECONDS = 0.5  # tenants that wait for the same devices share one reading of the holders in this time
+_RANKS = list(Priority)  # from the highest to the lowest
 _UNDECIDED = {
     Phase.CHECKING: "is about to be parked",
     Phase.PARKING: "is being parked",
-    Phase.WAKING: "is being woken",  # what it gets back is charged, and a part of that is no longer free
-    Phase.UNKNOWN: "is in a state that the parker has to find out",
+    Phase.WAKING: "is being woken",  # all restored bytes are charged already, and some of them are no longer free
+    Phase.UNKNOWN: "is in a state that the parker must report",
 }
-PARKS = (Phase.CHECKING, Phase.PARKING)  # room is being made, if a tenant is in one of these
-MOVES = (*PARKS, Phase.WAKING)  # it will be known soon what is missing
+PARKS = (Phase.CHECKING, Phase.PARKING)  # room is being made while a tenant is in one of these phases
+MOVES = (*PARKS, Phase.WAKING)  # the missing bytes will be known soon
 _ASKS = "waits for memory itself"
 _TOO_SMALL = "can be parked, which is not enough"
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A tenant with memory on a device that lacks room. `processes`: all of it, also those without memory.
+    """A tenant with memory on a device that lacks room. `processes`: all processes, including those without memory.
 
-    `hindrance`: why it must not be parked; empty: it may be.
+    `hindrance`: why the tenant must not be parked; empty if the tenant may be parked.
     """
 
     tenant: Tenant
@@ -51,44 +52,44 @@ class Holder:
     idle_seconds: float
 
     def bytes_on(self, device: int) -> int:
-        """Return what the tenant holds on a device."""
+        """Return the bytes that the tenant holds on a device."""
         return sum(process.bytes[device] for process in self.processes.values())
 
     @property
     def order(self) -> tuple[int, float]:
-        """The key by which holders are parked: the lowest priority first, then the longest idle."""
+        """The key of the order of parking, from the lowest priority to the highest, then from the longest idle time."""
         priority = self.tenant.compute.priority if self.tenant.compute else Priority.NORMAL
         return -_RANKS.index(priority), -self.idle_seconds
 
 
 class RoomMaker:
-    """Parks idle tenants for those that wake up or request memory.
+    """The steps that park idle tenants for tenants that wake up or request memory.
 
     Args:
         run_dir: the folder of the parker's socket.
-        parking: has the tenants that do not run.
-        idle: knows how long tenants have been idle, and parks them.
+        parking: the tenants that do not run.
+        idle: the object that has the idle times of tenants and parks tenants.
     """
 
     def __init__(self, run_dir: Path, parking: Parking, idle: IdleParking) -> None:
         self._run_dir, self._parking, self._idle, self._parkable = run_dir, parking, idle, parking.parkable
         self._ledger, self._enforcer = parking.parkable.ledger, parking.parkable.enforcer
-        self._seen: dict[frozenset[int], tuple[float, list[Holder]]] = {}  # by devices: when, and their holders
+        self._seen: dict[frozenset[int], tuple[float, list[Holder]]] = {}  # by devices: time and holders
         self._asking: frozenset[int] = frozenset()
 
     def keep(self, asking: frozenset[int]) -> None:
-        """Set the tenants with requests for memory, by cgroup. These are not parked."""
+        """Set the tenants with requests for memory, by cgroup. A tenant with a request is not parked."""
         self._asking = asking
 
     def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
-        """Begin to make room for a tenant, if all that can be parked would be enough.
+        """Begin to make room for a tenant, if parking all tenants that can be parked would free enough.
 
         Args:
             waiting: the tenant, which cannot be woken now.
-            needs: the bytes by device that have to be free.
+            needs: the bytes that have to be free, by device.
 
         Returns:
-            Whether room is being made, and for what the tenant waits, as text.
+            Whether room is being made, and a text that names the cause of the wait.
         """
         lacking = self.lacking(needs)
         if not lacking:
@@ -103,19 +104,20 @@ class RoomMaker:
         return phase in MOVES, why
 
     def claimant(self, devices: Iterable[int], asker: ParkedTenant | None = None) -> str:
-        """Return the other tenant that wakes up and has a claim on one of these devices; an empty text: none."""
+        """Return the name of another tenant that wakes up and has a claim on one of these devices, or an empty text."""
         claimants = (other for other in self._parking.tenants() if other is not asker and other.has_claim)
         return next((other.name for other in claimants if needs_of(other, self._ledger).keys() & {*devices}), "")
 
     def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[Phase | None, str]:
-        """Begin to park a tenant of these devices, if all that can be parked would be enough.
+        """Begin to park a tenant of these devices, if parking all tenants that can be parked would free enough.
 
         Args:
             name: the tenant for which room is made.
-            lacking: the bytes by device that have to become free.
+            lacking: the bytes that have to become free, by device.
 
         Returns:
-            The phase of the tenant that is waited for, or None; and its state, or why none is parked, as text.
+            The phase of the tenant to wait for, or None; and a text with the state of this tenant, or with the reason
+            why no tenant is parked.
         """
         for other in self._parking.tenants():
             if other.phase in _UNDECIDED and self._holds(other, lacking):
@@ -134,7 +136,10 @@ class RoomMaker:
         return Phase.PARKING, f"{ready[0].tenant.name} {_UNDECIDED[Phase.PARKING]}"
 
     def lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
-        """Return by how many bytes the needs exceed what is free, by device; nothing if NVML does not report that."""
+        """Return by how many bytes the needs exceed the free bytes, by device.
+
+        The result is empty if NVML does not report the free bytes.
+        """
         nvml, lacking = self._parkable.nvml, dict[int, int]()
         for device, bytes_ in needs.items():
             free = nvml.free_bytes(device) if nvml else None
@@ -170,7 +175,7 @@ class RoomMaker:
 
 
 def _held_by(holders: list[Holder]) -> str:
-    """Return which tenants hold the device and why these cannot be parked, as text."""
+    """Return a text with the tenants that hold the device, and why these tenants cannot be parked."""
     named = [f"{h.tenant.name} ({h.hindrance or _TOO_SMALL})" for h in islice(holders, MOST_NAMES)]
     more = [f"{len(holders) - MOST_NAMES} more"] if len(holders) > MOST_NAMES else []
     return f"held by {', '.join(named + more)}" if named else "no tenant holds it"

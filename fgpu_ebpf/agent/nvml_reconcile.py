@@ -1,4 +1,4 @@
-"""The reconcile thread: compares the ledger with NVML, and corrects the ledger.
+"""The reconcile thread, which compares the ledger with NVML and corrects the ledger.
 
 The thread runs beside the agent's main loop, because NVML may hang. While NVML hangs, probes still update the ledger,
 and a metric shows the age of the last answer. Corrections are in `ledger_corrections`, releases of orphans in
@@ -32,10 +32,10 @@ from fgpu_ebpf.linux.wakeup import Wakeup
 PERIOD_SECONDS = 0.5
 LEVELS_AT_A_TIME = 64
 RETRIES = 3
-DEVICE_SECONDS = 1.0  # between two readings of a device's memory in use, while no orphaned bytes depend on it
+DEVICE_SECONDS = 1.0  # between two readings of a device's memory in use, while no orphaned bytes depend on the reading
 STALE_SECONDS = 5.0  # ten full passes
-# The periods of passes while a device may hold orphaned bytes, each with the age of the youngest orphan up to which the
-# period applies: (age, period) in seconds.
+# The periods of passes while a device may hold orphaned bytes, as (age, period) in seconds. A period applies up to this
+# age of the youngest orphan.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
 # The first of these periods applies, whatever the age, for this long after the start (bytes of a ledger of another
 # layout are orphans without an entry) and after each event of orphaned bytes (an old entry may grow).
@@ -45,15 +45,15 @@ NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """The last result of NVML, and the state of the ledger just before.
+    """The last result of NVML, and the state of the ledger just before that result.
 
     `answered`: the time of NVML's last answer by device, on the monotonic clock. `used`: bytes in use by device.
     `held`: bytes by device and host pid (None: NVML reports "N/A"). `drift`: ledger minus NVML in bytes, for each
     process that was compared, by pid and device. `turns`: the result of the audit of turns. `failure`: the error of the
-    last pass; empty if it succeeded. `processes`: the processes of the ledger. `xids`: the XIDs of devices, if NVML
-    reports XIDs. `orphans`: the orphans of the ledger. `ended`: bytes by device and pid that NVML shows for ended
+    last pass; empty if the pass succeeded. `processes`: the processes of the ledger. `xids`: the XIDs of devices, if
+    NVML reports XIDs. `orphans`: the orphans of the ledger. `ended`: bytes by device and pid that NVML shows for ended
     processes. `unexplained`: bytes in use by device that no process, orphan or known rest explains. `percent`: the
-    percentage of a device's time in the last second, by device and pid (None: NVML does not report it). `sampled`: the
+    percentage of a device's time in the last second, by device and pid (None: not reported by NVML). `sampled`: the
     time of these percentages, on the monotonic clock. `mig`: the devices in MIG mode.
     """
 
@@ -73,7 +73,7 @@ class Truth:
     mig: frozenset[int] = frozenset()
 
     def pids(self) -> set[int]:
-        """Return the processes that NVML lists, except those that have ended."""
+        """Return the pids that NVML lists, except pids of ended processes."""
         return {
             pid
             for device, held in self.held.items()
@@ -82,13 +82,16 @@ class Truth:
         }
 
     def strangers(self) -> set[int]:
-        """Return the processes that NVML lists and that have no shim according to the ledger."""
+        """Return the pids that NVML lists and whose processes have no shim according to the ledger."""
         seen = (pid for pid, process in self.processes.items() if process.flags & abi.Seen.SHIM)
         return self.pids().difference(seen)
 
 
 def check(ages: Mapping[int, float | None], failure: str) -> Check:
-    """Check that NVML answers. `ages`: seconds since its last answer by device; None: never."""
+    """Check that NVML answers.
+
+    `ages`: the seconds since NVML's last answer by device, or None before the first answer.
+    """
     stale = {index: age for index, age in ages.items() if age is None or age > STALE_SECONDS}
     said = ", ".join(f"gpu {i} {'never' if age is None else f'{age:.1f} s ago'}" for i, age in sorted(stale.items()))
     if stale or failure:
@@ -115,13 +118,13 @@ class Reconciler:
         self._wake = threading.Event()
         self._wakeup = Wakeup()
         self._stopping = False
-        self._lets_go = self.has_let_go = False  # the release of the devices: requested, and done
+        self._lets_go = self.has_let_go = False  # whether a release of the devices was requested, and is done
         self._known: Mapping[int, Process] = {}
         self._audit = Audit()
         self._tally = tally or xids.Tally()
         self._repaired: deque[int] = deque()  # devices that `fgpu device clear` has named
         self._ended = 0  # the number of ended processes at the last sweep
-        self._devices_at = 0.0  # when the devices' memory in use is to be read next
+        self._devices_at = 0.0  # the time of the next reading of the devices' memory in use
         self._levels: set[int] = set()  # levels that have, or may have, orphaned bytes without an entry
         self._hurry_until = 0.0
         self._level = 0  # index in the ledger's list of levels of the next level to be checked
@@ -133,13 +136,16 @@ class Reconciler:
         self.truth = Truth()
 
     def start(self, seconds: float = 0.0) -> None:
-        """Start the thread, whose first pass begins at once. `seconds`: how long to wait for the end of this pass."""
+        """Start the thread, whose first pass begins immediately.
+
+        `seconds`: how long to wait for the end of the first pass.
+        """
         self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._thread.start()
         self._has_looked.wait(seconds)
 
     def stop(self) -> None:
-        """End the thread. If NVML hangs, the thread is left running after 2 s."""
+        """End the thread. If NVML hangs, leave the thread running after 2 s."""
         self._stopping = True
         self._wake.set()
         if self._thread.ident is not None:
@@ -148,7 +154,7 @@ class Reconciler:
     def fileno(self) -> int:
         """Return a descriptor that is readable after a change of the processes that hold memory.
 
-        It is also readable after a full pass in which a process without the shim holds memory.
+        The descriptor is also readable after a full pass in which a process without the shim holds memory.
         """
         return self._wakeup.fileno()
 
@@ -157,20 +163,20 @@ class Reconciler:
         self._wakeup.clear()
 
     def add_device(self, index: int) -> None:
-        """Include a device in all later passes. `index`: its index in the ledger."""
+        """Include a device in all later passes. `index`: the index of the device in the ledger."""
         self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
 
     def let_go(self, devices: bool) -> None:
-        """Release the devices, or open them again if `devices` is False, in a pass that is started at once."""
+        """Start a pass that releases the devices, or opens the devices again if `devices` is False."""
         self._lets_go = devices
         self._wake.set()
 
     def repaired(self, index: int) -> None:
-        """Record that a device was repaired: the XIDs that it has reported so far are no longer fatal."""
+        """Record that a device was repaired. XIDs that the device has reported so far are no longer fatal."""
         self._repaired.append(index)
 
     def orphaned(self, cgroup: int) -> None:
-        """Record that a level has orphaned bytes, and start a pass at once. `cgroup`: the level's cgroup id."""
+        """Record that a level has orphaned bytes, and start a pass. `cgroup`: the level's cgroup id."""
         self._levels.add(cgroup)
         self._hurry_until = time.monotonic() + HURRY_SECONDS
         self._wake.set()
@@ -237,11 +243,12 @@ class Reconciler:
         """Compare one device with the ledger, and return NVML's rows, or None if NVML does not answer.
 
         Overheads are corrected before orphans are released, so that memory in the row of an importing process is
-        charged to that process first.
+        charged to the importing process before the release.
 
         Args:
-            tries: the most comparisons; all but the first are done only while processes are not idle.
-            is_due: read the memory in use even if no orphans depend on it.
+            tries: the maximum number of comparisons. After one comparison, further comparisons follow only while
+                processes are not idle.
+            is_due: read the memory in use even if no orphans depend on the reading.
         """
         samples = device_sample.SAMPLES if orphans or self._levels else 0
         sample = self._sample(device, samples)
@@ -268,7 +275,7 @@ class Reconciler:
     def _sample(self, device: int, samples: int) -> Sample | None:
         """Reset the peaks of processes, and take a sample.
 
-        Bytes of a row are charged already up to the peak of the process since this reset. If a process may have hidden
+        Bytes of a row are charged already, up to the peak of the process since the reset. If a process may have hidden
         memory, all samples are taken, because the estimate of these bytes must be known before there are orphans.
         """
         processes = self._ledger.processes()
@@ -278,7 +285,7 @@ class Reconciler:
         return device_sample.take(self._nvml, self._ledger, device, processes, samples)
 
     def _full(self, now: Truth, so_far: int, is_due: bool) -> Truth:
-        """Do the additional work of a full pass, and return the result with its values."""
+        """Do the additional work of a full pass, and return the result with the additional values."""
         self._sweep(so_far)
         at, used, mig = time.monotonic(), now.used, now.mig
         if is_due:
@@ -298,8 +305,8 @@ class Reconciler:
     def _choose_levels(self) -> None:
         """Choose the levels that the next passes check for orphaned bytes without an entry.
 
-        Each call adds the next LEVELS_AT_A_TIME levels, because an event of orphaned bytes may have been lost. It drops
-        the levels that have no orphaned bytes.
+        Each call adds the next LEVELS_AT_A_TIME levels, because an event of orphaned bytes may have been lost. A call
+        drops the levels that have no orphaned bytes.
         """
         cgroups = self._ledger.tenants()
         self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
@@ -309,12 +316,15 @@ class Reconciler:
                 self._levels.discard(cgroup)
 
     def _reported(self) -> Mapping[int, xids.Reported]:
-        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before XIDs of this pass
+        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before this pass's XIDs
         came = self._nvml.xids()  # the first call registers the devices that watched() returns
         return self._tally.take(self._nvml.watched(), [*repaired, *came])
 
     def _with_turns(self, now: Truth, at: float) -> Truth:
-        """Add how long processes ran in the last second, and the audit of turns. Unused devices are not measured."""
+        """Add the running times of processes in the last second, and the audit of turns.
+
+        Unused devices are not measured.
+        """
         since = time.time() - LOOK_SECONDS
         percent = {
             device: self._nvml.process_percent(device, since) if rows else {} for device, rows in now.held.items()
@@ -323,20 +333,21 @@ class Reconciler:
         return replace(now, percent=percent, sampled=at, turns=turns)
 
     def _sweep(self, so_far: int) -> None:
-        """Reap exited processes without a reported exit, and delete the allocations of exited processes.
+        """Remove exited processes without a reported exit, and delete the allocations of exited processes.
 
-        It also moves late charges (`Process.late`) to the levels to which their process was moved.
+        The sweep also moves late charges (`Process.late`) to the levels to which their process was moved.
 
         Args:
-            so_far: how many entries of processes were ever created, read before the processes. The number shows whether
-                processes have started and exited between two passes. A later pass finds an exit that this one misses.
+            so_far: the number of entries of processes that were ever created, read before the processes. The number
+                shows whether processes have started and exited between two passes. A later pass finds an exit that this
+                pass misses.
         """
         now = {(tgid, p.generation) for tgid, p in self._known.items()}
         self._corrections.forget_ended(self._known)
         for tgid, process in self._known.items():
             if process.late:
                 self._ledger.move(tgid, process.generation, process.levels)
-        for tgid, generation in now if has_host_pids() else ():  # in another pid namespace no pid would be found
+        for tgid, generation in now if has_host_pids() else ():  # another pid namespace has none of these pids
             if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted while it exited
                 self._ledger.reap(tgid, generation)
         self._ledger.orphans.forget_empty(now)

@@ -1,7 +1,7 @@
-"""The shares that this host offers to a device plugin, how many of them are taken, and facts for the DRA driver.
+"""The shares that this host offers to a device plugin, the number of taken shares, and facts for the DRA driver.
 
-This module runs in the agent's main loop. If the `fault` of the host or of a device is not empty, nothing of it is
-offered, and `fault` is the reason.
+This module runs in the agent's main loop. If the `fault` of the host or of a device is not empty, no share of the host
+or device is offered. The text of `fault` is the reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _MIG = "the device is in MIG mode, and limits hold on whole devices only: nvidia
 
 @dataclass(frozen=True, slots=True)
 class Offers:
-    """The inputs. `truth`: the last result of NVML. `unenforced`: the reason why no limit is in force, else empty."""
+    """The inputs of the offers.
+
+    `truth`: the last result of NVML. `unenforced`: the reason why no limit is in force, or empty.
+    """
 
     profiles: Sequence[Profile]
     devices: Sequence[Device]
@@ -40,9 +43,9 @@ class Offers:
     def view(self, overrides: Iterable[Override], mounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the offers as JSON values.
 
-        Each profile of a device has `bytes` (of one share), `count` (how many are offered), `taken` (how many
-        shares containers have now) and `fits` (how many more fit into the memory that is not committed; with
-        overcommit, `count`).
+        Each profile of a device has `bytes` (of one share), `count` (the number of offered shares), `taken` (the number
+        of shares that containers have now) and `fits` (the number of further shares that fit into the memory that is
+        not committed; with overcommit, `count`).
         """
         taken = Counter((uuid, override.share) for override in overrides for uuid in override.devices)
         fault, found = self.unenforced, []
@@ -53,9 +56,10 @@ class Offers:
         return {"fault": fault, "devices": found, "mounts": [(m["hostPath"], m["containerPath"]) for m in mounts]}
 
     def facts(self, driver_version: str, parts: cdi.Parts | None) -> dict[str, Any]:
-        """Return as JSON values what only the DRA driver needs.
+        """Return the facts that only the DRA driver needs, as JSON values.
 
-        The result is not part of view()'s devices, because an earlier device plugin refuses a device with other fields.
+        The result is not part of view()'s devices, because an earlier version of the device plugin refuses a device
+        with additional fields.
         """
         return {
             "driver": driver_version,
@@ -86,7 +90,10 @@ class Offers:
         return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
 
     def _failure(self, index: int) -> str:
-        """Return why no share of a device may be offered; empty: NVML answers, and the device has no fatal XID."""
+        """Return why no share of a device may be offered.
+
+        The text is empty if NVML answers and the device has no fatal XID.
+        """
         reported = self.truth.xids.get(index)
         if reported and reported.fatal is not None:
             return xids.failure(reported.fatal)
@@ -100,7 +107,7 @@ class Offers:
 
 
 def numa(pci_bus_id: str, sysfs: Path = SYSFS) -> int | None:
-    """Return the NUMA node of a device, or None if the host has only one node or does not report it."""
+    """Return the NUMA node of a device, or None if the host has only one node or does not report the node."""
     domain, _, rest = pci_bus_id.lower().partition(":")
     try:
         node = int((sysfs / f"{domain[-4:]}:{rest}" / "numa_node").read_text(encoding="utf-8"))

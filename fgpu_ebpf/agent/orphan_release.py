@@ -1,10 +1,10 @@
-"""Releases orphaned bytes once a device no longer holds them.
+"""The release of orphaned bytes that a device no longer holds.
 
-Invariant: the bytes that stay charged are those that the device holds and that no live process explains, but at most
-those that were orphaned. `device_balance` computes these bytes for the whole device, EndedRows for the pid of each row.
-Both estimates are upper bounds, so an error keeps orphans longer than necessary. The invariant determines how many
-bytes are released. It does not determine from which orphans, because NVML names no owner of memory in no row: see
-EndedRows._key().
+The invariant: the bytes that stay charged are the bytes that the device holds and that no live process explains, but at
+most the orphaned bytes. `device_balance` computes these bytes for the whole device, and EndedRows computes them for the
+pid of each row. Both estimates are upper bounds, so an error keeps orphans longer than necessary. The invariant
+determines how many bytes are released. The choice of orphans is not part of the invariant, because NVML names no owner
+of memory that is in no row: see EndedRows._key().
 
 This module runs in the reconcile thread, after the overheads of a pass are corrected. Memory in the row of an importing
 process is therefore charged to that process before the orphan of the exporting process is released.
@@ -27,38 +27,38 @@ from fgpu_ebpf.linux import procfs
 # (3.2 MiB). Values that are too large release orphaned bytes too early.
 CONTEXT_REST_BYTES = 6 << 20
 DEVICE_REST_BYTES = 4 << 20
-# Other memory that the driver may have, once per device: up to 25 MiB that it keeps of managed memory, and page tables
-# of registered host memory. This many bytes of orphans are released without evidence once the orphans are older than
-# SLACK_AFTER_NS, which is longer than the driver needs after a process exit.
+# Other memory that the driver may have, once per device: up to 25 MiB that the driver keeps of managed memory, and page
+# tables of registered host memory. This number of orphaned bytes is released without evidence once the orphans are
+# older than SLACK_AFTER_NS, which is longer than the driver needs after a process exit.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
-# How long the fall of a row counts as recent: longer than the passes of a release take. The driver needs up to 3.5 s to
-# free the memory of processes that exit together. An orphan that another tenant adds meanwhile is younger, and would
-# otherwise be released in place of the freed memory.
+# The time for which a decrease of a row counts as recent, which is longer than the passes of a release take. The driver
+# needs up to 3.5 s to free the memory of processes that exit together. An orphan that another tenant adds in this time
+# is younger, and would be released in place of the freed memory if the decrease did not count.
 FALL_COUNTS_NS = 2_000_000_000
-# The driver frees the memory of a process while the process exits, and the last of it up to SETTLED_NS later. VAIN_NS
-# is FGPU_PATIENCE_NS, after which an exit counts as complete in any case.
+# The driver frees the memory of a process during the exit and up to SETTLED_NS after the exit. VAIN_NS is
+# FGPU_PATIENCE_NS, after which an exit counts as complete in any case.
 SETTLED_NS = 500_000_000
 VAIN_NS = 4_000_000_000
 
 
 class EndedRows:
-    """The part of NVML's row of a pid that may belong to ended processes of that pid, on one device: the upper bound.
+    """The upper bound of the part of NVML's row of a pid that may belong to ended processes of that pid, on one device.
 
-    The pid may belong to another process now, or to the same process after an exec.
+    The pid may now belong to another process, or to the same process after an exec.
     """
 
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
         self._device = device
         self._rows: Rows | None = None  # all rows of the last pass
-        self.most: dict[int, int] = {}  # by pid with orphans: the part of its row in the last pass
-        self._orphaned: dict[int, int] = {}  # by pid: the orphaned bytes of its ended processes in the last pass
-        self._living: Set[int] = frozenset()  # pids of ended processes that live processes have again
-        self._fell: dict[int, int] = {}  # by pid: when the ended part of its row last fell
+        self.most: dict[int, int] = {}  # by pid with orphans: the part of the row in the last pass
+        self._orphaned: dict[int, int] = {}  # by pid: the orphaned bytes of the pid's ended processes in the last pass
+        self._living: Set[int] = frozenset()  # pids of ended processes that live processes have now
+        self._fell: dict[int, int] = {}  # by pid: the time of the last decrease of the row's ended part
 
     def look(self, sample: Sample, orphans: Iterable[Orphan]) -> dict[int, int]:
-        """Record a sample. Returns the bytes of ended processes by pid, for pids that NVML still lists."""
+        """Record a sample, and return the bytes of ended processes by pid, for pids that NVML still lists."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
@@ -72,7 +72,7 @@ class EndedRows:
         return {pid: part for pid, part in most.items() if part}
 
     def released(self, orphan: Orphan, bytes_: int) -> None:
-        """Subtract released bytes from the record, so that the next pass counts only bytes that are orphaned later."""
+        """Subtract released bytes from the record, so that the next pass counts only bytes orphaned after this call."""
         if orphan.ended_ns:
             self._orphaned[orphan.tgid] -= bytes_
 
@@ -80,11 +80,11 @@ class EndedRows:
         """Return which orphans to release, and how many bytes of each.
 
         Orphaned bytes beyond `room`, the most orphaned bytes that the device may hold, are released, except bytes that
-        a row proves to be held. If there are none, slack of old orphans is released.
+        a row proves to be held. If there are no bytes beyond `room`, slack of old orphans is released.
 
         If a live process has the pid again, the row proves less, because the driver rounds up the memory of the live
-        process. If slack of such an orphan is released, it is charged to the live process, like all bytes in the row
-        beyond the orphans.
+        process. If slack of such an orphan is released, the slack is charged to the live process, like all bytes in the
+        row beyond the orphans.
         """
         kept, until_ns = sum(orphan.bytes for orphan in orphans), time.monotonic_ns() - SLACK_AFTER_NS
         proven, spare, slack = dict(self.most), [], []
@@ -97,11 +97,13 @@ class EndedRows:
         return surplus(spare, kept - room) or surplus(slack, min(SLACK_BYTES, kept - max(0, room - SLACK_BYTES)))
 
     def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
-        """Return the place of an orphan in the order of releases: the orphan that was most likely freed comes first.
+        """Return the key of an orphan in the order of releases.
 
-        If the row of a process fell a moment ago, it is an orphan of that process, else the youngest. The driver frees
-        most memory at once, so old orphans are probably held by another process. Orphans of processes that NVML lists
-        come last.
+        The order begins with the orphan that was most likely freed.
+
+        If the row of a process decreased a moment ago, an orphan of that process was most likely freed. If no row
+        decreased, the youngest orphan was most likely freed, because the driver frees most memory immediately, so old
+        orphans are probably held by another process. Orphans of processes that NVML lists are at the end of the order.
         """
         fell = self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
         is_named = bool(orphan.ended_ns and self.most.get(orphan.tgid))
@@ -115,12 +117,12 @@ class EndedRows:
         """Return the most bytes of a row that may belong to ended processes.
 
         This part grows only by bytes that were orphaned since the last pass. Other growth belongs to a live process,
-        which the ledger may not have yet. If a live process is in a call, none of its bytes is certain to be in the
-        row, because the call may have freed it already.
+        which the ledger may not have yet. If a live process is in a call, no bytes of the process are certain to be in
+        the row, because the call may have freed the bytes already.
         """
         row, row_then, process = sample.rows.get(pid) or 0, self._row_then(pid), sample.processes.get(pid)
         part, more = self.most.get(pid, 0), max(0, orphaned - self._orphaned.get(pid, 0))
-        if process is None and pid not in self.most:  # none of the pid had ended in the last pass
+        if process is None and pid not in self.most:  # no process of the pid had ended in the last pass
             return min(orphaned, row)
         if process is None:
             freed = max(0, row_then - part - more) if pid in self._living else 0  # by calls, since the last pass
@@ -131,9 +133,9 @@ class EndedRows:
     def _own(self, process: Process) -> int:
         """Return the part of a row that certainly belongs to a live process.
 
-        Bytes of pools may be requested and not in use. Then the overhead may be smaller than the contexts: see
-        overhead_for(). It may also contain an admission without a call, which is released with the last context.
-        Therefore at most the size of one context counts.
+        Bytes of pools may be requested and not in use, so the overhead may be smaller than the contexts: see
+        overhead_for(). The overhead may also contain an admission without a call, which is released with the last
+        context. Therefore at most the size of one context counts.
         """
         device, pool = self._device, process.pool[self._device]
         size = self._ledger.context_bytes(device) if process.contexts[device] else 0
@@ -142,7 +144,7 @@ class EndedRows:
 
 
 class OrphanRelease:
-    """Releases the orphans of one device."""
+    """The release of the orphans of one device."""
 
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
@@ -157,11 +159,11 @@ class OrphanRelease:
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Return the bytes by pid that NVML shows for ended processes.
 
-        A live process of the same pid is not charged for these bytes. Orphans that are in no row of NVML explain none
-        of the bytes.
+        A live process of the same pid is not charged for these bytes. Orphans that are in no row of NVML do not explain
+        these bytes.
 
-        Orphaned bytes without an entry may belong to any ended process, also to one that was never in the ledger. If
-        there are such bytes, the rows of all ended processes count.
+        Orphaned bytes without an entry may belong to any ended process, even to a process that was never in the ledger.
+        If a level has orphaned bytes without an entry, the rows of all ended processes count.
         """
         found = self._rows.look(sample, orphans)
         over = sum(found.values()) - max(0, sum(orphan.bytes for orphan in orphans) - self._in_no_row(sample))
@@ -175,7 +177,7 @@ class OrphanRelease:
     def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
         """Release the orphaned bytes that the device does not hold.
 
-        Returns how many orphaned bytes without an entry the device may hold, or None if that is not known yet.
+        Return how many orphaned bytes without an entry the device may hold, or None if the number is not known yet.
         """
         if not sample.taken:
             self.balance.forget()
@@ -192,13 +194,14 @@ class OrphanRelease:
         return max(self._proven, room - sum(orphan.bytes for orphan in orphans))
 
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:
-        """Release orphaned bytes that have no entry in the map and that a level has had for two passes.
+        """Release the orphaned bytes without an entry in the map that a level has had for two passes.
 
-        Bytes that were orphaned after the sample of this pass are not in `room`: a live process had them in the sample.
+        Bytes that were orphaned after the sample of this pass are not in `room`, because a live process had these bytes
+        in the sample.
 
         Args:
             levels: cgroup ids of the levels to check.
-            room: how many such bytes the device may hold.
+            room: how many orphaned bytes without an entry the device may hold.
         """
         entered: dict[int, int] = defaultdict(int)
         pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # before entries: see orphans.bpf.h
@@ -217,10 +220,11 @@ class OrphanRelease:
         self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
 
     def note_kept(self, sample: Sample, levels: Iterable[int]) -> None:
-        """Record on usage pages that the device still holds the level's orphaned bytes, so that no request waits.
+        """Record on usage pages that the device still holds the orphaned bytes of levels, so that no request waits.
 
-        Two cases are left out. If a process is exiting or has just exited, the device may free some of its bytes soon.
-        If the last reading shows that the device has freed some bytes, later readings may confirm it for a release.
+        Two cases are left out. If a process is exiting or has just exited, the device may free some bytes of the
+        process soon. If the last reading shows that the device has freed some bytes, later readings may confirm this
+        reading for a release.
 
         Args:
             sample: the sample of this pass.
@@ -251,7 +255,10 @@ class OrphanRelease:
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
 
     def _in_no_row(self, sample: Sample) -> int:
-        """Return how many orphaned bytes are in no row: live processes count with all that is charged and not shown."""
+        """Return how many orphaned bytes are in no row.
+
+        Live processes count with all bytes that are charged and not shown.
+        """
         device, live = self._device, sample.processes
         shown = {pid for pid in live.keys() & sample.rows.keys() if live[pid].contexts[device]}
         hidden = sum(p.managed[device] if pid in shown else p.bytes[device] for pid, p in live.items())
@@ -263,14 +270,14 @@ class OrphanRelease:
         """Return the number of contexts of all processes with a row.
 
         A tenant's own library can claim any number of contexts. Therefore at most as many contexts count as fit into
-        the overhead, which is set by what NVML shows.
+        the overhead, which is set according to NVML.
         """
         device, size = self._device, self._ledger.context_bytes(self._device)
         claimed = (sample.processes.get(pid) for pid in sample.rows)
         return sum(max(1, min(p.contexts[device], p.overhead[device] // size)) if p and size else 1 for p in claimed)
 
     def _taken(self, shown: Mapping[int, int], sample: Sample) -> int:
-        """Return the most bytes that processes may have in use, without managed memory."""
+        """Return the maximum of the bytes that processes may have in use, without managed memory."""
         charged = {pid: p.bytes[self._device] - p.managed[self._device] for pid, p in sample.processes.items()}
         pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
         return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
@@ -278,8 +285,8 @@ class OrphanRelease:
     def _charges(self, sample: Sample, ended: Mapping[int, int]) -> Charges:
         """Return the charges of the ledger.
 
-        Orphans are read again, after the sample's processes: a process that exits in between is in both. Only this
-        thread releases orphans, so none is missing.
+        Orphans are read again after the sample's processes, so that a process that exits in between is in both
+        readings. Only the reconcile thread releases orphans, so no orphan is missing.
         """
         device, live, orphans = self._device, sample.processes, self._entries()
         known = live.keys() | {orphan.tgid for orphan in orphans}
@@ -293,7 +300,7 @@ class OrphanRelease:
         )
 
     def _hidden_handles(self, sample: Sample, ended: Mapping[int, int]) -> dict[Life, int]:
-        """Return the bytes of handles of processes without a context, which have no row."""
+        """Return the bytes of handles of processes that have no context and therefore no row."""
         return {
             (pid, process.generation, process.changes): handles
             for pid, process in sample.processes.items()

@@ -1,6 +1,6 @@
-"""Why a tenant cannot be parked now: what the driver cannot copy, and what fgpu could not restore safely.
+"""The reasons why a tenant cannot be parked now: memory that the driver cannot copy, or fgpu cannot restore safely.
 
-The reasons come from the ledger's own kinds of memory. The parker also refuses processes that are stopped, traced or
+The reasons depend on the kinds of memory in the ledger. The parker also refuses processes that are stopped, traced or
 frozen, and a copy for which the host has no room. This module runs in the agent's main loop.
 """
 
@@ -21,16 +21,16 @@ from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 LEAST_DRIVER = 570
-MOST_PROCESSES = 512  # of one request to the parker
+MOST_PROCESSES = 512  # the most processes in one request to the parker
 _EXPORTS = abi.Seen.EXPORT | abi.Seen.POOL_EXPORT
 
 
 @dataclass(frozen=True, slots=True)
 class Parkable:
-    """The state of the host on which it depends whether a tenant can be parked.
+    """The state of the host that determines whether a tenant can be parked.
 
-    `is_on`: whether tenants may be parked at all. `root`: the root of the cgroup hierarchy. `nvml`: None: no driver
-    responds, so no tenant can be parked. `unwitnessed`: returns the bytes by (pid, device) that no probe has recorded.
+    `is_on`: whether parking is on. `root`: the root of the cgroup hierarchy. `nvml`: None if no driver responds, so
+    that no tenant can be parked. `unwitnessed`: returns the bytes by (pid, device) that no probe has recorded.
     `promised`: the bytes by device for which room is made for requests of programs (room_requests.py).
     """
 
@@ -48,13 +48,13 @@ class Parkable:
         return {pid: p for pid, p in found if p.levels[:1] == (tenant.cgroup,) and any(p.bytes)}
 
     def obstacle(self, tenant: Tenant, processes: Mapping[int, Process]) -> str:
-        """Return the first reason why these processes of a tenant cannot be parked; an empty text if there is none."""
+        """Return the first reason why these processes of a tenant cannot be parked, or an empty text."""
         if not self.is_on or not self.nvml:
             return "parking is off: set `parking: on` in agent.yaml"
         if not has_host_pids():
-            return "the agent runs in a pid namespace of its own"
+            return "the agent runs in its own pid namespace"
         if self.enforcer.has_inside(tenant.path):
-            return "it is a group: park the tenants in it"
+            return "the target is a group: park the tenants in the group"
         if why := _amount(tenant, processes):
             return why
         version = self.nvml.driver_version.split(".")[0]
@@ -73,9 +73,10 @@ class Parkable:
         return ""
 
     def full_device(self, bytes_: Mapping[int, int]) -> str:
-        """Return the first device that has no room for these bytes, as text; an empty text if all have.
+        """Return a text about the first device without room for these bytes, or an empty text if all devices have room.
 
-        The limits do not reserve it: their sum may exceed a device, and processes without a limit take memory too.
+        The limits do not reserve the room. The sum of limits may exceed a device, and processes without a limit use
+        memory too.
         """
         for device, needed in bytes_.items():
             free = self.nvml.free_bytes(device) if self.nvml else None
@@ -86,7 +87,7 @@ class Parkable:
 
 
 def by_tenant(ledger: Ledger) -> defaultdict[int, dict[int, Process]]:
-    """Return all processes of the ledger by pid, by the cgroup of their tenant."""
+    """Return all processes of the ledger, by the cgroup of the tenant and by pid."""
     found: defaultdict[int, dict[int, Process]] = defaultdict(dict)
     for pid, process in ledger.processes().items():
         for cgroup in process.levels[:1]:
@@ -100,7 +101,7 @@ def devices_of(process: Process) -> list[int]:
 
 
 def _amount(tenant: Tenant, processes: Mapping[int, Process]) -> str:
-    """Return why a tenant has too few or too many processes or bytes to be parked; an empty text if it has not."""
+    """Return why a tenant has too few or too many processes or bytes to be parked, or an empty text."""
     if not processes:
         return "no process of the tenant holds device memory"
     if len(processes) > MOST_PROCESSES:
@@ -117,9 +118,9 @@ def _reasons(process: Process, is_unwitnessed: bool) -> Iterator[str]:
     if not process.flags & abi.Seen.SHIM:
         yield "has not registered through the shim"
     elif not process.flags & abi.SEEN_CALLED:
-        yield "has the shim of an earlier version, which does not hold its calls back: restart it"
+        yield "has the shim of an earlier version, which does not block calls: restart the process"
     if process.flags & abi.Seen.BYPASS or is_unwitnessed:
-        yield "has memory that it did not request through the shim"
+        yield "has memory that was not requested through the shim"
     if any(process.managed):
         yield "has managed memory"
     if process.flags & _EXPORTS or any(process.exported):

@@ -1,6 +1,6 @@
-"""A tenant that is parked, or is being parked or woken; and the requests of users that wait for that.
+"""The state of a tenant that is parked or is being parked or woken, and users' requests that wait for the result.
 
-This module contains data only. It runs in the agent's main loop, which has one ParkedTenant for each such tenant.
+This module contains only data, and runs in the agent's main loop, which has one ParkedTenant for each of these tenants.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MOST_ERRANDS = 128
 class Phase(StrEnum):
     """The state of a tenant that does not run."""
 
-    CHECKING = "checking"  # its calls are looked at; it has no entry in the ledger yet
+    CHECKING = "checking"  # the calls are being checked; the ledger has no entry of the tenant yet
     PARKING = "parking"
     PARKED = "parked"
-    WAITING = "waiting"  # parked, and it shall run as soon as it can
+    WAITING = "waiting"  # parked, and to be woken as soon as possible
     WAKING = "waking"
-    UNKNOWN = "unknown"  # the driver has to be asked
+    UNKNOWN = "unknown"  # the driver must be queried
 
 
 class Goal(StrEnum):
@@ -46,7 +46,10 @@ class Goal(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Errand:
-    """A request of a user. `seconds`: of the driver's copy. `waits`: for what it waits; empty: for the driver."""
+    """A request of a user.
+
+    `seconds`: the time of the driver's copy. `waits`: the cause of the wait; empty for a wait for the driver.
+    """
 
     number: int
     goal: Goal
@@ -77,7 +80,7 @@ class Errands:
         self._errands: dict[int, Errand] = {}
 
     def add(self, goal: Goal, tenant: str, bytes_: int) -> Errand:
-        """Add an errand, and forget the oldest if there are too many."""
+        """Add an errand, and remove the oldest errand if there are too many."""
         errand = Errand(next(self._numbers), goal, tenant, bytes_)
         self._errands[errand.number] = errand
         if len(self._errands) > MOST_ERRANDS:
@@ -85,13 +88,13 @@ class Errands:
         return errand
 
     def get(self, number: int) -> Errand | None:
-        """Return an errand; None: there is none, or it is forgotten."""
+        """Return the errand with a number, or None if the errand was removed or never existed."""
         return self._errands.get(number)
 
 
 @dataclass(slots=True)
 class Totals:
-    """Counts of a tenant since the agent's start: how often it was parked and woken, and the time of the copies."""
+    """Counts of a tenant since the agent's start: the numbers of parks and wake-ups, and the time of the copies."""
 
     parks: int = 0
     wakes: int = 0
@@ -108,15 +111,16 @@ class Totals:
 
 @dataclass(slots=True, eq=False)
 class ParkedTenant:
-    """A tenant that does not run.
+    """The state of a tenant that does not run.
 
-    `members`: the start time of each of its processes that are, or will be, parked, in clock ticks since boot.
-    `quiet`: where threads slept before it was parked. `calls`: the search for calls, while it is parked. `why`: why it
-    waits, or why the driver has to be asked. `next_at`: the time of the next attempt, on the monotonic clock. `op`: the
-    last request that changes the driver's state; None: of an earlier agent. `failures`: failed attempts to restore it.
-    `seconds`: of the driver's copy. `shall_wake`: why it shall be woken once it is parked; empty: it shall stay parked.
-    `reason`: why it was parked, if not by hand. `has_claim`: it waits while room is being made for it, which no other
-    tenant may take when it wakes up.
+    `members`: the start time of each process of the tenant that is or will be parked, in clock ticks since boot.
+    `quiet`: the places at which threads slept before the parking. `calls`: the search for calls while the tenant is
+    parked. `why`: why the tenant waits, or why the driver must be queried. `next_at`: the time of the next attempt, on
+    the monotonic clock. `op`: the last request that changes the driver's state; None if an earlier agent sent the
+    request. `failures`: the number of failed attempts to restore the tenant. `seconds`: the time of the driver's copy.
+    `shall_wake`: why the tenant is to be woken once it is parked; empty if it is to stay parked. `reason`: why the
+    tenant was parked; empty for a request of a user. `has_claim`: the tenant waits while room is being made, which no
+    other tenant may use to wake up.
     """
 
     cgroup: int
@@ -140,7 +144,7 @@ class ParkedTenant:
     has_claim: bool = False
 
     def enter(self, phase: Phase, why: str = "") -> None:
-        """Change the phase. Only a parked tenant's calls are searched for."""
+        """Change the phase. Unless the new phase is PARKED, stop the search for calls."""
         if phase is not Phase.PARKED and self.calls:
             self.calls.stop()
             self.calls = None
@@ -152,7 +156,7 @@ class ParkedTenant:
             errand.waits = why
 
     def close_request(self) -> None:
-        """Stop to wait for the parker's answer."""
+        """Stop waiting for the parker's answer."""
         if self.request:
             self.request.close()
             self.request = None
@@ -165,13 +169,13 @@ class ParkedTenant:
         self.errands = [errand for errand in self.errands if not errand.is_done]
 
 
-# Called if the devices lack room for a tenant that wakes up, with the bytes by device that have to be free. Returns
-# whether room is being made, and for what the tenant waits, as text.
+# A function that is called with the bytes that have to be free, by device, if the devices lack room for a tenant that
+# wakes up. The result is whether room is being made, and a text with the cause of the wait.
 MakeRoom = Callable[[ParkedTenant, Mapping[int, int]], tuple[bool, str]]
 
 
 def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
-    """Return the tenants that an earlier agent was parking, or had parked, by cgroup. The driver has to be asked."""
+    """Return the tenants that an earlier agent was parking or had parked, by cgroup. The driver must be queried."""
     found: dict[int, ParkedTenant] = {}
     for life, entry in ledger.parked.entries().items():
         process = ledger.process(life[0])
@@ -189,15 +193,15 @@ def of_entries(ledger: Ledger, enforcer: Enforcer) -> dict[int, ParkedTenant]:
 
 
 def needs_of(parked: ParkedTenant, ledger: Ledger) -> Counter[int]:
-    """Return the parked bytes of a tenant by device. Devices without such bytes are left out."""
+    """Return the parked bytes of a tenant by device. Devices without parked bytes are left out."""
     entries = ledger.parked.entries()
     return _by_device(entries[life].bytes for life in parked.members if life in entries)
 
 
 def coming_to(asker: ParkedTenant | None, tenants: Collection[ParkedTenant], parkable: Parkable) -> Counter[int]:
-    """Return the bytes by device that other tenants may take: they are charged already, or room is made for them.
+    """Return the bytes by device that other tenants may take, because they are charged already or room is being made.
 
-    A tenant that is being parked takes its bytes back if its parking fails. `asker` None: a request for memory.
+    A tenant that is being parked uses its bytes again if the parking fails. `asker` is None for a request for memory.
     """
     ledger = parkable.ledger
     others = [parked for parked in tenants if parked is not asker]
@@ -213,7 +217,7 @@ def _by_device(rows: Iterable[Sequence[int]]) -> Counter[int]:
 
 
 def view_of(parked: ParkedTenant | None, totals: Totals | None) -> ParkingView | None:
-    """Return what a Snapshot shows of a tenant; None: it was never parked since the agent's start."""
+    """Return the parking of a tenant for a Snapshot, or None if the tenant was not parked since the agent's start."""
     if parked is None and totals is None:
         return None
     t = totals or Totals()
@@ -224,7 +228,7 @@ def view_of(parked: ParkedTenant | None, totals: Totals | None) -> ParkingView |
 
 
 def report_stuck(tenants: Iterable[ParkedTenant], failed_checks: MutableMapping[str, Check]) -> None:
-    """Report the tenants that may have to wait for long, and why, as a failed check."""
+    """Report the tenants that may have to wait for a long time, and the reasons, as a failed check."""
     slow = (p for p in tenants if p.phase in (Phase.UNKNOWN, Phase.WAITING))
     if found := "; ".join(f"{parked.name} is {parked.phase}: {parked.why}" for parked in islice(slow, 5)):
         failed_checks["parking"] = Check("parking", False, found, "`fgpu explain TENANT` names the reason")
@@ -233,15 +237,15 @@ def report_stuck(tenants: Iterable[ParkedTenant], failed_checks: MutableMapping[
 
 
 def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
-    """Return why a tenant must not stay parked; an empty text if it may.
+    """Return why a tenant must not stay parked, or an empty text if the tenant may stay parked.
 
-    The levels of a parked process do not change, so a tenant wakes up before they do.
+    The levels of a parked process cannot change, so the tenant is woken before a change.
     """
     ledger, enforcer = parkable.ledger, parkable.enforcer
     if not parkable.is_on:
         return "parking is off"
     if ledger.parked.unmoved.intersection(pid for pid, _ in tenant.members):
-        return "a process has other limits around it now"
+        return "the limits around a process have changed"
     leaving = enforcer.leaving.keys()
     processes = [ledger.process(pid) for pid, _ in tenant.members] if leaving else []
     is_left = any(leaving & process.levels for process in processes if process)
@@ -249,7 +253,7 @@ def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
 
 
 def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
-    """Return which level around a parked tenant has no room for it, as text; an empty text if all have."""
+    """Return a text about a level around a parked tenant that has no room for the tenant, or an empty text."""
     entries, needs = ledger.parked.entries(), dict[int, Counter[int]]()  # by level
     for life in tenant.members:
         process, entry = ledger.process(life[0]), entries.get(life)

@@ -1,8 +1,8 @@
-"""Requests to the parker, the process that makes the driver's checkpoint calls.
+"""Requests to the parker, which is the process that makes the driver's checkpoint calls.
 
-A request is one line of JSON on a connection of its own. The parker answers with lines: how far it has come, and last
-the result or the states. Nothing here blocks: the agent's main loop reads the lines. If the connection ends without a
-result, or takes too long, the caller has to ask for the states.
+A request is one line of JSON on its own connection. The parker answers with lines that report the progress, and a last
+line with the result or the states. This module does not block, because the agent's main loop reads the lines. If the
+connection ends without a result, or the answer takes too long, the caller has to request the states.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ MOST_LINE_BYTES = 1 << 20
 STATE = "state"
 LOCK_SECONDS = 5.0
 DEADLINE_SECONDS = 30.0
-SECONDS_A_GIB = 1.0  # added to the deadline; the slowest copy that was measured took half a second
-PATIENCE_SECONDS, SLOWEST = 60.0, 128 << 20  # beyond the deadline, and bytes a second: the parker's own are smaller
-FIX = "start it: systemctl restart fgpu-parker.socket, or run `fgpu-parker`"
+SECONDS_A_GIB = 1.0  # added to the deadline; the slowest measured copy took half a second
+PATIENCE_SECONDS, SLOWEST = 60.0, 128 << 20  # beyond the deadline, and bytes a second; the parker's values are smaller
+FIX = "start the parker: systemctl restart fgpu-parker.socket, or run `fgpu-parker`"
 
 Line = dict[str, Any]
 
 
 class Request:
-    """One request.
+    """A request that has been sent.
 
-    `on_line` gets each line of the answer as an object. `on_end` is called when the connection has ended. Neither is
-    called after close().
+    `on_line` gets each line of the answer as an object. `on_end` is called when the connection has ended. After
+    close(), neither function is called.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Request:
             self._on_end()
 
     def close(self) -> None:
-        """Close the connection. The parker finishes its job in any case."""
+        """Close the connection. The parker finishes a job that has begun."""
         if self._is_open:
             self._is_open = False
             with contextlib.suppress(KeyError):
@@ -85,7 +85,7 @@ def connected(run_dir: Path) -> socket.socket | None:
 
 
 def missing(run_dir: Path) -> str:
-    """Return that no parker listens, and how to start it; an empty text if one does."""
+    """Return how to start the parker if no parker listens, or an empty text if a parker listens."""
     if sock := connected(run_dir):
         sock.close()
         return ""
@@ -96,19 +96,19 @@ def ask(
     selector: selectors.BaseSelector, sock: socket.socket, op: str, members: Iterable[tuple[int, int]], bytes_: int,
     on_line: Callable[[Line], None], on_end: Callable[[], None],
 ) -> Request | None:  # fmt: skip
-    """Send a request on a new connection, and close the connection if that is not possible.
+    """Send a request on a new connection, and close the connection if the request cannot be sent.
 
     Args:
         selector: the selector of the main loop.
-        sock: a connection of connected().
+        sock: the connection that connected() returned.
         op: `park`, `wake` or STATE.
-        members: the processes: pid and start time in clock ticks since boot.
-        bytes_: the sum of their device memory.
-        on_line: as in Request.
-        on_end: as in Request.
+        members: the processes, each as pid and start time in clock ticks since boot.
+        bytes_: the sum of the processes' device memory.
+        on_line: the function of Request.
+        on_end: the function of Request.
 
     Returns:
-        The request, or None if it was not sent. The caller compares its `until` with the time.
+        The request, or None if the request was not sent. The caller compares the `until` of the request with the time.
     """
     deadline = DEADLINE_SECONDS + SECONDS_A_GIB * bytes_ / (1 << 30)
     request = {

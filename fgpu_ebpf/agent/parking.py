@@ -1,8 +1,8 @@
-"""Parks tenants and wakes them up. docs/parking.md has the states, the order of all steps, and what a crash leaves.
+"""Parking and waking of tenants. docs/parking.md has the states, the order of steps, and the state after a crash.
 
-Runs in the agent's main loop. The parker makes the driver's calls, which block; BPF programs change the charges. If it
-is not known how far the parker has come, the driver is asked for the state of each process, and the charge is made to
-agree with it.
+This module runs in the agent's main loop. The parker makes the driver's calls, which block, and BPF programs change the
+charges. If the parker's progress is unknown, the driver is queried for the state of each process, and the charge is
+corrected accordingly.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 log = logging.getLogger("fgpu.parking")
-AGAIN_SECONDS, MOST_DOUBLINGS = 1.0, 6  # between two attempts; doubled by each failure
-CHECK_SECONDS = 30.0  # in which the stacks of a tenant can be read
-MOST_TENANTS = 256  # parked at a time; each has a thread
+AGAIN_SECONDS, MOST_DOUBLINGS = 1.0, 6  # between two attempts; each failure doubles the time
+CHECK_SECONDS = 30.0  # the longest time to read the stacks of a tenant
+MOST_TENANTS = 256  # parked at the same time; each tenant has a thread
 
 
 class ParkingError(AgentError):
-    """The tenant cannot be parked or woken. The text has the reason."""
+    """The error of a tenant that cannot be parked or woken. The text has the reason."""
 
 
 class Parking:
-    """All tenants that do not run.
+    """The tenants that do not run.
 
     Args:
         run_dir: the folder of the parker's socket.
@@ -71,7 +71,7 @@ class Parking:
         self._ledger, self._enforcer = parkable.ledger, parkable.enforcer
         self._tenants: dict[int, ParkedTenant] = {}
         self._selector: selectors.BaseSelector | None = None
-        self._inbox: deque[Callable[[], None]] = deque()  # what threads have found, for the main loop
+        self._inbox: deque[Callable[[], None]] = deque()  # functions from threads, for the main loop
         self._wakeup = Wakeup()
         self._checks = blocked_calls.Checks()
         self.make_room: MakeRoom = lambda _, __: (False, "")
@@ -81,20 +81,20 @@ class Parking:
     # -- the agent's start and rounds
 
     def begin(self, selector: selectors.BaseSelector) -> None:
-        """Take over the processes that an earlier agent was parking, or had parked, and begin to serve."""
+        """Take over the processes that an earlier agent was parking or had parked, and begin to serve."""
         self._selector = selector
         selector.register(self._wakeup, selectors.EVENT_READ, self._take_inbox)
         self._tenants = of_entries(self._ledger, self._enforcer)
         self.look()
 
     def look(self) -> None:
-        """Do what is due; to be called in every round."""
+        """Do the steps that are due. The agent calls this method in every round."""
         now = time.monotonic()
         entries = self._ledger.parked.entries() if self._tenants else {}
         for parked in self.tenants():
             if parked.phase is Phase.CHECKING:
                 if now > parked.since + CHECK_SECONDS:
-                    self._give_up(parked, f"its memory could not be read within {CHECK_SECONDS:.0f} s")
+                    self._give_up(parked, f"the tenant's memory could not be read within {CHECK_SECONDS:.0f} s")
                 continue
             self._forget_ended(parked, entries)
             if parked.cgroup not in self._tenants:
@@ -113,19 +113,19 @@ class Parking:
         report_stuck(self._tenants.values(), self._failed_checks)
 
     def _forget_ended(self, parked: ParkedTenant, entries: Container[Life]) -> None:
-        """Forget the processes that have ended or have executed another program: they have no entry any more."""
+        """Remove the processes without an entry, which have ended or have executed another program."""
         for life, started in list(parked.members.items()):
             if life not in entries or procfs.started(life[0]) != started:
                 del parked.members[life]
         if not parked.members:
-            self._remove(parked, "all of its processes have ended")
+            self._remove(parked, "all processes of the tenant have ended")
 
     # -- requests
 
     def park(self, tenant: Tenant, reason: str = "") -> Errand:
-        """Begin to park a tenant. `reason`: for the event. Raises ParkingError: it cannot be parked."""
+        """Begin to park a tenant. `reason`: the event's text. Raise ParkingError if the tenant cannot be parked."""
         processes, known = self.parkable.processes_of(tenant), self._tenants.get(tenant.cgroup)
-        why = f"it is {known.phase} already" if known else self.parkable.obstacle(tenant, processes)
+        why = f"the tenant is {known.phase} already" if known else self.parkable.obstacle(tenant, processes)
         if not why and sum(parked.phase is not Phase.WAITING for parked in self._tenants.values()) >= MOST_TENANTS:
             why = f"{MOST_TENANTS} tenants are parked already"
         if why:
@@ -141,13 +141,13 @@ class Parking:
         return errand
 
     def _check_calls(self, parked: ParkedTenant) -> None:
-        """Look at the calls of a tenant before it is parked. Runs in a thread of its own."""
+        """Check the calls of a tenant before the tenant is parked. This function runs in its own thread."""
         why, quiet = blocked_calls.before_parking(pid for pid, _ in parked.members)
         self._put(parked, lambda: self._begin_to_park(parked, why, quiet))
 
     def _begin_to_park(self, parked: ParkedTenant, why: str, quiet: blocked_calls.Places) -> None:
         if why or parked.shall_wake:
-            self._give_up(parked, why or "it was woken meanwhile")
+            self._give_up(parked, why or "the tenant was woken meanwhile")
             return
         sock = parker_client.connected(self._run_dir)
         if sock is None:
@@ -164,12 +164,12 @@ class Parking:
         self._ask(parked, sock, Goal.PARK)
 
     def _give_up(self, parked: ParkedTenant, why: str) -> None:
-        """Cancel the parking of a tenant that has no entries in the ledger. The tenant continues to run."""
+        """Cancel the parking of a tenant without entries in the ledger. The tenant continues to run."""
         parked.finish(Goal.WAKE)
         self._remove(parked, f"{parked.name} cannot be parked: {why}")
 
     def wake(self, cgroup: int, name: str) -> Errand:
-        """Begin to wake a tenant. Raises ParkingError: it is not parked."""
+        """Begin to wake a tenant. Raise ParkingError if the tenant is not parked."""
         parked = self._tenants.get(cgroup)
         if parked is None:
             raise ParkingError(f"{name} is not parked")
@@ -179,7 +179,7 @@ class Parking:
         return errand
 
     def _begin_to_wake(self, parked: ParkedTenant, reason: str = "") -> None:
-        """Wake a tenant that shall be woken, if it is parked. Otherwise it is woken when it is."""
+        """Wake a tenant that is parked, or record that a tenant that is being parked is to be woken afterwards."""
         parked.shall_wake = parked.shall_wake or reason
         if parked.phase is Phase.PARKED and parked.shall_wake:
             log.info("%s wakes up: %s", parked.name, parked.shall_wake)
@@ -187,7 +187,7 @@ class Parking:
             self._wake_later(parked, "")
 
     def _put(self, parked: ParkedTenant, then: Callable[[], None]) -> None:
-        """Have the main loop call a function, unless the tenant is forgotten by then. Any thread may call this."""
+        """Make the main loop call a function unless the tenant was removed. Any thread may call this method."""
         self._inbox.append(lambda: then() if self._tenants.get(parked.cgroup) is parked else None)
         self._wakeup.wake()
 
@@ -199,7 +199,7 @@ class Parking:
     # -- steps
 
     def _ask(self, parked: ParkedTenant, sock: socket.socket, op: Goal | None) -> None:
-        """Send a request to the parker. If that fails, the driver is asked later. `op` None: ask for the states."""
+        """Send the request `op`, or None for the states, to the parker. After a failure, query the driver later."""
         assert self._selector
         members = ((life[0], started) for life, started in parked.members.items())
         parked.op, parked.seconds = op or parked.op, 0.0
@@ -223,13 +223,13 @@ class Parking:
             self._settle_result(parked, op, result, str(line.get("error") or ""))
 
     def _lose_sight(self, parked: ParkedTenant, why: str) -> None:
-        """Record that it is not known how far the parker has come."""
+        """Record that the parker's progress is unknown."""
         parked.close_request()
         parked.enter(Phase.UNKNOWN, why)
         parked.next_at = time.monotonic() + AGAIN_SECONDS
 
     def _settle_result(self, parked: ParkedTenant, op: Goal | None, result: str, error: str) -> None:
-        """Act on a result. Only a success is believed: after a failure, also of a refused request, the driver knows."""
+        """Act on a result. After any result except a success, query the driver."""
         if op and not error and (op, result) in ((Goal.PARK, "parked"), (Goal.WAKE, "running")):
             self.totals.setdefault(parked.cgroup, Totals()).count(op, parked.seconds)
             what, why = ("parked", parked.reason) if op is Goal.PARK else ("woken", parked.shall_wake)
@@ -240,16 +240,16 @@ class Parking:
         self._lose_sight(parked, error or f"the parker's result is {result!r}")
         if op:
             parked.failures += 1
-            if op is Goal.WAKE or not parked.reason:  # else the error of the errand is reported
+            if op is Goal.WAKE or not parked.reason:  # in the other case the errand's error is reported
                 self._history.add(f"{op} failed", tenant=parked.name, bytes=parked.bytes, text=parked.why)
             self._ask_for_states(parked)
 
     def _settle_parked(self, parked: ParkedTenant) -> None:
-        """The device holds nothing: release the levels around the tenant."""
+        """Release the charges of the levels around a tenant, because the device no longer holds the tenant's memory."""
         self._release(parked.members)
         parked.finish(Goal.PARK)
         for waiting in self.tenants():
-            if waiting.has_claim:  # it has waited for this, so it is woken before this tenant
+            if waiting.has_claim:  # the room was made for the waiting tenant
                 self._wake(waiting)
         if parked.shall_wake:
             self._wake_later(parked, parked.why)
@@ -258,7 +258,7 @@ class Parking:
         self._search_for_calls(parked)
 
     def _wake_later(self, parked: ParkedTenant, why: str) -> None:
-        """Wake a tenant, at once unless attempts have failed."""
+        """Wake a tenant, immediately if no attempt has failed, or after a pause."""
         parked.enter(Phase.WAITING, why)
         pause = AGAIN_SECONDS * 2 ** min(parked.failures, MOST_DOUBLINGS) if parked.failures else 0.0
         parked.next_at = time.monotonic() + pause
@@ -277,12 +277,12 @@ class Parking:
             self._begin_to_wake(parked, str(no_thread))
 
     def _pids_of(self, parked: ParkedTenant) -> set[int]:
-        """Return all processes of a tenant, also those that are not parked. Any thread may call this."""
+        """Return all processes of a tenant, parked or not. Any thread may call this method."""
         own = {pid for pid, process in self._ledger.processes().items() if process.levels[:1] == (parked.cgroup,)}
         return own | {pid for pid, _ in list(parked.members)}
 
     def _settle_running(self, parked: ParkedTenant) -> None:
-        """The tenant runs: what the device holds is charged."""
+        """Charge the bytes that the device holds for a tenant that runs again."""
         for life in parked.members:
             self._ledger.parked.wake(life, force=True)
         self._end_entries(parked.members)
@@ -290,7 +290,7 @@ class Parking:
         self._remove(parked, parked.why or "interrupted")
 
     def _settle_lost(self, parked: ParkedTenant, lives: Collection[Life]) -> None:
-        """The driver cannot restore these processes. Their calls get its errors, and NVML shows what they hold."""
+        """Remove processes that the driver cannot restore, and whose calls therefore get errors of the driver."""
         pids = ", ".join(str(pid) for pid, _ in lives)
         self._history.add("parking lost", tenant=parked.name, text=f"the driver reports a failure of pid {pids}")
         for goal in Goal:
@@ -299,7 +299,7 @@ class Parking:
             self._ledger.parked.wake(life, force=True)
             parked.members.pop(life)
         self._end_entries(lives)
-        parked.shall_wake = parked.shall_wake or "the driver has lost another process of it"
+        parked.shall_wake = parked.shall_wake or "the driver has lost another process of the tenant"
 
     def _release(self, lives: Iterable[Life]) -> None:
         for life in lives:
@@ -311,7 +311,7 @@ class Parking:
                 log.debug("no entry of pid %d to end: %s", life[0], os.strerror(error))
 
     def _wake(self, parked: ParkedTenant) -> None:
-        """Charge the tenant, and have it restored; if there is no room, try again later."""
+        """Charge the tenant, and request that the parker restores its memory. If there is no room, try again later."""
         needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self.parkable)
         needs.update({device: coming[device] for device in needs})
         if why := self.parkable.full_device(needs):
@@ -322,7 +322,7 @@ class Parking:
         if sock is None:
             self._wait(parked, f"the parker does not run: {parker_client.FIX}")
             return
-        force = bool(outdated(parked, self.parkable))  # a level that it is about to leave does not keep it
+        force = bool(outdated(parked, self.parkable))  # a level that the tenant will leave cannot prevent the wake-up
         if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
             self._release(parked.members)
@@ -332,7 +332,7 @@ class Parking:
         self._ask(parked, sock, Goal.WAKE)
 
     def _wait(self, parked: ParkedTenant, why: str, has_claim: bool = False) -> None:
-        if not parked.why:  # later reasons have other numbers
+        if not parked.why:  # later reasons differ only in numbers
             self._history.add("wake waits", tenant=parked.name, bytes=parked.bytes, text=why)
         parked.enter(Phase.WAITING, why)
         parked.has_claim, parked.next_at = has_claim, time.monotonic() + AGAIN_SECONDS
@@ -349,11 +349,11 @@ class Parking:
         self._ask(parked, sock, None)
 
     def _settle(self, parked: ParkedTenant, states: Mapping[str, str]) -> None:
-        """Make the ledger agree with the driver. Processes in different states, or locked ones, are woken together."""
+        """Make the ledger agree with the driver. Wake processes in different states, or locked processes, together."""
         if lost := [life for life in parked.members if states.get(str(life[0])) == "failed"]:
             self._settle_lost(parked, lost)
         said = {states.get(str(pid), "unknown") for pid, _ in parked.members} - {"gone"}
-        # All are parked or none. So if one runs, a process that the driver does not know is none that it has parked.
+        # Either all processes are parked or none. If one process runs, a process unknown to the driver is not parked.
         if said <= {"running"} or said == {"running", "unknown"}:
             self._settle_running(parked)
         elif said == {"checkpointed"}:
@@ -365,10 +365,10 @@ class Parking:
             parked.shall_wake = parked.shall_wake or f"interrupted: {parked.why}"
             self._wake_later(parked, parked.why)
 
-    # -- what others see
+    # -- reports
 
     def _remove(self, parked: ParkedTenant, error: str) -> None:
-        """Forget a tenant that runs or has ended. `error`: for requests that are not finished."""
+        """Remove a tenant that runs or has ended. `error`: the error of unfinished requests."""
         parked.close_request()
         parked.enter(Phase.UNKNOWN)
         self._tenants.pop(parked.cgroup, None)
@@ -378,13 +378,13 @@ class Parking:
             parked.finish(goal, error)
 
     def stop(self) -> None:
-        """End all threads and connections. The next agent takes over."""
+        """End all threads and connections. The next agent takes over the tenants."""
         for parked in self._tenants.values():
             parked.close_request()
             parked.enter(Phase.UNKNOWN)
 
     def tenants(self) -> list[ParkedTenant]:
-        """Return the tenants that do not run or are about to be parked, those that have waited longest first."""
+        """Return the tenants that do not run or are about to be parked, from the longest waiting on."""
         return sorted(self._tenants.values(), key=lambda parked: parked.since)
 
     def names(self) -> list[str]:
@@ -396,5 +396,5 @@ class Parking:
         return cgroup in self._tenants
 
     def view(self, cgroup: int) -> ParkingView | None:
-        """Return what is known of a tenant's parking; None: it was never parked since the agent's start."""
+        """Return the state of a tenant's parking, or None if the tenant was not parked since the agent's start."""
         return view_of(self._tenants.get(cgroup), self.totals.get(cgroup))

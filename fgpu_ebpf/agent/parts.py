@@ -1,4 +1,4 @@
-"""Makes the parts of a running agent, and connects the parts that call each other.
+"""Make the parts of a running agent, and connect the parts that call each other.
 
 This module runs once, at the agent's start, in the main thread. The main loop then calls the parts.
 """
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
 
     @property
     def enforcer(self) -> Enforcer:
-        """The tenants, and what is in force for them."""
+        """The tenants, and the limits and shares that are in force for the tenants."""
         return self.manager.enforcer
 
     def take_over(self) -> None:
@@ -68,7 +68,7 @@ def wire(
 ) -> Parts:
     """Make the parts, and pass to each part the other parts that it calls.
 
-    Only one part starts a thread here: the thread that writes the store of `fgpu usage`.
+    Only one part starts a thread in this function: the thread that writes the store of `fgpu usage`.
 
     Args:
         failed_checks: the agent's failed checks, which some parts change.

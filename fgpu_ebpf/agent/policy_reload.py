@@ -1,9 +1,9 @@
-"""Reads the policy folder at the start and after every change, and passes the policies to the manager.
+"""Read the policy folder at the start and after every change, and pass the policies to the manager.
 
-This module runs in the agent's main loop; a thread of `policy.watch` reads the folder and wakes the loop. The last good
-policy set is stored on disk. An agent uses the stored set if the files have an error at its start, or the folder is
-missing. If the files have an error later, the last good policy set stays in force as a whole, and the errors are in the
-event log, the metrics and /readyz.
+This module runs in the agent's main loop. A thread of `policy.watch` reads the folder and wakes the loop. The last good
+policy set is stored on disk. An agent uses the stored set if the files have an error at the agent's start, or the
+folder is missing. If the files have an error later, the last good policy set stays in force as a whole, and the errors
+are in the event log, the metrics and /readyz.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ log = logging.getLogger("fgpu.policy")
 class Start(NamedTuple):
     """The first reading of the folder.
 
-    `kept`: the stored set, if the folder has no valid set; None: the folder has a valid set, or none is stored.
+    `kept`: the stored set if the folder has no valid set. The value is None if the folder has a valid set, or no set is
+    stored.
     """
 
     reading: Reading
@@ -38,7 +39,10 @@ class Start(NamedTuple):
 
 
 def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
-    """Read the folder. A missing folder is an error if a set from it is stored on disk, else it counts as empty."""
+    """Read the folder.
+
+    A missing folder is an error if a set of the folder is stored on disk, else it counts as empty.
+    """
     policies = PolicyFolder(folder)
     reading = policies.read()
     if reading.policies is not None and reading.state is not None:
@@ -48,16 +52,16 @@ def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
 
 
 class Policies:
-    """The folder's policies.
+    """The policies of the folder.
 
     `errors`: the errors of the last reading. `loaded_seconds`: the time of the last reading without an error, since the
-    epoch. `file`: the file that stores the set in force. `unsaved`: the reason why the set is not stored, else empty.
+    epoch. `file`: the file that stores the set in force. `unsaved`: the reason why the set is not stored, or empty.
     """
 
     def __init__(
         self, folder: Path, start: Start, manager: Manager, history: EventLog, file: Path = last_good.FILE
     ) -> None:
-        """Pass the set of the first reading, or the stored one, to the manager, which applies it later."""
+        """Pass the set of the first reading, or the stored set, to the manager, which applies the set later."""
         self._folder = folder
         self._file = file
         self.unsaved = ""
@@ -71,7 +75,7 @@ class Policies:
         self._begin(start)
 
     def view(self) -> PoliciesView:
-        """Return the last reading, as in a Snapshot, with the number of policies in force."""
+        """Return the view of the last reading for a Snapshot, with the number of policies in force."""
         errors, count = tuple(str(error) for error in self.errors), len(self._manager.policies.policies)
         return PoliciesView(not errors, self.loaded_seconds, count, errors, self.unsaved)
 
@@ -81,7 +85,7 @@ class Policies:
 
     @property
     def trouble(self) -> str:
-        """The reason why the policies in force are not those of the files, or an empty text if they are."""
+        """The reason why the policies in force are not the files' policies, or an empty text if they are the same."""
         if not self.errors:
             return ""
         in_force = "the limits in force stay" if self._manager.policies_unknown else "the last good set stays in force"
@@ -95,16 +99,16 @@ class Policies:
             self._manager.policies = policies
         if reading.policies is None:
             self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.errors[0]}"
-        elif reading.state is None:  # the folder may never have existed: then the origin of pinned limits is unknown
+        elif reading.state is None:  # the origin of pinned limits is unknown if the folder never existed
             self._manager.policies_unknown = f"there is no folder {self._folder}"
         else:
             self._save(reading.policies)
 
     def ask(self) -> tuple[ConfigError, ...]:
-        """Read the folder even if it has not changed, and put its policies in force, unless there are errors.
+        """Read the folder even if unchanged, and put the folder's policies in force, unless there are errors.
 
         Returns:
-            The errors. If there are any, the last good set stays in force.
+            The errors. After an error the last good set stays in force.
         """
         self._watch.look(always=True)
         self.take()
@@ -115,7 +119,7 @@ class Policies:
         self._wakeup.wake()
 
     def take(self) -> None:
-        """Apply the readings since the last call."""
+        """Apply the readings of the folder since the last call."""
         self._wakeup.clear()
         try:
             while self._changes:

@@ -1,7 +1,7 @@
-"""Reporters: each adds events of one kind to the event log, and keeps a record so that it reports nothing twice.
+"""The reporters. A reporter adds events of one kind to the event log, and keeps a record to report nothing twice.
 
-All run in the agent's main loop: StaleMountReports in every scan of all cgroups, the other reporters once a round, and
-AdoptionReports also after a reconcile pass that wakes the loop.
+All reporters run in the agent's main loop. StaleMountReports runs in every scan of all cgroups. The other reporters run
+once a round, and AdoptionReports also runs after a reconcile pass that wakes the loop.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _Turns = Mapping[tuple[int, int], TurnCounts]
 
 
 class AdoptionReports:
-    """Reports adopted processes. `truth` returns the last result of NVML."""
+    """The reporter of adopted processes. `truth` returns the last result of NVML."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class AdoptionReports:
     def look(self) -> None:
         """Report adopted processes, once for each new result of NVML.
 
-        The method first updates the cgroups that `onBypass: kill` spares, and commits the limits of charged levels.
-        Preexisting processes are reported at once. Other processes are reported when a second result contains them,
+        The method first updates the cgroups that `onBypass: kill` exempts, and commits the limits of charged levels.
+        Preexisting processes are reported immediately. Other processes are reported when a second result contains them,
         because after an exec the driver takes a moment to free the memory of the earlier program.
         """
         truth = self._truth()
@@ -105,7 +105,7 @@ class AdoptionReports:
                 )  # fmt: skip
 
     def _beyond(self, cgroup: int, device: int) -> str:
-        """Return a text about a tenant that exceeds its limit, or an empty text if it does not."""
+        """Return a text about a tenant that exceeds its limit, or an empty text if the limit is not exceeded."""
         (usage,) = self._ledger.usage(cgroup, (device,)) or (None,)
         if usage is None or usage.limit == abi.NO_LIMIT or usage.used <= usage.limit:
             return ""
@@ -113,7 +113,7 @@ class AdoptionReports:
 
 
 class OrphanReports:
-    """Reports orphans. `truth` returns the last result of NVML."""
+    """The reporter of orphans. `truth` returns the last result of NVML."""
 
     def __init__(self, truth: Callable[[], Truth], manager: Manager, keepers: Keepers, history: EventLog) -> None:
         self._truth = truth
@@ -155,7 +155,10 @@ def _held(orphan: Orphan, tenants: dict[int, Tenant]) -> Held:
 
 
 class OverrunReports:
-    """Reports overruns. `turns` returns the counts by level and device; `name_of` returns the tenant of a level."""
+    """The reporter of overruns.
+
+    `turns` returns the counts by level and device; `name_of` returns the tenant of a level.
+    """
 
     def __init__(self, turns: Callable[[], _Turns], name_of: Callable[[int], str], history: EventLog) -> None:
         self._turns = turns
@@ -166,7 +169,7 @@ class OverrunReports:
         self._looked_at = -LOOK_SECONDS
 
     def look(self) -> None:
-        """Report new overruns: check once a second, and report a tenant on a device at most every AGAIN_SECONDS."""
+        """Report new overruns. Check once a second, and report a tenant on a device at most every AGAIN_SECONDS."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
@@ -190,7 +193,7 @@ class OverrunReports:
 
 
 class StaleMountReports:
-    """Reports containers in which the shim cannot find the gatekeeper's folder, because it was removed or is hidden.
+    """The reporter of containers in which the shim cannot find the gatekeeper's folder, which was removed or is hidden.
 
     `pids` returns the processes of a cgroup; `failed_checks` are the agent's failed checks.
     """
@@ -204,7 +207,7 @@ class StaleMountReports:
     def look(self, tenants: Iterable[Tenant]) -> Iterator[None]:
         """Check one process of each mount namespace of each tenant, and report tenants with a stale mount.
 
-        At most _MOST_LOOKED_AT processes of a tenant are considered. Yields after each tenant.
+        At most _MOST_LOOKED_AT processes of a tenant are considered. The iterator yields after each tenant.
         """
         found = set[tuple[str, str]]()
         for tenant in tenants:
@@ -226,7 +229,7 @@ class StaleMountReports:
 
 
 class XidReports:
-    """Reports XIDs. `truth` returns the last result of NVML."""
+    """The reporter of XIDs. `truth` returns the last result of NVML."""
 
     def __init__(self, truth: Callable[[], Truth], history: EventLog) -> None:
         self._truth = truth

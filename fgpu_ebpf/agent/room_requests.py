@@ -1,9 +1,9 @@
-"""Requests for memory that fit in the limits and find the device full (`overcommit: park`): room is made for them.
+"""Requests for memory that fit in the limits when the device is full, and for which `overcommit: park` makes room.
 
-The shim of such a program reports the request, waits for a decision on its tenant's page, and reports again while it
-waits. A request waits as long as tenants are being parked for it, is repeated when the device has the bytes free, and
-fails if no tenant can be parked. If the agent ends, its last decision ends by itself. One tenant of a device is served
-at a time. Wake-ups leave the bytes free that are `promised` to it (`parked_tenant.coming_to`).
+The shim of a program reports the request, waits for a decision on the tenant's page, and repeats the report during the
+wait. A request waits as long as tenants are being parked for the request, is repeated when the device has the bytes
+free, and fails if no tenant can be parked. A decision expires if the agent ends. One tenant of a device is served at a
+time. Wake-ups do not use the bytes that are `promised` to this tenant (`parked_tenant.coming_to`).
 
 This module runs in the agent's main loop: at each report, and once in every round.
 """
@@ -21,22 +21,23 @@ from fgpu_ebpf.agent.parked_tenant import Phase, coming_to
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.tenancy.event_log import EventLog
 
-REPORT_SECONDS = 3.0  # a program that has not reported for this time does not wait any more
-TAKE_SECONDS = 1.0  # in which a program takes the room that was made for it
-NOTICE_SECONDS = 0.05  # in which a program that waits finds a decision on its page
-DECISION_SECONDS = 0.5  # in which the first report of a request is decided about; then the request has failed
-SPARE_BYTES = 32 << 20  # the driver may need more than a request's bytes, or have them in parts that are too small
+REPORT_SECONDS = 3.0  # a program that has not reported for this time no longer waits
+TAKE_SECONDS = 1.0  # the time in which a program uses the room that was made
+NOTICE_SECONDS = 0.05  # the time in which a waiting program finds a decision on its page
+DECISION_SECONDS = 0.5  # from the first report of a request to the decision; later the request has failed
+SPARE_BYTES = 32 << 20  # the driver may need more bytes than a request, or its free parts may be too small
 WAIT_SECONDS = abi.ROOM_NS / 1e9
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The requests of a tenant on one device. `reported_at`: the last report of a program.
+    """The requests of a tenant on one device. `reported_at`: the time of the last report of a program.
 
-    `bytes`: of the largest, or of the smallest if no room can be made for the largest. `least`: of the smallest.
-    `spare`: so much more is made free if that can be, because the bytes alone were not enough. `began_at`: the first
-    report since there was room. `made_at`: when the requests were told that there is room; 0: not yet. `is_promised`:
-    tenants are being parked for them, or were. `why`: for what they wait.
+    `bytes`: the bytes of the largest request, or of the smallest request if no room can be made for the largest
+    request. `least`: the bytes of the smallest request. `spare`: the additional bytes to make free if possible, because
+    `bytes` alone were not enough. `began_at`: the time of the first report since there was room. `made_at`: the time at
+    which room was reported to the requests; 0 before. `is_promised`: tenants are or were being parked for the requests.
+    `why`: the cause of the wait.
     """
 
     cgroup: int
@@ -52,10 +53,10 @@ class Request:
 
 
 class RoomRequests:
-    """The requests that wait. Of those on one device, the longest waiting is served first.
+    """The requests that wait. On each device, requests are served from the longest waiting on.
 
     Args:
-        parking: has the tenants that do not run.
+        parking: the tenants that do not run.
         maker: parks tenants.
         history: the event log.
     """
@@ -67,13 +68,16 @@ class RoomRequests:
 
     @classmethod
     def of_host(cls, run_dir: Path, parking: Parking, idle: IdleParking, history: EventLog) -> RoomRequests:
-        """Begin to make room on full devices: for requests, and for tenants that wake up."""
+        """Create the requests of this host, and begin to make room for requests and for tenants that wake up."""
         maker = RoomMaker(run_dir, parking, idle)
         parking.make_room, parking.parkable.enforcer.makes_room = maker.make, True
         return cls(parking, maker, history)
 
     def ask(self, cgroup: int, device: int, bytes_: int, at: float) -> None:
-        """Decide about a request that a program has reported at this time. It may have reported the request before."""
+        """Decide about a request that a program has reported at this time.
+
+        The program may have reported the request before.
+        """
         is_late = time.monotonic() > at + DECISION_SECONDS and (cgroup, device) not in self._requests
         if device >= abi.DEVICES or is_late:
             return
@@ -87,7 +91,7 @@ class RoomRequests:
         self._decide(request)
 
     def look(self) -> None:
-        """Decide about all requests again; to be called in every round."""
+        """Decide about all requests again. The agent calls this method in every round."""
         for request in list(self._requests.values()):
             self._decide(request)
 
@@ -106,7 +110,7 @@ class RoomRequests:
         self._publish()
 
     def _publish(self) -> None:
-        """Have the tenants with requests not parked, and the room for the requests left free."""
+        """Publish the tenants with requests, which must not be parked, and the room that is promised to requests."""
         self._maker.keep(frozenset(request.cgroup for request in self._requests.values()))
         self._parkable.promised.clear()
         self._parkable.promised.update({r.device: r.bytes + r.spare for r in self._requests.values() if r.is_promised})
@@ -119,7 +123,7 @@ class RoomRequests:
         if waits and self._is_too_late(request, now):
             waits, why = False, f"memory.park.deadline has passed: {why}"
         if waits:
-            if not request.why:  # later reasons have other numbers
+            if not request.why:  # later reasons differ only in numbers
                 self._note("memory waits", request, why)
             request.why, request.made_at = why, 0.0
             self._tell(request, WAIT_SECONDS)
@@ -132,12 +136,15 @@ class RoomRequests:
             self._tell(request, 0.0)
 
     def _is_too_late(self, request: Request, now: float) -> bool:
-        """Return whether a request has waited for as long as the policy of its tenant permits."""
+        """Return whether a request has waited for as long as the tenant's policy permits."""
         tenant = self._enforcer.get(request.cgroup)
         return bool(tenant and 0 < tenant.park.deadline_ns / 1e9 <= now - request.began_at)
 
     def _wait(self, request: Request) -> tuple[bool, str]:
-        """Return whether a request waits, and for what, or why it fails, as text; (False, ""): there is room."""
+        """Return whether a request waits, and the cause of the wait or failure.
+
+        The result is (False, "") if there is room.
+        """
         device = request.device
         if why := self._refusal(request):
             return False, why
@@ -145,7 +152,8 @@ class RoomRequests:
         if own := away.get(request.cgroup):
             if own.phase is Phase.PARKED:
                 return False, "the tenant is parked"
-            # Its programs may run already: the parker unlocks them before the agent reads the parker's result.
+            # Programs of a parked tenant may run already, because the parker unlocks them before the agent reads the
+            # result.
             own.shall_wake = own.shall_wake or "a request for memory"
             return True, "it is being woken"
         first = next(r for r in self._requests.values() if r.device == device and r.cgroup not in away)
@@ -164,7 +172,10 @@ class RoomRequests:
         return waits, why if waits or is_full else ""
 
     def _refusal(self, request: Request) -> str:
-        """Return why no room is made for a request; an empty text if it may be. A program may report anything."""
+        """Return why no room is made for a request, or an empty text.
+
+        The contents of a program's report are not trusted.
+        """
         tenant, usage = self._enforcer.get(request.cgroup), self._ledger.usage(request.cgroup, [request.device])
         if not tenant or not usage or usage[0].limit == abi.NO_LIMIT:
             return "the tenant has no limit"

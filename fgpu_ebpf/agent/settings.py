@@ -1,6 +1,7 @@
 """The options of the command line, and the settings of an agent, which combine the options with agent.yaml.
 
-This module contains data, and what follows from it. It runs in the main thread of the agent and of commands.
+This module contains data and values derived from the data. The module runs in the main thread of the agent and of
+commands.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fgpu_ebpf.tenancy import profiles
 class Settings(NamedTuple):
     """The settings of an agent.
 
-    `loader`: the interpreter that can import BCC, and its arguments. `store`: the folder for copies of the shim that
-    tenants get; None: tenants get the file `shim` itself.
+    `loader`: the interpreter that can import BCC, and the interpreter's arguments. `store`: the folder for copies of
+    the shim that tenants get; None if tenants get the file `shim` itself.
     """
 
     run_dir: Path = Path("/run/fgpu")
@@ -51,10 +52,10 @@ class Settings(NamedTuple):
     bounds: Bounds = Bounds()
     priorities: rules.Classes = rules.NO_CLASSES
     sharing: host_config.Sharing = ()
-    log_format: str | None = None  # as in Options
+    log_format: str | None = None  # see Options
 
     def concurrent(self, devices: Iterable[rules.Device]) -> frozenset[int]:
-        """Return the indexes of the concurrent devices. The first item of `sharing` that takes a device decides."""
+        """Return the indexes of the concurrent devices. The first item of `sharing` that matches a device decides."""
         return frozenset(device.index for device in devices if self._is_concurrent(device))
 
     def _is_concurrent(self, device: rules.Device) -> bool:
@@ -65,7 +66,8 @@ class Settings(NamedTuple):
 class Options(NamedTuple):
     """The options of `fgpu agent`, `load` and `doctor`.
 
-    An option that is None has the value of the file `config`. `shim`, `pins` and `store` then have fixed defaults.
+    The value of an option that is None comes from the file `config`. `shim`, `pins` and `store` have fixed defaults
+    instead.
     """
 
     run_dir: Path = Path("/run/fgpu")
@@ -77,5 +79,5 @@ class Options(NamedTuple):
     store: Path | None = None
     config: Path = host_config.FILE
     policies: Path | None = None
-    log_format: str | None = None  # a value of linux.logs.Format; None also in the file: logs.usual_format()
+    log_format: str | None = None  # a value of linux.logs.Format; logs.usual_format() if it is None in the file too
     skipped: tuple[str, ...] = ()  # names of checks that the tests of packages cannot pass

@@ -1,7 +1,8 @@
-"""Shortfalls: busy tenants that get less of a device's time than is due to them by weight and ceiling.
+"""Shortfalls of busy tenants, which get less of a device's time than is due to these tenants by weight and ceiling.
 
-This module runs in the agent's main thread. It reads the gatekeeper's counts once a second, and compares them over ten
-seconds. A tenant is busy if it owned the device or waited for it in more than nine tenths of these seconds.
+This module runs in the agent's main thread. The gatekeeper's counts are read once a second and compared over ten
+seconds. A tenant is busy if the tenant owned the device or waited for the device in more than nine tenths of these
+seconds.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 
 LOOK_SECONDS = 1.0
 LOOKS = 10
-MUCH = 0.05  # of a device's time
-WANTS = 0.9  # a tenant that owned the device or waited for it in more than this part of the time is busy
+MUCH = 0.05  # a part of a device's time
+WANTS = 0.9  # a tenant that owned or awaited the device in more than this part of the time is busy
 MILLION, NS = 1_000_000, 1_000_000_000
 
 
@@ -28,7 +29,7 @@ class _Look(NamedTuple):
     counts: TurnCounts
 
     def busy_ns(self) -> int:
-        """Return how long the tenant has owned the device or waited for it, so far."""
+        """Return the time for which the tenant has owned the device or waited for the device, so far."""
         waiting_ns = int(self.at * NS) - self.counts.since_ns if self.counts.since_ns else 0
         return self.counts.owned_ns + self.counts.wait_ns + max(0, waiting_ns)
 
@@ -42,7 +43,7 @@ class Shortfalls:
     Args:
         turns: returns the gatekeeper's counts by level and device.
         name_of: returns the tenant of a level.
-        history: gets an event when a shortfall begins.
+        history: the event log, which gets an event when a shortfall begins.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Shortfalls:
         self.found: Mapping[Key, Shortfall] = MappingProxyType({})
 
     def look(self) -> None:
-        """Compute the shortfalls from the present counts, at most once a second, and report new ones."""
+        """Compute the shortfalls from the present counts, at most once a second, and report new shortfalls."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""Schedules the agent's scans of cgroups, and limits the part of the main loop's time that they take.
+"""The schedule of the agent's scans of cgroups, which limits the scans' part of the main loop's time.
 
 A scan is a sequence of short steps (`cgroup_looks`). Slices of several scans alternate, and between two slices the main
 loop serves other events. If a step raises an exception, its scan ends and the caller gets the exception. The next scan
@@ -22,7 +22,7 @@ MOST = 16  # scans at the same time
 
 @dataclass
 class _Look:
-    """A scan that is running. `spent`: the seconds of the main loop that it has taken so far."""
+    """A scan that is running. `spent`: the seconds of the main loop that the scan has taken so far."""
 
     path: str
     steps: Iterator[None]
@@ -43,8 +43,8 @@ class Looks:
     def ask(self, path: str) -> None:
         """Request a scan of the cgroups at `path`.
 
-        A request during such a scan leads to another scan, because a cgroup may have changed after the running scan has
-        passed it.
+        A request during a scan of `path` leads to another scan, because a cgroup may have changed after the running
+        scan has checked this cgroup.
         """
         self._wanted.setdefault(path)
 
@@ -55,7 +55,7 @@ class Looks:
         return max(0.0, min(seconds, self._next_slice - monotonic()))
 
     def keep(self) -> None:
-        """Begin the scans that are due. The caller does this once a second."""
+        """Begin the scans that are due. The agent calls this method once a second."""
         now = monotonic()
         if now >= self._next_scan:
             self.ask(ALL)
@@ -68,7 +68,7 @@ class Looks:
                 self._next_scan = now + RESCAN_SECONDS
 
     def go_on(self) -> None:
-        """Run one slice of one scan, if one is running. The next slice begins after a pause as long as this slice."""
+        """Run one slice of one running scan, if any. The next slice begins after a pause as long as this slice."""
         began = monotonic()
         if not self._looks or began < self._next_slice:
             return
@@ -87,5 +87,5 @@ class Looks:
 
     @staticmethod
     def _run(look: _Look, until: float) -> bool:
-        """Run steps until this time of the monotonic clock. Returns True if the scan is over."""
+        """Run steps until this time of the monotonic clock, and return True if the scan is over."""
         return all(monotonic() < until for _ in look.steps)

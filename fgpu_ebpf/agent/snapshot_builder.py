@@ -1,4 +1,4 @@
-"""Makes a Snapshot from the ledger, the tenants and the last result of NVML.
+"""Make a Snapshot from the ledger, the tenants and the last result of NVML.
 
 This module runs in the agent's main loop. A number that NVML or the gatekeeper does not report is None.
 """
@@ -188,7 +188,7 @@ def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Devi
 
 
 def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:
-    """Return the drift of a tenant; None unless NVML recently showed each of its processes that has memory."""
+    """Return the drift of a tenant, or None unless NVML recently showed each process of the tenant that has memory."""
     age = _age(look, device)
     known = [look.truth.drift.get((tgid, device)) for tgid in own]
     if not known or None in known or age is None or age > STALE_SECONDS:
@@ -197,13 +197,13 @@ def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:
 
 
 def _age(look: _Look, device: int) -> float | None:
-    """Return the seconds since NVML last answered for a device, or None if it never did."""
+    """Return the seconds since NVML last answered for a device, or None if NVML never answered."""
     at = look.truth.answered.get(device)
     return None if at is None else look.now_ns / NS - at
 
 
 def _compute(look: _Look, tenant: Tenant, device: int) -> ComputeView | None:
-    """Return the tenant's share of a device's time, and what it has had of it; None: the tenant has no share there."""
+    """Return the tenant's share of a device's time, and the time that the tenant had, or None if there is no share."""
     share = tenant.shares.get(device)
     if share is None:
         return None
@@ -232,7 +232,7 @@ def _device(
         UnmanagedView(pid, bytes_ if bytes_ is None else bytes_ - ended.get(pid, 0))
         for pid, bytes_ in (held or {}).items()
         if pid not in processes and (bytes_ is None or bytes_ > ended.get(pid, 0))
-        and not procfs.ended(pid)  # the process may have ended since NVML was asked
+        and not procfs.ended(pid)  # the process may have ended since the query of NVML
     ]  # fmt: skip
     reported = truth.xids.get(device.index)
     xids: tuple[Mapping[int, int] | None, int, int | None] = (

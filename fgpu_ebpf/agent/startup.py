@@ -1,4 +1,4 @@
-"""The first steps of the agent's start, up to attached probes, and its last step: the files that containers get.
+"""The first steps of the agent's start, up to attached probes, and the last step, which writes the containers' files.
 
 This module runs in the main thread of the agent process.
 """
@@ -53,9 +53,9 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
 
     Args:
         mark: called with the name of each part of the start that is done.
-        start_gatekeeper: called early if the programs and maps of this version are pinned already. Then the gatekeeper
-            starts at the same time as the agent. If they are not pinned, an early gatekeeper could open maps that this
-            agent replaces.
+        start_gatekeeper: called early if the programs and maps of this version are pinned already, so that the
+            gatekeeper starts at the same time as the agent. Without pinned maps, an early gatekeeper could open maps
+            that this agent replaces.
 
     Raises:
         AgentError: the text names the missing requirement, and its fix.
@@ -86,9 +86,9 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
 
 
 def set_up_containers(settings: Settings, shim: Path, devices: Sequence[Device]) -> cdi.Parts | None:
-    """Write the files that containers get at their start, and return their paths.
+    """Write the files that containers get at their start, and return the paths of these files.
 
-    The result is None if a file cannot be written. Limits are enforced in any case.
+    The result is None if a file cannot be written. Limits are enforced even without the files.
     """
     try:
         helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)

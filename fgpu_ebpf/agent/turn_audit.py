@@ -1,8 +1,9 @@
-"""Audit of turns: compares how long a tenant ran on a device, according to NVML, with how long it owned the device.
+"""The audit of turns, which compares the time that a tenant ran on a device, according to NVML, with the owned time.
 
-The audit runs in the reconcile thread. It keeps the times of gated tenants for ten seconds, and has no result for a
-tenant that has been gated for a shorter time. Every second it also reports NVML's running times to the gatekeeper. If
-NVML does not report the running times of processes on a device, there is no result for the tenants on that device.
+The audit runs in the reconcile thread. The audit keeps the times of gated tenants for ten seconds, and has no result
+for a tenant that has been gated for a shorter time. Every second the audit also reports NVML's running times to the
+gatekeeper. If NVML does not report the running times of processes on a device, there is no result for the tenants on
+that device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fgpu_ebpf.ledger.compute_maps import ComputeMaps, Key, TurnCounts
 from fgpu_ebpf.ledger.process_entry import Process
 
 LOOK_SECONDS = 1.0
-MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that one check covers, however late it is
+MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that one check covers, even if the check is late
 LOOKS = 10
 MUCH = 0.1  # ratio of a device's time: twice the ratio that a program can gain by a false report about a turn
 NOTHING_PARTS = 50  # a tenant that ran for less than 1/50 of the time that it owned counts as running nothing
@@ -45,24 +46,24 @@ class _Look(NamedTuple):
 
 
 class Audit:
-    """Compares turns with NVML."""
+    """The times of gated tenants in the last ten seconds, for the comparison of turns with NVML."""
 
     def __init__(self) -> None:
         self._looks: dict[Key, deque[_Look]] = {}
         self._at = 0.0
 
     def due(self, now: float) -> bool:
-        """Return True if a second has passed, on the monotonic clock."""
+        """Return True if a second of the monotonic clock has passed since the last check."""
         return now - self._at >= LOOK_SECONDS
 
     def look(
         self, now: float, percents: Mapping[int, Percent | None], times: ComputeMaps, processes: Mapping[int, Process]
     ) -> Verdict:
-        """Compare turns with NVML. The caller does this about once a second.
+        """Compare turns with NVML. The caller calls this method about once a second.
 
         Args:
             now: the time on the monotonic clock.
-            percents: the percentages of the last second by device; None: unknown.
+            percents: the percentages of the last second by device, or None if unknown.
             times: the shares, the counts of turns, and the running times for the gatekeeper.
             processes: the processes of the ledger.
         """
@@ -96,7 +97,7 @@ class Audit:
         looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
 
     def _tell(self, place: Key, times: ComputeMaps) -> None:
-        """Report to the gatekeeper how long a tenant ran, according to NVML.
+        """Report to the gatekeeper the time that a tenant ran, according to NVML.
 
         A tenant with a ceiling is charged for at least this time, less a tolerance (`scheduling.observed_usage`).
         """

@@ -1,9 +1,9 @@
-"""Measures each tenant's use of each device: the device's time, memory times seconds, idle and waiting time.
+"""Measure each tenant's use of each device: the device's time, memory times seconds, idle and waiting time.
 
 This module runs in the agent's main loop, once a second, and measures tenants that have processes with memory. The
 gatekeeper measures the device's time of a gated tenant (source `turns`). For other tenants NVML samples the time of
-their processes (source `nvml`). If NVML does not report it, time and idleness are not measured (source `none`). Every
-half minute the amounts are written to the store on disk.
+their processes (source `nvml`). If NVML does not report this time, time and idleness are not measured (source `none`).
+Every half minute the amounts are written to the store on disk.
 
 The last turns of a tenant are added by the first measurement after the exit of its last process. The gatekeeper
 publishes turns every half second. If the tenant's cgroup is removed before its last turns are published, up to half a
@@ -27,8 +27,8 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 from fgpu_ebpf.tenancy.usage_store import Owner, Place, Used, Writer, period
 
 LOOK_SECONDS, WRITE_SECONDS = 1.0, 30.0
-MOST_SECONDS = 5.0  # the longest time that one measurement covers: after a longer pause the earlier use is unknown
-IDLE_RATIO = 0.01  # of the time; a tenant that runs less is idle
+MOST_SECONDS = 5.0  # the longest time that one measurement covers; after a longer pause the earlier use is unknown
+IDLE_RATIO = 0.01  # a part of the time; a tenant that runs less is idle
 NS = 1_000_000_000
 NEW = TurnCounts()
 _FIX = "free space on this file system, or make the file writable"
@@ -51,11 +51,11 @@ class UsageMeter:
     ) -> None:  # fmt: skip
         self._failed_checks = failed_checks
         self._truth, self._ledger, self._enforcer, self._uuid, self._writer = truth, ledger, enforcer, uuid, writer
-        self._turns = ledger.times.turns()  # time owned before the agent's start is in the store already, or unknown
+        self._turns = ledger.times.turns()  # the store may have the time owned before the agent's start
         self._measured: dict[int, Tenant] = {}  # by level, at the last measurement
         self._left: dict[Place, Used] = {}
         self._looked_at = self._written_at = self._sampled_at = time.monotonic()
-        self._sampled_seconds = 0.0  # the time that NVML's last sample covers; 0: the sample was counted already
+        self._sampled_seconds = 0.0  # the time that NVML's last sample covers; 0 if the sample was counted already
         self.totals: dict[Key, dict[str, Used]] = {}
 
     def look(self) -> None:

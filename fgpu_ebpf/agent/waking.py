@@ -1,8 +1,8 @@
-"""Wakes all parked tenants while no agent runs, before something is removed that they need to wake up by themselves.
+"""Wake all parked tenants while no agent runs, before the removal of parts that tenants need in order to wake up.
 
-The same steps as in an agent for which parking is off: the driver is asked, room is charged, the parker restores. This
-module runs in the process of a command, which holds the agent's lock. Entries of tenants that are not woken stay in the
-ledger, so that the next agent, or the next call, goes on.
+The steps are those of an agent for which parking is off: the driver is queried, room is charged, and the parker
+restores the tenant. This module runs in the process of a command, which holds the agent's lock. Entries of tenants that
+are not woken stay in the ledger, so that the next agent or the next call continues.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROUND_SECONDS = 0.1
 
 
 def wake_all(run_dir: Path, pins: Path) -> str:
-    """Wake all tenants that the ledger has as parked. Return which were not woken, and why; empty: all run."""
+    """Wake all tenants that are parked in the ledger. Return which tenants were not woken and why, or an empty text."""
     root = procfs.cgroup2_root()
     try:
         ledger = Ledger(pins)
@@ -43,7 +43,7 @@ def wake_all(run_dir: Path, pins: Path) -> str:
 
 
 def limit_seconds(bytes_: int) -> float:
-    """Return how long the wake-up of this many bytes may take."""
+    """Return the seconds that the wake-up of a tenant with this number of bytes may take."""
     return LEAST_SECONDS + bytes_ / parker_client.SLOWEST
 
 
@@ -53,7 +53,7 @@ def _wake(run_dir: Path, pins: Path, ledger: Ledger, root: Path) -> str:
     host, _ = host_config.read()
     try:
         nvml = Nvml((host.driver_root if host else Path("/")).resolve(), device_indexes.pinned(pins))
-    except DriverError:  # a wrong root is no reason to leave tenants parked
+    except DriverError:  # a wrong root of the driver must not prevent the wake-up
         nvml = None
     parking = Parking(run_dir, Parkable(False, root, ledger, nvml, enforcer, dict), EventLog(), failed)
     bytes_ = sum(sum(entry.bytes) for entry in ledger.parked.entries().values())

@@ -1,1 +1,1 @@
-"""Interfaces that the agent serves: the control socket, metrics, health and the web page."""
+"""The interfaces that the agent serves: the control socket, metrics, health and the web page."""

@@ -1,8 +1,8 @@
-"""Computes the memory bar of a device, and its figures as text, from a Snapshot's JSON.
+"""The memory bar of a device and the figures of the device as text, computed from a Snapshot's JSON.
 
-This module runs in `fgpu top`, and in the agent's threads for the web page. It does no I/O. The parts of a bar are, in
-this order: memory held by tenants and the driver, memory held by other processes, memory committed beyond both. A
-number that was not measured is shown as `-`.
+This module runs in `fgpu top`, and in the agent's threads for the web page, and does no I/O. The parts of a bar are, in
+this order: memory held by tenants and the driver, memory held by other processes, and committed memory that is not held
+yet. A number that was not measured is shown as `-`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Figures(NamedTuple):
 
 
 def ends(device: Mapping[str, Any]) -> Ends:
-    """Return the ends of the parts of a device's bar, each at most 1.
+    """Return the ends of the parts of a device's bar. An end is at most 1.
 
     Committed memory includes the memory of tenants, so the last part ends at unmanaged plus committed memory.
     """

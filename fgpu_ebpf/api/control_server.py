@@ -1,8 +1,8 @@
 """The control socket and the metrics address: the commands and the pages that the agent serves.
 
-This module runs in the agent's main loop; a request to the metrics address is answered in a thread of its own. The
-members of the socket's group may send requests that only read; root of the agent's own user namespace may send all
-requests. A slow peer never blocks the agent. A peer that sends no JSON gets one line with the error.
+This module runs in the agent's main loop. A request to the metrics address is answered in its own thread. Members of
+the socket's group may send requests that only read. Root of the agent's user namespace may send all requests. A slow
+peer never blocks the agent. A peer that sends no JSON gets one line with the error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ READS = {"snapshot", "metrics", "ping", "explain", "events", "offers", "errand"}
 
 
 class ControlServer:
-    """Answers each line, which is one JSON object, with one line: {"ok": …} or {"error": …, "code": …}."""
+    """The server of the control socket.
+
+    The answer to a line, a JSON object, is {"ok": …} or {"error": …, "code": …}.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -78,7 +81,7 @@ class ControlServer:
         }
 
     def open(self) -> None:
-        """Listen at <run>/control.sock, mode 0660, owned by root:fgpu if that group exists."""
+        """Listen at <run>/control.sock, mode 0660, owned by root:fgpu if the group fgpu exists."""
         path = self._agent.settings.run_dir / "control.sock"
         aside = path.with_name(".control.sock")
         make_way(str(path))
@@ -116,7 +119,7 @@ class ControlServer:
         except (AgentError, RoomError, OSError) as error:
             log.warning("request failed: %s", error)
             return {"error": str(error), "code": 1}
-        except Exception as error:  # a defect of fgpu: the peer gets an error, and the main loop continues
+        except Exception as error:  # a defect of fgpu; the peer gets an error, and the main loop continues
             self._agent.failures += 1
             log.exception("a request failed")
             return {"error": f"internal error ({type(error).__name__}): see the agent's log", "code": 1}
@@ -197,7 +200,7 @@ class ControlServer:
         return {"tenant": name, "path": path, "level": self._level(path)}
 
     def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Offer shares of a device again after its repair: XIDs that it reported before no longer count."""
+        """Offer shares of a device again after a repair. Earlier XIDs of the device no longer count."""
         agent, device = self._agent, self._device(_text(request, "device"))
         agent.parts.reconciler.repaired(device.index)
         agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
@@ -210,7 +213,10 @@ class ControlServer:
         return device
 
     def _devices(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the UUIDs of the only devices that a tenant may use, as a field of an Override; empty: all devices."""
+        """Return the UUIDs of the devices that a tenant may use, as a field of an Override.
+
+        No UUID means all devices.
+        """
         named = request.get("devices") or []
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise RequestError("devices is not a list of indexes or UUIDs", 2)
@@ -218,7 +224,7 @@ class ControlServer:
         return {"devices": uuids} if uuids else {}
 
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Give a container its share. A hook of the container's engine requests it before the program runs."""
+        """Set the share of a container. A hook of the container's engine requests the share before the program runs."""
         share = share_name.parse(_text(request, "share"))
         path = targets.starting(request.get("pid"), request["peer"], self._agent.parts.manager.workloads)
         tenant = self._agent.parts.manager.share(path, share)
@@ -240,10 +246,10 @@ class ControlServer:
         return self._agent.parts.chores.parking.wake(tenant.cgroup, tenant.name).view()
 
     def _errand(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return how far a request to park or to wake has come."""
+        """Return the progress of a request to park or to wake."""
         errand = self._agent.parts.chores.parking.errands.get(_number(request, "errand"))
         if errand is None:
-            raise RequestError("the agent does not know the request any more: see `fgpu status`")
+            raise RequestError("the agent no longer has this request: see `fgpu status`")
         return errand.view()
 
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +267,7 @@ class ControlServer:
 def _limits(request: dict[str, Any], classes: Classes) -> dict[str, Any]:
     """Return the limits that a request names, as fields of an Override.
 
-    A priority class that is not in `classes` gives the priority of the policy.
+    For a priority class that is not in `classes`, the priority of the policy is in force.
     """
     asked: dict[str, Any] = {}
     if request.get("memory") is not None:
@@ -316,8 +322,8 @@ class MetricsAddress:
     """The web page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
     /healthz: 200 if the agent answers. /readyz: 200 if the agent enforces all requested limits, else 503 with the
-    reason. Enforcement does not depend on the address. If the address is in use, `fgpu doctor` reports it, and the
-    agent tries again in each round.
+    reason. Enforcement does not depend on the address. If the address is in use, `fgpu doctor` reports the failure, and
+    the agent tries again in each round.
     """
 
     def __init__(self, agent: Agent) -> None:
@@ -339,7 +345,7 @@ class MetricsAddress:
         except (OSError, ValueError, OverflowError) as error:
             if "metrics" not in agent.failed_checks:
                 log.error("cannot listen at %s: %s; limits are enforced without metrics", listen, error)
-            fix = "stop the program that listens there, or set another address: listen in agent.yaml, as 127.0.0.1:9423"
+            fix = "stop the program at this address, or set another address: listen in agent.yaml, as 127.0.0.1:9423"
             agent.failed_checks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
             return
         if agent.failed_checks.pop("metrics", None):

@@ -1,4 +1,4 @@
-"""Problems of the host according to its Snapshot, and how to fix them.
+"""The problems of the host according to its Snapshot, and how to fix the problems.
 
 This module runs in `fgpu doctor`, and in the agent's threads for the web page. `fgpu doctor` adds the checks that a
 Snapshot does not cover, such as whether the gatekeeper replies. The functions have no side effects.
@@ -65,7 +65,10 @@ def _is_filling(table: Mapping[str, Any]) -> bool:
 
 
 def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
-    """Check that every process that uses a device requests admission. The fix names the reasons why others do not."""
+    """Check that every process that uses a device requests admission.
+
+    The fix names the reasons for missing requests.
+    """
     tenants_without = sorted((t for t in tenants if t["bypassing"]), key=lambda t: str(t["tenant"]))
     denied = sorted(str(t["tenant"]) for t in tenants if t.get("opens_would_deny"))
     more = f"; `onBypass: deny` would have refused the device in {', '.join(denied[:5])}" if denied else ""
@@ -81,7 +84,7 @@ def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Check:
-    """Check that every driver library that tenants' processes map is the host's own or trusted."""
+    """Check that every driver library that tenants' processes map is the host's own library or trusted."""
     unknown = [library for library in found if library["role"] == "unknown" and library["tenant"]]
     if not unknown:
         listed = sum(library["role"] == "listed" for library in found)

@@ -25,14 +25,14 @@ from fgpu_ebpf.linux.wakeup import Wakeup
 MOST_CLIENTS = 8  # requests that are answered at the same time
 MOST_WAITING = 64  # further connections, with or without a complete request
 MOST_HEAD_BYTES = 16 << 10
-HEAD_SECONDS = 1.0  # for the whole head of a request
+HEAD_SECONDS = 1.0  # the longest time for the whole head of a request
 SLOW_SECONDS = 1.0  # after this time, the connection of a slow reader is closed if another request waits for a thread
 CLIENT_SECONDS = 10.0  # the longest wait of a complete request for a thread, and the longest time for its response
 AT_ONCE = 16  # connections to accept before the main loop continues
 
 
 def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
-    """Return an application that calls the one in `apps` for the request's path. Other paths get 404.
+    """Return an application that calls the application in `apps` for the request's path. Other paths get 404.
 
     The text of the 404 response lists the valid paths.
     """
@@ -47,8 +47,8 @@ def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
 def only_by_name(names: Collection[str], app: WSGIApplication) -> WSGIApplication:
     """Return an application that calls `app`, or replies 421 if Host is not in `names`, localhost or an IP address.
 
-    This prevents DNS rebinding: a web page in a browser on this host can let its own host name resolve to 127.0.0.1,
-    and could otherwise read the metrics.
+    The check prevents DNS rebinding. Without the check, a web page in a browser on this host could let its own host
+    name resolve to 127.0.0.1 and read the metrics.
     """
     known = {"localhost", *(name.lower().rstrip(".") for name in names)}
     text = "host name not accepted: use an address, localhost, or a name in listenNames of agent.yaml"
@@ -112,10 +112,10 @@ class _Waiting:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = CLIENT_SECONDS / 2  # of one write to the socket
+    timeout = CLIENT_SECONDS / 2  # the timeout of one write to the socket
 
     def setup(self) -> None:
-        """Give the handler the head that the main loop has received; the socket is used for the response alone."""
+        """Pass the head that the main loop has received to the handler. The socket is used for the response alone."""
         super().setup()
         self.rfile.close()
         self.rfile = io.BufferedReader(io.BytesIO(self.server.heads.pop(self.request)))  # type: ignore[attr-defined]
@@ -125,13 +125,15 @@ class _Handler(WSGIRequestHandler):
 
 
 class HttpServer(ThreadingMixIn, WSGIServer):
-    """Serves `app` at host:port. Its descriptor is readable when receive() has something to do.
+    """The server of `app` at host:port. The descriptor is readable when receive() has work to do.
 
-    After receive() has returned True, answer() starts the threads; expire() is to be called regularly.
+    After receive() has returned True, answer() starts the threads. The caller calls expire() regularly.
 
     Args:
-        host: an address, `localhost`, or empty for all addresses. A name is refused: to resolve it can take minutes.
-        names: accepted names of the host; empty: any name, or localhost alone if the address is a loopback address.
+        host: an address, `localhost`, or empty for all addresses. A name is refused, because its resolution can take
+            minutes.
+        names: accepted names of the host. If empty, any name is accepted, or only localhost if the address is a
+            loopback address.
     """
 
     daemon_threads = True
@@ -144,10 +146,10 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         family, _, _, _, address = socket.getaddrinfo(numeric, port, type=socket.SOCK_STREAM, flags=flags)[0]
         self.address_family = family
         self._waiting: dict[_Waiting, None] = {}  # oldest first
-        self._in_threads: dict[Any, float] = {}  # when a thread began to answer each request; oldest first
+        self._in_threads: dict[Any, float] = {}  # by request, oldest first: the start of the thread's answer
         self.heads: dict[Any, bytes] = {}
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
-        self._ended = Wakeup()  # woken when a thread has ended, so that another request gets a thread
+        self._ended = Wakeup()  # wakes the loop when a thread has ended, so that another request gets a thread
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
         self.set_app(only_by_name(names, app) if names or is_loopback else app)
         self.socket.setblocking(False)  # accept() must not wait if the client has already closed the connection
@@ -156,19 +158,19 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
 
     def server_bind(self) -> None:
-        """Bind like the base class, but without its reverse lookup of the host name, which can block."""
+        """Bind like the base class, but without the base class's reverse lookup of the host name, which can block."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when receive() has something to do."""
+        """Return a descriptor that is readable when receive() has work to do."""
         return self._selector.fileno()
 
     # -- incoming requests
 
     def receive(self) -> bool:
-        """Accept connections and read what they have sent. Returns True if a complete request waits for answer()."""
+        """Accept connections and read the received bytes. Return True if a complete request waits for answer()."""
         for key, _ in self._selector.select(0):
             key.data()
         return any(waiting.is_whole for waiting in self._waiting)
@@ -187,7 +189,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
                 self._receive(waiting)  # most clients have sent the whole request by now
 
     def _evict(self) -> bool:
-        """Close the oldest connection without a complete request. Returns False if every request is complete."""
+        """Close the oldest connection without a complete request. Return False if every request is complete."""
         slowest = next((waiting for waiting in self._waiting if not waiting.is_whole), None)
         if slowest:
             self._drop(slowest)
@@ -234,7 +236,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self.process_request(waiting.sock, waiting.address)
 
     def _end_slow(self) -> None:
-        """Close the oldest connection with a response that takes over SLOW_SECONDS: another request needs a thread."""
+        """Close the oldest connection with a response that takes over SLOW_SECONDS, to free a thread for a request."""
         since = time.monotonic() - SLOW_SECONDS
         slow = next((request for request, begun in list(self._in_threads.items()) if begun < since), None)
         if slow is not None:
@@ -246,7 +248,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection, whether it was answered or not."""
+        """Close a connection, whether its request was answered or not."""
         self._in_threads.pop(request, None)
         self.heads.pop(request, None)
         super().shutdown_request(request)

@@ -30,7 +30,7 @@ class _Peer:
 
 
 class LineServer:
-    """Answers one line of each connection. `answer` gets the socket and its line, which may be incomplete."""
+    """The connections of the server. `answer` gets a connection's socket and line, which may be incomplete."""
 
     def __init__(self, selector: selectors.BaseSelector, answer: Callable[[socket.socket, bytes], bytes]) -> None:
         self._selector, self._answer = selector, answer
@@ -40,7 +40,10 @@ class LineServer:
         return len(self._peers)
 
     def accept(self, listener: socket.socket) -> None:
-        """Accept up to AT_ONCE connections; if there are more than MOST_PEERS, close the oldest."""
+        """Accept up to AT_ONCE connections.
+
+        If there are more than MOST_PEERS connections, close the oldest connection.
+        """
         with contextlib.suppress(OSError):
             for _ in range(AT_ONCE):
                 sock, _ = listener.accept()
@@ -53,7 +56,7 @@ class LineServer:
                     self._drop(next(iter(self._peers)))
 
     def expire(self) -> None:
-        """Close connections that have not sent a line, or not read their reply, in time."""
+        """Close connections that have not sent a line, or not read the reply, before their timeout."""
         now = time.monotonic()
         for peer in [peer for peer in self._peers if peer.until < now]:
             self._drop(peer)
@@ -94,6 +97,6 @@ class LineServer:
     def _drop(self, peer: _Peer) -> None:
         if peer in self._peers:
             del self._peers[peer]
-            with contextlib.suppress(KeyError):  # modify() removes the socket if it fails, for example without memory
+            with contextlib.suppress(KeyError):  # a modify() that fails, for example without memory, removes the socket
                 self._selector.unregister(peer.sock)
             peer.sock.close()

@@ -1,6 +1,6 @@
-"""Prometheus metric families made from a Snapshot.
+"""The Prometheus metric families of a Snapshot.
 
-This module runs in the agent's main loop for `fgpu metrics`, and in threads of the metrics address. It does no I/O. A
+This module runs in the agent's main loop for `fgpu metrics`, and in threads of the metrics address, and does no I/O. A
 number that is None in the Snapshot has no sample.
 """
 
@@ -136,7 +136,7 @@ _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], float]], ...] = (
     ),
 )
 _INFO_LABELS = ("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path")
-_FIRST_REFUSAL = ("memory", "limit")  # exported as 0 before the first refusal, which is then an increase
+_FIRST_REFUSAL = ("memory", "limit")  # exported as 0 before the first refusal, so that this refusal is an increase
 _HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "standalone", "older", "outside_turns", "empty_turns")
 
 
@@ -268,7 +268,7 @@ def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
 
 
 def _xids(devices: Iterable[DeviceView]) -> Metric:
-    """Return the counter of XIDs, by cause instead of by XID, so that it is exported as 0 before the first XID."""
+    """Return the counter of XIDs, by cause instead of by XID, so that 0 is exported before the first XID."""
     xids = CounterMetricFamily("fgpu_device_xids", "XIDs that the device has reported", labels=["gpu", "cause"])
     for device in devices:
         if device.xids is not None:
@@ -350,7 +350,7 @@ def _filled(family: Metric, samples: Iterable[tuple[list[str], float | None]]) -
 
 
 class SnapshotCollector(Collector):
-    """Collects the families of the Snapshot that is the latest at the time of the request."""
+    """The collector of the families of the latest Snapshot at the time of the request."""
 
     def __init__(self, latest: Callable[[], Snapshot], now: Callable[[], float] = time.monotonic) -> None:
         self._latest = latest

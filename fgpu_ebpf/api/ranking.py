@@ -1,8 +1,8 @@
 """The table of tenants, with a row for each tenant and device: columns, filter and order.
 
-This module runs in `fgpu top`, and in the agent's threads for the web page. It takes a Snapshot's JSON, and does no
-I/O. A Column defines a value, its text and its order. A number that was not measured is shown as `-`, and comes last in
-every order.
+This module runs in `fgpu top`, and in the agent's threads for the web page. The input is a Snapshot's JSON, and the
+module does no I/O. A Column defines a value, the text of the value and the order. A number that was not measured is
+shown as `-`, and is at the end of every order.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _FULL_RATIO = 0.95
 
 
 class Row(NamedTuple):
-    """A tenant on one device, both as in the Snapshot's JSON."""
+    """A tenant on one device. The tenant and the device are as in the Snapshot's JSON."""
 
     tenant: Mapping[str, Any]
     device: Mapping[str, Any]
 
 
 class Column(NamedTuple):
-    """A column. `name`: the heading. `cells`: the least width in characters. `falls`: the largest value comes first."""
+    """A column. `name`: the heading. `cells`: the minimum width in characters. `falls`: the order is descending."""
 
     name: str
     cells: int
@@ -63,7 +63,7 @@ def limit_bytes(row: Row) -> int | None:
 
 
 def _part(field: str) -> Callable[[Row], float | None]:
-    """Return a function that returns this field of a row: a ratio of the device's time in the last half second.
+    """Return a function that returns a field of a row, which is a ratio of the device's time in the last half second.
 
     The ratio is None if the tenant is not gated, or is alone on the device.
     """
@@ -78,7 +78,7 @@ def _part(field: str) -> Callable[[Row], float | None]:
 def _entitled(row: Row) -> float | None:
     """Return the part of the device's time due to the tenant, or None.
 
-    None: the tenant is not gated, is alone on the device, or has no program that uses the device.
+    The result is None if the tenant is not gated, is alone on the device, or has no program that uses the device.
     """
     return _part("entitled_ratio")(row) or None
 
@@ -95,7 +95,7 @@ def _waited(row: Row) -> float | None:
 
 def _name(row: Row) -> str:
     name: str = row.tenant["tenant"]
-    parking = row.tenant.get("parking")  # an agent of an older version reports none
+    parking = row.tenant.get("parking")  # an agent of an older version does not report parking
     if parking and parking_text.is_away(parking):
         return f"{name} ({parking['state']})"
     return f"{name} (group)" if row.tenant["kind"] == "group" else name
@@ -116,7 +116,7 @@ COLUMNS = (
     _measured("HELD BY", 7, lambda row: row.tenant["enforcement"], str, falls=False),
 )
 BY_WORD = {column.word: column for column in COLUMNS}
-_KEYS = {"held": "b"}  # h shows the keys; the key of every other column is its first letter
+_KEYS = {"held": "b"}  # h shows the keys; the key of every other column is the column's first letter
 BY_KEY = {_KEYS.get(word, word[0]): column for word, column in BY_WORD.items()} | {"m": BY_WORD["used"]}  # as in htop
 _SEARCHED = ("tenant", "path", "policy", "kind", "enforcement")
 
@@ -129,7 +129,10 @@ class Order:
     is_reversed: bool = False
 
     def by(self, column: Column) -> Order:
-        """Return the order by this column; the same column again reverses the order."""
+        """Return the order by this column.
+
+        If the present order is by this column already, return the reversed order.
+        """
         return replace(self, is_reversed=not self.is_reversed) if column is self.column else Order(column)
 
 
@@ -147,7 +150,7 @@ def rows(snapshot: Mapping[str, Any], filter_: str = "") -> list[Row]:
 def ranked(found: Iterable[Row], order: Order) -> list[Row]:
     """Return the rows, sorted by the column and direction of an order.
 
-    Rows of equal value are sorted by name and device. Rows without a value come last.
+    Rows of equal value are sorted by name and device. Rows without a value are at the end.
     """
     by_name = sorted(found, key=lambda row: (row.tenant["tenant"], row.device["gpu"]))
     value = order.column.value
@@ -157,7 +160,7 @@ def ranked(found: Iterable[Row], order: Order) -> list[Row]:
 
 
 class Mark(Enum):
-    """The state of a row, which decides how the row is highlighted."""
+    """The state of a row, which determines how the row is highlighted."""
 
     UNHELD = auto()
     OVER = auto()
@@ -167,7 +170,7 @@ class Mark(Enum):
 
 
 def mark(row: Row) -> Mark:
-    """Return the state of a row: limit not held, exceeded or nearly reached; nothing used; or none of these."""
+    """Return the state of a row: limit not held, limit exceeded, limit nearly reached, nothing used, or normal."""
     used = row.device["used_bytes"]
     if row.tenant["enforcement"] in UNHELD:
         return Mark.UNHELD

@@ -1,4 +1,4 @@
-"""The web page: one HTML page that shows a Snapshot. Its script loads the page again while it is visible.
+"""The web page: one HTML page that shows a Snapshot. The page's script reloads the page while the page is visible.
 
 This module runs in a thread of the metrics address. The headers isolate the page: a browser loads nothing from another
 host, and runs only the page's own script. Names of tenants are escaped. jinja2 is imported at the first request.
@@ -46,7 +46,7 @@ class Asked:
 
     @classmethod
     def of(cls, query: str) -> Asked:
-        """Parse `sort=refused&reverse=1&filter=team-a`; invalid parts are ignored."""
+        """Parse a query such as `sort=refused&reverse=1&filter=team-a`, and ignore invalid parts."""
         try:
             parameters = parse_qs(query, max_num_fields=8)
         except ValueError:
@@ -65,8 +65,8 @@ class Asked:
 class Line(NamedTuple):
     """A tenant on a device. `cells`: the text of each column. `mark`: the state of the row.
 
-    `full`: the ratio of the limit that is used; None: no limit. `about`: policy, path and labels. `notes`: texts that
-    are shown with the first line of a tenant.
+    `full`: the ratio of the limit that is used, or None without a limit. `about`: policy, path and labels. `notes`:
+    texts that are shown with the first line of a tenant.
     """
 
     cells: Mapping[str, str]
@@ -76,11 +76,14 @@ class Line(NamedTuple):
     notes: tuple[str, ...]
 
 
-# -- from a Snapshot's JSON to what the template shows --------------------------------------------------------------
+# -- from a Snapshot's JSON to the template's values ----------------------------------------------------------------
 
 
 def failed_checks(snapshot: Mapping[str, Any]) -> list[Check]:
-    """Return the failed checks, a missing gatekeeper first. `probes` is left out: the page shows `unenforced` above."""
+    """Return the failed checks, beginning with a missing gatekeeper.
+
+    The page shows `probes` as `unenforced` instead.
+    """
     found = [check for check in health.checks(snapshot) if not check.ok and check.name != "probes"]
     if snapshot["gatekeeper_up"] is False:
         found.insert(0, gatekeeper_process.ABSENT)
@@ -113,7 +116,7 @@ def lines(shown: Iterable[Row]) -> Iterator[Line]:
 
 
 def _about(tenant: Mapping[str, Any]) -> str:
-    """Return the tenant's policy, path and labels, for the line under its name."""
+    """Return the tenant's policy, path and labels, for the line under the tenant's name."""
     policy = [f"policy {tenant['policy']}"] if tenant["policy"] else []
     labels = [f"{name}={value}" for name, value in sorted(tenant["labels"].items()) if value]
     return " ".join([*policy, tenant["path"], *labels])
@@ -146,7 +149,7 @@ def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
 
 
 class _Files(NamedTuple):
-    """The template with its style and script, and the content security policy under which a browser runs them."""
+    """The template with its style and script, and the content security policy under which a browser runs the script."""
 
     template: Template
     style: str

@@ -1,4 +1,4 @@
-"""`fgpu completion`: prints the completion script of a shell. `help_texts` completes the names of tenants.
+"""`fgpu completion`: print the completion script of a shell. `help_texts` completes the names of tenants.
 
 This module runs in the process of the command.
 """

@@ -1,7 +1,7 @@
 """`fgpu cdi`: the CDI devices with which containers request the shim and their limits.
 
-This module runs in the process of the command, which does not ask the agent. Exit codes: 0 done, 1 a failure, 2 wrong
-usage.
+This module runs in the process of the command, which sends no request to the agent. The exit codes are 0 (done), 1 (a
+failure) and 2 (wrong usage).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cdi_group() -> None:
 @cdi_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_devices(as_json: bool) -> None:
-    """List the CDI devices of fgpu on this host, and the limits that each of them sets."""
+    """List the CDI devices of fgpu on this host, and the limits that each device sets."""
     from fgpu_ebpf.containers import injection
 
     found = [_device(spec, device) for spec in injection.written(run_dir()) for device in spec["devices"]]

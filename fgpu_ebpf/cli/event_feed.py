@@ -1,8 +1,7 @@
 """The events of `fgpu events`, across restarts of the agent.
 
 This module runs in the process of the command. Each agent numbers its events from 1. After a failed request, another
-agent may answer the next request. Then all events in that agent's log that are later than the last known event are
-new.
+agent may answer the next request. All events in the other agent's log that are later than the last known event are new.
 """
 
 from __future__ import annotations
@@ -17,18 +16,21 @@ Event = dict[str, Any]
 
 
 class EventFeed:
-    """Returns each event later than `after_seconds` (since the epoch) once."""
+    """The feed of events later than `after_seconds` (since the epoch). The feed returns each event once."""
 
     def __init__(self, run_dir: Path, after_seconds: float = 0.0) -> None:
         self._run_dir = run_dir
         self._after_seconds = after_seconds
-        self._number = 0  # of the last event of this agent
+        self._number = 0  # the number of the last event of this agent
         self._is_lost = False  # the last request failed
 
     def begin(self) -> list[Event]:
-        """Return the new events; at first, all later than `after_seconds`. Raises ConnectionError, RequestError."""
+        """Return the new events, at first all events later than `after_seconds`.
+
+        Raise ConnectionError or RequestError.
+        """
         answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
-        if answer["last"] < self._number:  # a new agent has answered, and no request failed while none ran
+        if answer["last"] < self._number:  # a new agent has answered, and no request failed in between
             self._number = 0
             return self.begin()
         found: list[Event] = answer["events"]

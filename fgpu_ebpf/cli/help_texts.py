@@ -1,7 +1,8 @@
-"""Parts of the help that several commands share: sections, examples, the forms of a TARGET, the keys of `fgpu top`.
+"""The parts of the help that several commands share: sections, examples, the forms of a TARGET, the keys of `fgpu top`.
 
 This module runs in the process of the command. The reference pages are made from the same texts. Completion caches
-nothing: it asks the agent each time, and waits for HINT_SECONDS at most. Without an agent it finds no names.
+nothing. Each completion sends a request to the agent, and waits for at most HINT_SECONDS. If no agent runs, completion
+finds no names.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TOP_KEYS = (
     "h ?                     show these keys",
     "q Ctrl-C                quit",
 )
-_WIDEST_TEXT = 1000  # characters; so long that no summary of a command is cut
+_WIDEST_TEXT = 1000  # characters, so that no summary of a command is truncated
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 AnyCommand = TypeVar("AnyCommand", bound=click.Command)
 
@@ -49,7 +50,7 @@ def lines(of: Sequence[str]) -> str:
 
 
 def also(text: str) -> Callable[[Decorated], Decorated]:
-    """Return a decorator of a command's function that adds a paragraph to its help."""
+    """Return a decorator of a command's function that adds a paragraph to the command's help."""
 
     def add(function: Decorated) -> Decorated:
         function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{text}"
@@ -59,17 +60,17 @@ def also(text: str) -> Callable[[Decorated], Decorated]:
 
 
 def target(function: Decorated) -> Decorated:
-    """Add the argument TARGET to a command, and its forms to the help."""
+    """Add the argument TARGET to a command, and the forms of a TARGET to the help."""
     return click.argument("target", shell_complete=_tenants)(also(TARGET)(function))
 
 
 def optional_target(function: Decorated) -> Decorated:
-    """Add the argument TARGET, which may be left out, to a command, and its forms to the help."""
+    """Add the optional argument TARGET to a command, and the forms of a TARGET to the help."""
     return click.argument("target", required=False, shell_complete=_tenants)(also(TARGET)(function))
 
 
 def _tenants(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the names of tenants that begin with `incomplete`, each with its cgroup's path as help."""
+    """Return the names of tenants that begin with `incomplete`, with the path of the tenant's cgroup as help."""
     run_dir: Path = ctx.find_root().params["run_dir"]
     try:
         snapshot = control_client.call(run_dir, {"verb": "snapshot"}, HINT_SECONDS)
@@ -80,7 +81,7 @@ def _tenants(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[Co
 
 
 def examples(*typed: str) -> Callable[[AnyCommand], AnyCommand]:
-    """Return a decorator of a command that adds examples below its options."""
+    """Return a decorator of a command that adds examples below the options."""
 
     def add(command: AnyCommand) -> AnyCommand:
         command.epilog = lines(["Examples:", *(f"  {line}" for line in typed)])
@@ -90,12 +91,12 @@ def examples(*typed: str) -> Callable[[AnyCommand], AnyCommand]:
 
 
 class Sections(click.Group):
-    """A group that lists its commands under headings. A command is listed with its whole first sentence."""
+    """A click group that lists its commands under headings, with the whole first sentence of a command's help."""
 
     sections: ClassVar[Mapping[str, Iterable[str]]] = {}  # empty: all commands under one heading
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections. Raises KeyError if a section names a command that does not exist."""
+        """Write the sections. Raise KeyError if a section names a command that does not exist."""
         known = self.all_commands()
         for heading, names in (self.sections or {"Commands": sorted(known)}).items():
             with formatter.section(heading):

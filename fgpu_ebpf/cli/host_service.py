@@ -1,6 +1,6 @@
-"""The part of `fgpu setup` that concerns the host: start the agent's service, check the host, and undo the start.
+"""The part of `fgpu setup` for the host, which starts the agent's service, checks the host, and undoes the start.
 
-This module runs in the process of the command. A file beside the states of the engines records what the setup has done
+This module runs in the process of the command. A file beside the states of the engines records the changes of the setup
 to the service. Without systemd, nothing is started, and `fgpu doctor` prints the command that starts the agent.
 """
 
@@ -20,7 +20,7 @@ _NOTE = "service"  # holds the arguments of the `systemctl` that undoes the star
 
 
 def start(run_dir: Path, states: Path) -> bool:
-    """Enable and start the service, and record that in the folder `states`. Returns False if it does not start."""
+    """Enable and start the service, and record the start in the folder `states`. Return False if the start fails."""
     if not control_client.has_unit():
         return True
     is_enabled, is_active = _is("enabled"), _is("active")
@@ -40,13 +40,13 @@ def start(run_dir: Path, states: Path) -> bool:
 
 
 def read_policies(run_dir: Path) -> None:
-    """Put the policy files in force, if an agent runs. `fgpu doctor` reports an error in them."""
+    """Put the policy files in force if an agent runs. `fgpu doctor` reports errors in these files."""
     with contextlib.suppress(ConnectionError, control_client.RequestError):
         control_client.call(run_dir, {"verb": "reload"})
 
 
 def check(run_dir: Path) -> bool:
-    """Print the failed checks of `fgpu doctor`. Returns False if there are any."""
+    """Print the failed checks of `fgpu doctor`. Return False if a check has failed."""
     from fgpu_ebpf import doctor
     from fgpu_ebpf.agent.settings import Options
     from fgpu_ebpf.cli.service import check_line
@@ -74,7 +74,7 @@ def stop(run_dir: Path, states: Path) -> None:
 
 
 def _used(run_dir: Path) -> str:
-    """Reload the policies, and return the reason why the agent is still needed, or an empty text if it is not."""
+    """Reload the policies, and return the reason why the agent is still needed, or an empty text."""
     try:
         policies = control_client.call(run_dir, {"verb": "reload"})["policies"]
         tenants = control_client.call(run_dir, {"verb": "snapshot"})["tenants"]
@@ -83,7 +83,7 @@ def _used(run_dir: Path) -> str:
     except ConnectionError:
         from fgpu_ebpf.cli.parking import still_parked
 
-        parked = still_parked(run_dir)  # only an agent would wake them later
+        parked = still_parked(run_dir)  # only an agent would wake parked tenants later
         return parked and f"there are parked tenants: {parked}"
     if policies:
         return f"there {'is 1 policy' if policies == 1 else f'are {policies} policies'} in force"

@@ -1,7 +1,8 @@
 """`fgpu device-plugin` and `fgpu dra-driver`: offer this host's shares to Kubernetes, as resources or as devices.
 
-Each runs in the process of its command. Every option except --log-format can also be given by an environment variable.
-The agent reads the host's settings; these processes do not. Exit codes: 0 ended by a signal, 1 failure, 2 wrong usage.
+The device plugin and the DRA driver run in the processes of these commands. Every option except --log-format can also
+be set by an environment variable. Only the agent reads the host's settings. The exit codes are 0 (ended by a signal), 1
+(a failure) and 2 (wrong usage).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The command `fgpu`: its subcommands, which are in the other modules of this package.
+"""The command `fgpu`, whose subcommands are in the other modules of this package.
 
 The module of a subcommand is imported only when that subcommand is needed, so that each command starts quickly.
 
-Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent, 4 no such target, 5 a tenant is still parked.
-`fgpu run` exits with 125 for every failure of its own. Most commands send a request to the agent over the control
-socket, and print the reply.
+The exit codes are 0 (done), 1 (a finding or failure), 2 (wrong usage), 3 (no agent), 4 (no such target) and 5 (a tenant
+is still parked). `fgpu run` exits with 125 for every failure of its own. Most commands send a request to the agent over
+the control socket, and print the reply.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from fgpu_ebpf.cli.request import RUN_DIR
 
 
 class Main(Sections):
-    """`fgpu`, with its commands by subject. Each command has the module of this package, and its function there."""
+    """The group `fgpu` with the commands by subject.
+
+    The value of a command is a module of this package and a function.
+    """
 
     sections: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Watch": {
@@ -70,7 +73,7 @@ class Main(Sections):
         return list(self._places)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command. Returns None if there is no command of that name."""
+        """Import a command. Return None if there is no command of that name."""
         module, _, function = self._places.get(cmd_name, "").partition(":")
         if not module:
             return None

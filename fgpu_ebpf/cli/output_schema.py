@@ -1,7 +1,7 @@
-"""JSON Schemas of the --json output of `fgpu status`, `ps`, `usage` and `events`, made from the printed classes.
+"""The JSON Schemas of the --json output of `fgpu status`, `ps`, `usage` and `events`, made from the printed classes.
 
-This module runs in the process of `fgpu schema`. Within a VERSION, properties are only added: tests compare the schemas
-with those of the version's first release. A type for which this module has no schema raises KeyError.
+This module runs in the process of `fgpu schema`. Within a VERSION, properties are only added. Tests compare the schemas
+with the schemas of the version's first release. A type for which this module has no schema raises KeyError.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRINTED: Mapping[str, Any] = {
 
 
 def of(command: str) -> dict[str, Any]:
-    """Return the JSON Schema of the output of `fgpu COMMAND --json`. For `events`, it describes one line."""
+    """Return the JSON Schema of the output of `fgpu COMMAND --json`. For `events`, the schema describes one line."""
     definitions: dict[str, Any] = {}
     printed = _schema(PRINTED[command], definitions)
     return {
@@ -39,7 +39,7 @@ def of(command: str) -> dict[str, Any]:
 
 
 def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a type, and add the schemas of all classes in it to `definitions`."""
+    """Return the schema of a type, and add the schemas of all classes in this type to `definitions`."""
     if is_dataclass(hint):
         name = getattr(hint, "__name__", "")
         if name not in definitions:
@@ -63,7 +63,10 @@ def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _object(view: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a class. All its fields are required; others are allowed, for later versions of fgpu."""
+    """Return the schema of a class.
+
+    All fields are required. Additional fields are allowed, for later versions of fgpu.
+    """
     hints = get_type_hints(view)
     properties = {field.name: _schema(hints[field.name], definitions) for field in fields(view)}
     said = re.sub(r"\bNone\b", "null", " ".join((getdoc(view) or "").split()))

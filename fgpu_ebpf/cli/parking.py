@@ -1,7 +1,7 @@
 """`fgpu park` and `fgpu wake`: copy the device memory of an idle tenant to the host, and back.
 
-This module runs in the process of the command, which asks the agent until the tenant is parked, or runs. Exit codes: 0
-done, 1 refused or failed, 2 wrong usage, 3 no agent, 4 no such target, 5 a tenant is still parked.
+This module runs in the process of the command, which polls the agent until the tenant is parked or runs. The exit codes
+are 0 (done), 1 (refused or failed), 2 (wrong usage), 3 (no agent), 4 (no such target) and 5 (a tenant is still parked).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fgpu_ebpf.tenancy import parking_text
 
 _LOOK_SECONDS = 0.05
 _STARTING_SECONDS = 30.0  # an agent that starts or exits holds its lock without a socket for less than this time
-_FIX = "`fgpu doctor` and `fgpu explain` name the fix; or end its processes, then type `fgpu wake --all` again"
+_FIX = "`fgpu doctor` and `fgpu explain` name the fix; or end the tenant's processes, then run `fgpu wake --all` again"
 
 
 @examples("fgpu park alice", "fgpu park pod/default/jupyter-0")
 @click.command()
 @target
 def park(target: str) -> None:
-    """Copy the device memory of TARGET to the host. It wakes up at its next call of the driver."""
+    """Copy the device memory of TARGET to the host. The tenant wakes up at its next call of the driver."""
     done = _wait(call({"verb": "park", "target": target}))
     click.echo(f"{done['tenant']}: parked, {_copied(done)}")
 
@@ -57,14 +57,15 @@ def wake(target: str | None, is_all: bool) -> None:
 def wake_all() -> None:
     """Wake all parked tenants, by requests to the agent, or in this process if no agent runs.
 
-    Exits with PARKED if a tenant is still parked after a time limit, or with 3 if an agent does not answer.
+    The function exits with PARKED if a tenant is still parked after a time limit, or with 3 if an agent does not
+    answer.
     """
     if error := still_parked(run_dir()):
         fail(f"still parked: {error}. {_FIX}", PARKED)
 
 
 def still_parked(folder: Path) -> str:
-    """Wake all parked tenants. Return which are still parked after a time limit, and why; empty: none.
+    """Wake all parked tenants. Return which tenants are still parked after a time limit and why, or an empty text.
 
     An agent that starts or exits holds its lock and has no socket, so both the requests to
     the agent and the wake-up in this process are repeated.
@@ -89,9 +90,9 @@ def still_parked(folder: Path) -> str:
 
 
 def _woken_by_agent(folder: Path) -> str:
-    """Have the agent wake all tenants. Return the text that still_parked() returns.
+    """Request that the agent wakes all tenants. Return the text for still_parked().
 
-    Raises ConnectionError, RequestError.
+    Raise ConnectionError or RequestError if a request fails.
     """
     from fgpu_ebpf.agent import parker_client, waking
 
@@ -112,15 +113,15 @@ def _woken_by_agent(folder: Path) -> str:
             if tenant["path"] not in asked:
                 asked.add(tenant["path"])
                 click.echo(f"fgpu: waking {tenant['tenant']}", err=True)
-                with contextlib.suppress(control_client.RequestError):  # it runs, or has ended meanwhile
+                with contextlib.suppress(control_client.RequestError):  # the tenant runs or has ended
                     control_client.call(folder, {"verb": "wake", "target": tenant["path"]})
         time.sleep(_LOOK_SECONDS)
 
 
 def _wait(errand: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Wait for the end of a request, and return the finished request. Exits with 1 if the request failed.
+    """Wait for the end of a request, and return the finished request. Exit with 1 if the request failed.
 
-    Prints the reason for which the request waits, and prints each new reason.
+    During the wait, print the cause of the wait, and each new cause.
     """
     said = ""
     while not errand["done"]:

@@ -1,8 +1,8 @@
 """`fgpu policy`: check, list and describe policy files.
 
-This module runs in the process of the command. It reads the files itself, so it shows what is in the files instead of
-what is in force. Only the number of tenants that a policy matches comes from the agent. Exit codes: 0 done, 1 a
-finding, 2 wrong usage.
+This module runs in the process of the command, and reads the files itself. The output is therefore the contents of the
+files, not the policies in force. Only the number of tenants that a policy matches is requested from the agent. The exit
+codes are 0 (done), 1 (a finding) and 2 (wrong usage).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import click
 from fgpu_ebpf.cli.help_texts import Sections, examples
 from fgpu_ebpf.cli.request import HINT_SECONDS, run_dir
 
-if TYPE_CHECKING:  # `yaml_document` imports PyYAML, and other commands must not wait for that
+if TYPE_CHECKING:  # `yaml_document` imports PyYAML, which would delay other commands
     from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
     from fgpu_ebpf.policy.units import Amount
     from fgpu_ebpf.policy.yaml_document import ConfigError
@@ -39,8 +39,8 @@ def policy() -> None:
 def check(paths: Paths) -> None:
     """Check PATHS (files or folders), or this host's policies; print every error and exit with 1 if there is one.
 
-    A selector or device that no host can match is a warning, which does not change the exit code. So is memory.park in
-    one of this host's policies while agent.yaml does not turn parking on.
+    A selector or device that no host can match is a warning, which does not change the exit code. A policy of this host
+    with memory.park causes a warning too, unless agent.yaml turns parking on.
     """
     from fgpu_ebpf.policy import advice
 
@@ -102,7 +102,7 @@ def schema() -> None:
 
 
 def _must_read(paths: Paths) -> list[Policy]:
-    """Return the policies; if a file has an error, print a line for each error and exit with 1."""
+    """Return the policies. If a file has an error, print a line for each error and exit with 1."""
     policies, errors = _read(paths)
     for error in errors:
         click.echo(str(error), err=True)
@@ -115,7 +115,7 @@ def _must_read(paths: Paths) -> list[Policy]:
 def _read(paths: Paths) -> tuple[list[Policy], list[ConfigError]]:
     """Read the given files, regardless of their owner. Without paths, read the host's folder by the agent's rules.
 
-    Returns the policies, and the errors found in the files.
+    The result is the policies, and the errors found in the files.
     """
     from fgpu_ebpf.policy import folder
     from fgpu_ebpf.policy.folder import PolicyFolder
@@ -217,7 +217,7 @@ def _amount(amount: Amount) -> dict[str, float]:
 
 
 def _text(position: int, found: Policy) -> str:
-    """Return a policy as lines: its heading, each part of its selector, and its limits.
+    """Return a policy as lines: the heading, each part of the selector, and the limits.
 
     Example of a heading: `1. notebooks (10-team.yaml:3): enforce`.
     """

@@ -1,4 +1,4 @@
-"""Functions that several commands share: the run folder, requests to the agent, and exits with an error.
+"""The functions that several commands share: the run folder, requests to the agent, and exits with an error.
 
 This module runs in the process of the command.
 """
@@ -36,7 +36,7 @@ def no_answer(error: ConnectionError) -> str:
 
 
 def call(request: dict[str, Any]) -> Any:
-    """Return the agent's answer. Exits with 3 if no agent answers, or with the code of a refusal."""
+    """Return the agent's answer. Exit with 3 if no agent answers, or with the code of a refusal."""
     try:
         return control_client.call(run_dir(), request)
     except ConnectionError as error:

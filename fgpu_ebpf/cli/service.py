@@ -1,7 +1,7 @@
 """`fgpu agent`, `load`, `doctor`, `detach` and `reload`: the service on this host.
 
-This module runs in the process of the command. Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent, 5
-a tenant is still parked.
+This module runs in the process of the command. The exit codes are 0 (done), 1 (a finding or failure), 2 (wrong usage),
+3 (no agent) and 5 (a tenant is still parked).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def agent(**options: Any) -> None:
     "--config", type=click.Path(path_type=Path), help="File with the host's settings (default: /etc/fgpu/agent.yaml)."
 )
 def load(**options: Any) -> None:
-    """Compile and pin the BPF programs, and exit. An agent does this at its start if they are not pinned."""
+    """Compile and pin the BPF programs, and exit. An agent compiles missing programs at its start."""
     from fgpu_ebpf import daemon
     from fgpu_ebpf.agent.settings import Options
     from fgpu_ebpf.driver.image import ProgramError
@@ -79,7 +79,7 @@ def load(**options: Any) -> None:
 @examples("fgpu mps", "systemctl enable --now fgpu-mps")
 @click.command()
 def mps() -> None:
-    """Run NVIDIA's MPS for devices with `sharing: concurrent`, until SIGTERM. The service fgpu-mps runs it."""
+    """Run NVIDIA's MPS for devices with `sharing: concurrent`, until SIGTERM. The service fgpu-mps runs MPS."""
     from fgpu_ebpf.driver import mps as daemon
 
     try:
@@ -131,7 +131,7 @@ def check_line(check: Check) -> str:
 def detach(yes: bool) -> None:
     """Open all gates, remove all limits, probes and set-up files, and stop the agent.
 
-    Parked tenants are woken first. If that fails, nothing is removed, and the exit code is 5.
+    Parked tenants are woken first. If a tenant cannot be woken, nothing is removed, and the exit code is 5.
     """
     from fgpu_ebpf.workloads import cgroups
 
@@ -147,13 +147,13 @@ def detach(yes: bool) -> None:
 def _detached() -> dict[str, Any]:
     """Detach by a request to the agent, or in this process if no agent runs. Return the agent's answer.
 
-    An agent that starts or exits holds its lock and has no socket, so both ways are repeated. After STARTING_SECONDS,
-    an agent that holds its lock and does not answer counts as hung.
+    An agent that starts or exits holds its lock and has no socket, so the request and the removal are repeated. After
+    STARTING_SECONDS, an agent that holds its lock and does not answer counts as hung.
     """
     until, parked_until = time.monotonic() + STARTING_SECONDS, 0.0
     while True:
         try:
-            return control_client.call(run_dir(), {"verb": "detach"}) or {}  # an agent of an older version answers null
+            return control_client.call(run_dir(), {"verb": "detach"}) or {}  # the answer of an older version is null
         except ConnectionError as error:
             if isinstance(error, control_client.NoAnswerError) and error.denied:
                 fail(no_answer(error), 3)
@@ -163,7 +163,7 @@ def _detached() -> dict[str, Any]:
                 fail(str(error), error.code)
             wake_all()
             until = time.monotonic() + STARTING_SECONDS
-            time.sleep(0.1)  # a tenant may be parked again, or have no limit any more and wake up by itself
+            time.sleep(0.1)  # a tenant may be parked again, or may wake up because it no longer has a limit
             continue
         from fgpu_ebpf import daemon
 
@@ -178,16 +178,16 @@ def _detached() -> dict[str, Any]:
 
 
 def _is_terminal() -> bool:
-    """Return whether a user can read and answer a question."""
+    """Return whether a user at a terminal can read and answer a question."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _confirm() -> None:
-    """Ask a user at a terminal before tenants lose their limits. Exits with 1 if the answer is no."""
+    """Ask a user at a terminal before tenants lose their limits. Exit with 1 if the answer is no."""
     try:
         tenants = len(control_client.call(run_dir(), {"verb": "snapshot"})["tenants"])
     except (ConnectionError, control_client.RequestError):
-        return  # no agent answers: there is nothing to count, or the request to detach will report the reason
+        return  # no agent answers; if an agent runs, the request to detach will report the reason
     if tenants:
         loss = "1 tenant loses its limit" if tenants == 1 else f"{tenants} tenants lose their limits"
         click.confirm(f"{loss}. Detach?", abort=True, err=True)
@@ -196,6 +196,6 @@ def _confirm() -> None:
 @examples("fgpu reload", "fgpu policy check && fgpu reload")
 @click.command()
 def reload() -> None:
-    """Read the policy files again. The agent reads them automatically when they change."""
+    """Read the policy files again. The agent reads changed files automatically."""
     done = call({"verb": "reload"})
     click.echo(f"reloaded: {done['policies']} {'policy' if done['policies'] == 1 else 'policies'} in force")

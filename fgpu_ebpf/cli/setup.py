@@ -1,7 +1,7 @@
-"""`fgpu setup`: gives every container of an engine the shim and, with --memory, a first limit.
+"""`fgpu setup`: give every container of an engine the shim and, with --memory, a first limit.
 
-This module runs in the process of the command. It restarts no engine. Exit codes: 0 done, 1 an error or a failed check
-of the host, 2 wrong usage.
+This module runs in the process of the command, and restarts no engine. The exit codes are 0 (done), 1 (an error or a
+failed check of the host) and 2 (wrong usage).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.request import fail, run_dir
 
-if TYPE_CHECKING:  # other commands must not wait for these imports
+if TYPE_CHECKING:  # these imports would delay other commands
     from fgpu_ebpf.containers.engine_config import Engine
 
     Parts = list[tuple[Engine, Path]]
@@ -25,7 +25,7 @@ NAMES = ("docker", "podman", "containerd", "crio", "k3s", "rke2", "slurm")
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
-    """Return a memory limit as text for a policy; empty without the option. Raises BadParameter if it is invalid."""
+    """Return a memory limit as text for a policy, or an empty text. Raise BadParameter if the limit is invalid."""
     from fgpu_ebpf.policy import units
 
     try:
@@ -47,8 +47,8 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
 def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | None) -> None:
     """Give every container of ENGINE the shim, without a flag or a label on the container.
 
-    Policies set the limits; --memory writes the first one, if the host has none. No engine is restarted: the command
-    prints what to run. A second run changes nothing.
+    Policies set the limits; --memory writes the first policy if the host has no policy. No engine is restarted: the
+    command prints what to run. A second run changes nothing.
     """
     from fgpu_ebpf.containers.engine_config import SetupError
     from fgpu_ebpf.containers.engines import ENGINES
@@ -76,7 +76,7 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
 
 
 def _parts(name: str, engine: Engine, memory: str, is_named: bool) -> Parts:
-    """Return the files to write, each with the file of its state. Raises SetupError if the engine is not installed."""
+    """Return the files to write and the files of their states. Raise SetupError if the engine is not installed."""
     from fgpu_ebpf.containers import engine_setup
     from fgpu_ebpf.containers.engine_config import SetupError
 
@@ -96,20 +96,20 @@ def _settings(name: str, engine: Engine) -> Parts:
 
 
 def _policy(name: str, engine: Engine, memory: str) -> Parts:
-    """Return the first policy of this host, or an empty list if there are policies that no setup has written."""
+    """Return the first policy of this host, or an empty list if the host has policies that no setup has written."""
     from fgpu_ebpf.containers import first_policy
     from fgpu_ebpf.containers.engine_setup import STATE
 
     folder = _policy_folder()
     if others := first_policy.others(folder, STATE):
         names = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        click.echo(f"{folder}: kept, it has policies ({names}): add a policy for {memory} by hand")
+        click.echo(f"{folder}: kept, because the folder has policies ({names}): add a policy for {memory} by hand")
         return []
     return [(first_policy.settings(name, engine.cgroups, memory, folder), STATE / f"{name}-policy.json")]
 
 
 def _policy_folder() -> Path:
-    """Return the folder of policies that agent.yaml names. Exits with 1 if agent.yaml has an error."""
+    """Return the folder of policies that agent.yaml names. Exit with 1 if agent.yaml has an error."""
     from fgpu_ebpf.agent import host_config
 
     host, errors = host_config.read()
@@ -119,10 +119,10 @@ def _policy_folder() -> Path:
 
 
 def _set_up(parts: Parts, is_dry: bool) -> list[str]:
-    """Write all files, or none if the contents of one cannot be determined.
+    """Write all files, or no file if the contents of a file cannot be determined.
 
     Returns:
-        Lines for the administrator, with the steps that remain to be done.
+        The lines for the administrator, with the remaining steps.
 
     Raises:
         SetupError: an engine's settings do not permit the change.
@@ -150,7 +150,7 @@ def _set_up(parts: Parts, is_dry: bool) -> list[str]:
 
 
 def _go_on(is_first: bool) -> bool:
-    """Start the service and check the host, if a first policy was requested. Else print what SELinux refuses.
+    """Start the service and check the host if a first policy was requested. If not, print what SELinux refuses.
 
     Returns:
         False if the service does not start or a check of the host fails.
@@ -170,7 +170,7 @@ def _go_on(is_first: bool) -> bool:
 
 
 def _undo(name: str, engine: Engine, is_named: bool) -> None:
-    """Undo the setup of an engine, and print which files are restored or kept. Raises SetupError, OSError."""
+    """Undo the setup of an engine, and print which files are restored or kept. Raise SetupError or OSError."""
     from fgpu_ebpf.cli import host_service
     from fgpu_ebpf.containers import engine_setup, first_policy
     from fgpu_ebpf.containers.engine_setup import STATE
@@ -181,7 +181,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
     for part, state in reversed([*_settings(name, engine), policy]):
         if part is engine or state.exists():
             there = engine if part is engine and is_named else engine_setup.where_it_is(part, state)
-            has_changed = _take_back(there, state)  # the engine's own file is the last one
+            has_changed = _take_back(there, state)  # the engine's own file is the last file
     if has_changed and engine.reload_undone:
         click.echo(f"takes effect after: {engine.reload_undone}")
     if has_changed and name == "docker":
@@ -190,7 +190,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
 
 
 def _take_back(part: Engine, state: Path) -> bool:
-    """Undo the setup of one file. Returns whether the file was changed. Raises SetupError, OSError."""
+    """Undo the setup of one file, and return whether the file was changed. Raise SetupError or OSError."""
     from fgpu_ebpf.containers import engine_setup
 
     is_known, is_unchanged = state.exists(), engine_setup.unchanged(state) is not None

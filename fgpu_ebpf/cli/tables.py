@@ -1,6 +1,6 @@
-"""Text output of `fgpu status`, `fgpu ps`, `fgpu usage` and `fgpu events`.
+"""The text output of `fgpu status`, `fgpu ps`, `fgpu usage` and `fgpu events`.
 
-This module runs in the process of the command. `status` and `ps` show a Snapshot, which is given as JSON; psutil
+This module runs in the process of the command. `status` and `ps` show a Snapshot, which is given as JSON. psutil
 reports the names and users of processes.
 """
 
@@ -25,7 +25,7 @@ from fgpu_ebpf.tenancy.event_log import line_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-MOST_PATH_CELLS = 1000  # a row with a cgroup's path is not cut
+MOST_PATH_CELLS = 1000  # a row with a cgroup's path is not truncated
 
 
 def _text(table: Table, most_cells: int = 120) -> str:
@@ -46,7 +46,7 @@ def _table(*columns: str) -> Table:
 
 
 def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
-    """Return the table of `fgpu usage`. Each row: a name, the source, and numbers as text."""
+    """Return the table of `fgpu usage`. Each row has a name, the source, and numbers as text."""
     table = _table(by.upper(), "SOURCE", "GPU TIME h", "MEMORY GiB*h", "HELD h", "IDLE h", "WAITED h")
     for row in rows:
         table.add_row(*row)
@@ -54,7 +54,7 @@ def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def status(snapshot: Mapping[str, Any]) -> str:
-    """Return the tables of tenants by device and of compute time, and lines about devices and states to attend to."""
+    """Return the tables of tenants by device and of compute time, and lines about devices and problems."""
     table = _table("TENANT", "KIND", "GPU", "LIMIT", "USED", "PEAK", "REFUSED", "PROCESSES", "HELD BY")
     for tenant in snapshot["tenants"]:
         count = str(len({p["pid"] for p in tenant["processes"]}))
@@ -73,10 +73,10 @@ def status(snapshot: Mapping[str, Any]) -> str:
 
 
 def _devices(snapshot: Mapping[str, Any]) -> str:
-    """Return a line for each device: how much of its memory limits have committed, and how much is left for others."""
+    """Return a line for each device with the memory that limits have committed, and the memory that is left."""
     lines = []
     for device in snapshot["devices"]:
-        usable = device.get("usable_bytes") or device["capacity_bytes"]  # an agent of an older version reports none
+        usable = device.get("usable_bytes") or device["capacity_bytes"]  # an older agent reports no usable bytes
         committed, unmanaged = device["committed_bytes"], device["unmanaged_bytes"]
         left = memory_text(max(0, usable - committed))
         line = f"gpu {device['index']}: {memory_text(committed)} of {memory_text(usable)} committed, {left} left"
@@ -103,7 +103,7 @@ def _nothing_managed(snapshot: Mapping[str, Any]) -> str:
 
 
 def _counted(snapshot: Mapping[str, Any]) -> str:
-    """Return a line for each tenant with a process that is only counted, or an empty text if there is none."""
+    """Return a line for each tenant with a process that is only counted, or an empty text."""
     lines = [line for tenant in snapshot["tenants"] if (line := sentence(tenant))]
     return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
@@ -164,15 +164,15 @@ def event_line(event: Mapping[str, Any]) -> str:
 class ProcessRow:
     """A process on one device, or orphaned memory.
 
-    `tenant`: null if it belongs to none. `pid`: the pid on the host. `bytes`: the bytes that are charged for the
-    process, or that it holds; null if unknown. `how`: the way in which the process bypasses the shim, or empty if it
-    does not. Two values are not bypasses: `unmanaged`, the process is in no tenant; `orphaned`, the row is memory of a
-    process that has ended, or that has exported the memory and freed it. `why`: the reason why the process has no shim;
-    the cgroup of an unmanaged process; the processes that keep orphaned memory. `loader`: the path of the process's
-    dynamic loader, in quotes, if that is the reason; the process may have chosen the path. `had_ratio`: the part of the
-    device's time that the tenant had in the last half second; null if not measured. `name`, `user` and `started`
-    (seconds since the epoch): as on the host; null if the process has ended or the host does not show them. The name of
-    orphaned memory is `(ended)` or `(exported)`.
+    `tenant`: null if the process belongs to no tenant. `pid`: the pid on the host. `bytes`: the bytes that the process
+    is charged for or holds; null if unknown. `how`: the way in which the process bypasses the shim, or empty without a
+    bypass. Two values are not bypasses: `unmanaged` (the process is in no tenant) and `orphaned` (the memory of a
+    process that has ended, or that has exported and freed the memory). `why`: the reason why the process has no shim,
+    the cgroup of an unmanaged process, or the processes that keep orphaned memory. `loader`: the path of the process's
+    dynamic loader, in quotes, if the loader is the reason; the process may have chosen the path. `had_ratio`: the part
+    of the device's time that the tenant had in the last half second; null if not measured. `name`, `user` and `started`
+    (seconds since the epoch): the values of the host; null if the process has ended or the host does not show the
+    values. The name of orphaned memory is `(ended)` or `(exported)`.
     """
 
     tenant: str | None
@@ -203,7 +203,7 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
 
 
 def unmanaged_rows(snapshot: Mapping[str, Any]) -> list[ProcessRow]:
-    """Return one row for each process outside tenants that holds memory. `why` of the row is its cgroup's path."""
+    """Return one row for each process outside tenants that holds memory. `why` is the path of the process's cgroup."""
     rows = []
     for device in snapshot["devices"]:
         for process in device.get("unmanaged_by", ()):  # an agent of an older version does not list these processes

@@ -1,7 +1,7 @@
 """`fgpu run`, `set`, `unset` and `device`: change the limits of a tenant, and the state of devices.
 
-This module runs in the process of the command, which sends its request to the agent. Exit codes: 0 done, 1 failure, 2
-wrong usage, 3 no agent, 4 no such target. `fgpu run` exits with 125 for every failure of its own.
+This module runs in the process of the command, which sends a request to the agent. The exit codes are 0 (done), 1 (a
+failure), 2 (wrong usage), 3 (no agent) and 4 (no such target). `fgpu run` exits with 125 for every failure of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RELEASE_SECONDS = 10.0  # longer than a pass of the agent's reconcile thread, u
 
 
 def _limits(command: Callable[..., None]) -> Callable[..., None]:
-    """Add to a command the options that set limits. The agent requires at least one of them, beside --device."""
+    """Add the options that set limits to a command. The agent requires at least one option besides --device."""
     for option in (
         click.option(
             "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."
@@ -49,10 +49,10 @@ def _limit_text(name: str, value: Any) -> str:
 
 
 class _Run(click.Command):
-    """A command that exits with 125 for wrong usage, because 2 may be an exit code of the program that it runs."""
+    """A command that exits with 125 for wrong usage, because 2 may be the exit code of the program that is run."""
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """Parse the command line; exit with 125 if it is wrong."""
+        """Parse the command line, and exit with 125 if the command line is wrong."""
         try:
             return super().make_context(*args, **more)
         except click.UsageError as error:
@@ -85,7 +85,7 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
 @target
 @_limits
 def set_limits(target: str, **limits: Any) -> None:
-    """Set limits of TARGET. They hold at once, until `fgpu unset` or the end of the cgroup."""
+    """Set limits of TARGET. The limits hold immediately, until `fgpu unset` or the end of the cgroup."""
     from fgpu_ebpf.tenancy.enforcement import excess
 
     done = call({"verb": "put", "target": target, **limits})
@@ -107,7 +107,10 @@ def unset(target: str) -> None:
 
 
 def _now(level: Mapping[str, Any] | None) -> str:
-    """Return a text about the limits of a cgroup after `unset`. `level`: its innermost level, as in `fgpu explain`."""
+    """Return a text about a cgroup's limits after `unset`.
+
+    `level`: the cgroup's innermost level, as in `fgpu explain`.
+    """
     from fgpu_ebpf import abi
 
     if level is None:
@@ -135,7 +138,7 @@ def clear(gpu: str) -> None:
 @device.command()
 @click.option("--for", "duration", default="15min", show_default=True, help="Maximum duration, e.g. 30s or 15min.")
 def release(duration: str) -> None:
-    """Release all devices, so that they can be reset, and their driver unloaded or replaced.
+    """Release all devices, so that a device can be reset, and the driver unloaded or replaced.
 
     Limits stay in force. The release ends with `fgpu device take`, or when the time of --for is over.
     """

@@ -1,8 +1,9 @@
-"""`fgpu top`: the screen, its event loop, and the restoring of the terminal.
+"""`fgpu top`: the screen, the event loop, and the restoration of the terminal.
 
-This module runs in the main thread of the command. A second thread (`top_input`) asks the agent once a second, so that
-the handling of keys never waits for the agent. While the agent does not reply, a line on the screen reports it. The
-terminal is restored when a key or a signal ends the program, and while the program is stopped.
+This module runs in the main thread of the command. A second thread (`top_input`) sends a request to the agent once a
+second, so that the handling of keys never waits for the agent. While the agent does not reply, a line on the screen
+reports the missing reply. The terminal is restored when a key or a signal ends the program, and while the program is
+stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fgpu_ebpf.cli.top_input import Keyboard, LatestSnapshot, SnapshotPoller, Vi
 from fgpu_ebpf.linux.wakeup import Wakeup
 
 Ask = Callable[[], Mapping[str, Any]]
-IDLE_SECONDS = 1.5  # the period of drawing without a reply: longer than the time between two replies
+IDLE_SECONDS = 1.5  # the period of drawing without a reply, which is longer than the time between two replies
 _ENDINGS = {signal.SIGTERM, signal.SIGHUP}
 _SIGNALS = (*_ENDINGS, signal.SIGINT, signal.SIGTSTP, signal.SIGWINCH)
 
@@ -35,7 +36,7 @@ def is_watched() -> bool:
 
 
 def print_once(ask: Ask, choice: ViewChoice) -> None:
-    """Print the whole table once. If the output is not a terminal, no row is cut.
+    """Print the whole table once. If the output is not a terminal, no row is truncated.
 
     Raises:
         ConnectionError: no agent replies.
@@ -71,7 +72,7 @@ def _marks(console: Console) -> top_frame.Marks:
 
 
 class _Screen:
-    """Shows the latest Snapshot on the terminal. Keys, signals and new Snapshots wake the event loop."""
+    """The screen with the latest Snapshot. Keys, signals and new Snapshots wake the event loop."""
 
     def __init__(self, ask: Ask, choice: ViewChoice) -> None:
         self._wakeup, self._choice, self._console = Wakeup(), choice, _console()
@@ -107,7 +108,7 @@ class _Screen:
         return Window(*self._console.size, _marks(self._console))
 
     def _pressed(self, keyboard: Keyboard) -> bool:
-        """Apply the pressed keys. Returns False if the user quits or the terminal is gone."""
+        """Apply the pressed keys. Return False if the user quits or the terminal is gone."""
         try:
             keys = keyboard.keys()
         except (OSError, EOFError):

@@ -1,8 +1,8 @@
-"""Formats the screen of `fgpu top`, from a Snapshot and the user's choice, as rich Text.
+"""Format the screen of `fgpu top`, from a Snapshot and the user's choice, as rich Text.
 
-This module runs in the main thread of the command. It decides which parts are left out of a narrow or low window. It
-does no I/O. Rows outside the window are not formatted. Each row is one Text, because a rich Table would measure and
-wrap every cell, which takes many times as long.
+This module runs in the main thread of the command, and does no I/O. The module determines which parts are left out of a
+narrow or low window. Rows outside the window are not formatted. Each row is one Text, because a rich Table would
+measure and wrap every cell, which takes many times as long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS
 from fgpu_ebpf.cli.top_input import LatestSnapshot, ViewChoice
 from fgpu_ebpf.snapshot import no_limit
 
-# Columns to leave out of a narrow window, in this order.
+# The columns to leave out of a narrow window, in this order.
 _LEFT_OUT = ("WAITED", "ENTITLED", "PEAK", "HELD BY", "REFUSED", "SHARE", "LIMIT", "USED")
 _NARROW_CELLS, _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 100, 8, 40
 _USED, _COMMITTED, _UNMANAGED = "green", "blue", "yellow"
@@ -29,7 +29,7 @@ _USED, _COMMITTED, _UNMANAGED = "green", "blue", "yellow"
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The characters that are drawn: parts of a bar, its ends, the keys that scroll."""
+    """The characters that are drawn: the parts and the ends of a bar, and the keys that scroll."""
 
     used: str
     unmanaged: str
@@ -44,7 +44,7 @@ ASCII = Marks("#", "x", "-", "[]", "jk")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The size of the window in character cells, and the characters to draw with."""
+    """The size of the window in character cells, and the characters for drawing."""
 
     width: int
     height: int
@@ -167,7 +167,7 @@ def _padded(texts: Sequence[Text], line: int) -> Text:
 
 
 def _bar(device: Mapping[str, Any], cells: int, marks: Marks) -> Text:
-    """Return the bar of a device. The ends of its parts are rounded, so that rounding errors do not add up."""
+    """Return the bar of a device. The ends of the parts are rounded, so that rounding errors do not add up."""
     styles = ((marks.used, _USED), (marks.unmanaged, _UNMANAGED), (marks.committed, _COMMITTED))
     bar, at = Text(marks.ends[0]), 0
     for end, (mark, style) in zip(bars.ends(device), styles, strict=True):
@@ -216,7 +216,7 @@ def _heading(columns: Sequence[Column], widths: Mapping[str, int], gap: str, cho
 
 
 def _style(row: Row) -> str:
-    """Return red if the limit does not hold or is exceeded, yellow if nearly reached, dim if nothing is used."""
+    """Return red for a limit that does not hold or is exceeded, yellow for a nearly reached limit, dim for no use."""
     match ranking.mark(row):
         case Mark.UNHELD | Mark.OVER:
             return "red"

@@ -1,8 +1,8 @@
-"""The inputs of `fgpu top`: Snapshots from the agent, what the user has chosen to see, and keys of the terminal.
+"""The inputs of `fgpu top`: Snapshots from the agent, the user's choice of rows and order, and keys of the terminal.
 
-A thread asks the agent for a Snapshot once a second. The thread never stops: the error of a failed request is shown
-until the next request succeeds. Everything else runs in the main thread. A Keyboard changes the terminal's mode within
-its context, and restores the mode at the end.
+A thread requests a Snapshot from the agent once a second. The thread never stops. The error of a failed request is
+shown until the next request succeeds. All other code runs in the main thread. A Keyboard changes the terminal's mode
+within its context, and restores the mode at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STEPS = {"up": -1, "k": -1, "down": 1, "j": 1}
 _PAGES = {"page up": -1, "page down": 1, " ": 1}
 _END = 1 << 30
 _HELP = ("h", "?")
-REST_SECONDS = 0.05  # wait for the rest of an escape sequence: its first byte is also the Escape key
+REST_SECONDS = 0.05  # the wait for the rest of an escape sequence, whose first byte is also the Escape key
 _KEY = re.compile(r"\x1b\[[0-9;]*[@-~]|\x1bO.|.", re.DOTALL)
 _UNFINISHED = re.compile(r"\x1b(?:\[[0-9;]*|O)?\Z")
 _NAMES = {
@@ -47,8 +47,8 @@ _NAMES = {
 class LatestSnapshot:
     """The last Snapshot.
 
-    `error`: the reason why there is no newer one; empty if the Snapshot is current. `received`: the monotonic time of
-    the last reply or failure.
+    `error`: the reason why there is no newer Snapshot; empty if the Snapshot is current. `received`: the monotonic time
+    of the last reply or failure.
     """
 
     snapshot: Mapping[str, Any]
@@ -56,13 +56,13 @@ class LatestSnapshot:
     received: float
 
     def now(self) -> LatestSnapshot:
-        """Return this object, with an `error` if no reply and no failure has come for SILENCE_SECONDS."""
+        """Return this object, with an `error` if there was no reply and no failure for SILENCE_SECONDS."""
         silent = time.monotonic() - self.received
         return replace(self, error=f"no answer from the agent for {silent:.0f} s") if silent > SILENCE_SECONDS else self
 
 
 class SnapshotPoller:
-    """Asks the agent once a second until the process ends, and wakes the screen after each reply or failure."""
+    """The thread that requests a Snapshot once a second until the process ends. Each result wakes the screen."""
 
     def __init__(self, ask: Callable[[], Mapping[str, Any]], wakeup: Wakeup) -> None:
         self._ask, self._wakeup = ask, wakeup
@@ -83,12 +83,12 @@ class SnapshotPoller:
         return LatestSnapshot(snapshot, "", time.monotonic())
 
 
-# -- what the user has chosen --------------------------------------------------------------------------------------
+# -- the user's choice ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ViewChoice:
-    """Order, filter and scroll position.
+    """The order, the filter and the scroll position.
 
     `first`: the number of rows above the screen. `typing`: the filter is being typed. `helping`: the keys are shown,
     until the next key.
@@ -101,7 +101,10 @@ class ViewChoice:
     helping: bool = False
 
     def pressed(self, key: str, page: int) -> ViewChoice | None:
-        """Return the choice after a key, or None to quit. `page`: rows on the screen. Unknown keys change nothing."""
+        """Return the choice after a key, or None to quit.
+
+        `page`: the rows on the screen. Unknown keys change nothing.
+        """
         if self.typing:
             return self._typed(key)
         if self.helping or key in _HELP:
@@ -139,7 +142,7 @@ class ViewChoice:
 
 
 class Keyboard:
-    """A terminal, which is in cbreak mode within the context: each key can be read at once; Ctrl-C sends a signal."""
+    """A terminal in cbreak mode within the context. Each key can be read immediately, and Ctrl-C sends a signal."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

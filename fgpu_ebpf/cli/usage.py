@@ -1,6 +1,6 @@
-"""`fgpu usage`: prints the use of devices by tenant, from the store on disk.
+"""`fgpu usage`: print the use of devices by tenant, from the store on disk.
 
-This module runs in the process of the command. It needs root, and no agent.
+This module runs in the process of the command, which needs root, and no agent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _UNITS = {"m": 60, "h": HOUR, "d": 24 * HOUR}
 class UsageRow:
     """The use of devices by one group, as far as one source has measured it, summed over all devices.
 
-    The row also contains the name of the group, a string. Its key is the value of `--by`: `tenant` by default, or
-    `namespace`, `user` or `label:NAME`. The name is empty for tenants without the namespace, user or label. `source`:
-    the source of `run_seconds`: `turns`, `nvml` or `none`. `run_seconds`: the time that devices worked for the group.
-    `memory_byte_seconds`: bytes on devices times seconds. `held_seconds`: the time with memory on a device.
+    The row also contains the name of the group, a string. The key of the name is the value of `--by`: `tenant` by
+    default, or `namespace`, `user` or `label:NAME`. The name is empty for tenants without the namespace, user or label.
+    `source`: the source of `run_seconds`: `turns`, `nvml` or `none`. `run_seconds`: the time that devices worked for
+    the group. `memory_byte_seconds`: bytes on devices times seconds. `held_seconds`: the time with memory on a device.
     `idle_seconds`: the part of `held_seconds` in which the tenant used less than 1 % of the device's time.
     `waited_seconds`: the time in which the group waited for turns. `run_seconds` and `idle_seconds` are None if
     `source` is `none`.
@@ -55,7 +55,7 @@ class UsageRow:
 
 
 def _span(_: click.Context, __: click.Parameter, text: str) -> int:
-    """Return the seconds of `90m`, `12h` or `7d`."""
+    """Return the seconds of a duration such as `90m`, `12h` or `7d`."""
     match = _SPAN.fullmatch(text)
     if match is None:
         raise click.BadParameter(f"{text!r} is not a length of time: write it as 90m, 12h or 7d")
@@ -63,7 +63,7 @@ def _span(_: click.Context, __: click.Parameter, text: str) -> int:
 
 
 def _by(_: click.Context, __: click.Parameter, text: str) -> str:
-    """Return the name of a property by which the store can group tenants. Raises BadParameter for other names."""
+    """Return the name of a property by which the store can group tenants. Raise BadParameter for other names."""
     if text not in ("tenant", "namespace", "user") and not text.startswith(LABEL):
         raise click.BadParameter(f"{text!r} is not a grouping: use tenant, namespace, user or label:NAME")
     return text

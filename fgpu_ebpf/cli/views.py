@@ -1,7 +1,7 @@
 """`fgpu status`, `ps`, `top`, `explain`, `events` and `metrics`: the state of the host; `fgpu schema`: its JSON.
 
-This module runs in the process of the command, which prints the agent's answer. Exit codes: 0 done, 1 failure, 2 wrong
-usage, 3 no agent, 4 no such target.
+This module runs in the process of the command, which prints the agent's answer. The exit codes are 0 (done), 1 (a
+failure), 2 (wrong usage), 3 (no agent) and 4 (no such target).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def status(as_json: bool) -> None:
 @click.option("--all", "is_all", is_flag=True, help="Also show processes outside tenants, with their cgroups.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list of processes.")
 def ps(is_all: bool, as_json: bool) -> None:
-    """Show the processes of tenants and the bytes charged to each."""
+    """Show the processes of tenants and the bytes charged to each process."""
     from fgpu_ebpf.cli import tables
     from fgpu_ebpf.snapshot import plain
 
@@ -86,14 +86,14 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
 @target
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
-    """Explain the limits of TARGET: the policy that decides, the limits in force, and how to enforce them better."""
+    """Explain the limits of TARGET: the policy that decides, the limits in force, and stronger enforcement."""
     answer = call({"verb": "explain", "target": target})
     lines = answer.pop("lines")
     click.echo(json.dumps(answer) if as_json else "\n".join(lines))
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Return the seconds of a length of time such as `90s` or `10m`. Raises BadParameter for other texts."""
+    """Return the seconds of a length of time such as `90s` or `10m`. Raise BadParameter for other texts."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", value.strip()) if value else None
     if value and not match:
         raise click.BadParameter(f"{value!r} is not a length of time: write it as 90s, 10m, 2h or 1d")
@@ -152,7 +152,7 @@ def metrics() -> None:
 @click.command()
 @click.argument("command", type=click.Choice(("status", "ps", "usage", "events")))
 def schema(command: str) -> None:
-    """Print the JSON Schema of what COMMAND prints with --json. For `events`, it describes one line."""
+    """Print the JSON Schema of COMMAND's output with --json. For `events`, the schema describes one line."""
     from fgpu_ebpf.cli import output_schema
 
     click.echo(json.dumps(output_schema.of(command), indent=2))

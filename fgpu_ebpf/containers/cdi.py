@@ -2,7 +2,7 @@
 
 This module runs in the agent's main thread, in `fgpu cdi`, and in the DRA driver. A specification lists the edits that
 an engine makes to a container that requests a device. The hook of a share requests the share from the agent. If the
-agent refuses, the container does not start. If a file cannot be written (OSError), the previous file stays whole.
+agent refuses, the container does not start. If a file cannot be written (OSError), the previous file stays unchanged.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def shim_spec(parts: Parts) -> dict[str, Any]:
 def share_spec(parts: Parts, names: Iterable[str]) -> dict[str, Any]:
     """Return a specification with a device for each share. Raises QuantityError if a name is invalid."""
     devices = [_share(parts, share_name.parse(name)) for name in dict.fromkeys(names)]
-    # Names that begin with a digit need version 0.5.0 of the interface. Everything else here needs 0.3.0.
+    # Names that begin with a digit need version 0.5.0 of the interface. All other parts need 0.3.0.
     version = "0.5.0" if any(device["name"][0].isdigit() for device in devices) else "0.3.0"
     edits = {"mounts": mounts(parts)}
     return {"cdiVersion": version, "kind": f"{VENDOR}/share", "devices": devices, "containerEdits": edits}

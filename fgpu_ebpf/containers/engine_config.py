@@ -1,8 +1,8 @@
-"""Computes the settings with which an engine gives every container the shim, and the same settings without fgpu.
+"""Computation of the settings with which an engine gives every container the shim, and of settings without fgpu.
 
-This module runs in `fgpu setup` and `fgpu doctor`. It writes nothing. It reads only other settings of the engine. The
-engines are Docker, Podman, containerd, CRI-O, k3s and RKE2. With the computed settings they run `fgpu-oci`. Settings
-that are not fgpu's are kept. SetupError is raised if settings cannot be read or have an unknown form.
+This module runs in `fgpu setup` and `fgpu doctor`. The module writes nothing and reads only other settings of the
+engine. The engines are Docker, Podman, containerd, CRI-O, k3s and RKE2. With the computed settings, these engines run
+`fgpu-oci`. Settings that are not fgpu's are kept. SetupError: settings cannot be read or have an unknown form.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runti
 
 
 class SetupError(Exception):
-    """Nothing was changed. The text has the reason and, if there is one, the fix."""
+    """The settings cannot be computed. Nothing was changed. The text has the reason and, if known, the fix."""
 
 
 class Settings(NamedTuple):
-    """The present settings. `text`: the file without fgpu's lines, empty if there is no file.
+    """The present settings. `text`: the file without fgpu's lines, empty if the file does not exist.
 
     `helper`: the path of `fgpu-oci`. `version`: the first two numbers of the engine's version; empty if unknown.
     """
@@ -57,7 +57,7 @@ class Engine:
     """An engine's settings.
 
     `after`: returns the settings with fgpu. `without`: returns the text of settings without fgpu; its second argument
-    is the text before the setup, or None if that is unknown. `reload`, `reload_undone`: the command that makes the
+    is the text before the setup, or None if this text is unknown. `reload`, `reload_undone`: the command that makes the
     engine read the settings after the setup, and after --undo. `is_drop_in`: the file has only fgpu's settings, is the
     last of several files, and is computed from the others. `programs`: the engine is installed if one of these programs
     is. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of its containers'
@@ -82,7 +82,7 @@ class Engine:
 
 # -- Docker --------------------------------------------------------------------------------------------------------
 
-CDI_ASKS = ((25, 0), (28, 2))  # Docker versions from the first on, below the second, need a setting to enable CDI
+CDI_ASKS = ((25, 0), (28, 2))  # Docker versions from 25.0 to below 28.2 need a setting to enable CDI
 _CDI_NOTE = "to use --device fgpu.dev/share=..., run once: systemctl restart docker"
 
 
@@ -253,7 +253,7 @@ _BASE = re.compile(r"\{\{-?\s*template\s+\"base\"\s")
 
 
 def template_after(of: Settings) -> Wanted:
-    """Return a template with a runtime `fgpu` in front of NVIDIA's, or of runc if there is none.
+    """Return a template with a runtime `fgpu` in front of NVIDIA's runtime, or of runc without NVIDIA's runtime.
 
     A template cannot change tables of its base template. Therefore the runtime has a table of its own.
     """
@@ -387,7 +387,7 @@ def _toml_value(value: Any) -> str:
 
 def _loads(text: str) -> dict[str, Any]:
     """Return the contents of a TOML document. Raises ValueError."""
-    import tomllib  # here, because most processes that import this module read no TOML
+    import tomllib  # imported when needed: most processes that import this module read no TOML
 
     return tomllib.loads(text)
 

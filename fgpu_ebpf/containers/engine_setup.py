@@ -1,8 +1,8 @@
-"""`fgpu setup ENGINE`: gives every container of an engine the shim.
+"""The command `fgpu setup ENGINE`, which gives every container of an engine the shim.
 
-This module runs in the command; `checks` and `check_cdi` run in `fgpu doctor`. It writes the engine's settings, and the
-links and files beside `fgpu-oci` that the settings name. It stores the previous text for --undo. `engine_config`
-computes the settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
+This module runs in the command; `checks` and `check_cdi` run in `fgpu doctor`. The command writes the engine's
+settings, and the links and files beside `fgpu-oci` that the settings name. The previous text is stored for --undo.
+`engine_config` computes the settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def program(engine: Engine) -> str:
 
 
 def as_installed(engine: Engine) -> Engine:
-    """Return the engine with its version, or an empty version if it is unknown, and with the file that it reads."""
+    """Return the engine with its version, or an empty version if unknown, and with the file that the engine reads."""
     file, said = engine.file, ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = [program(engine), "--version"]
@@ -50,7 +50,7 @@ def as_installed(engine: Engine) -> Engine:
 
 
 def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> Wanted | None:
-    """Write the engine's settings, and return them, or None if they are up to date. Raises SetupError, OSError.
+    """Write the engine's settings. Returns them, or None if they are up to date. Raises SetupError, OSError.
 
     Args:
         engine: the engine, as as_installed() returns it.
@@ -68,7 +68,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
         return None if wanted.text == now else wanted
     _put_beside(helper, wanted)
     if state.exists():
-        state.chmod(0o600)  # an earlier version of fgpu has made it readable for all users
+        state.chmod(0o600)  # an earlier version of fgpu has made the state readable for all users
     if wanted.text == now:
         return None
     missing = () if engine.keeps_folder else _missing_folders(engine.file)
@@ -85,7 +85,7 @@ def undo(engine: Engine, state: Path) -> bool:
     before = _before(engine, now, kept)
     if before != now:
         _restore(engine.file, before)
-    with contextlib.suppress(OSError):  # another program has put a file into the folder, or removed it
+    with contextlib.suppress(OSError):  # another program has put a file into the folder, or removed the folder
         for folder in kept["made"]:
             Path(folder).rmdir()
     state.unlink(missing_ok=True)
@@ -93,20 +93,20 @@ def undo(engine: Engine, state: Path) -> bool:
 
 
 def where_it_is(engine: Engine, state: Path) -> Engine:
-    """Return the engine with the file that was set up, which may differ from the default one."""
+    """Return the engine with the file that was set up, which may differ from the default file."""
     kept = _kept(state)
     return engine if kept["after"] is None else replace(engine, file=Path(kept["file"]))
 
 
 def unchanged(state: Path) -> Path | None:
-    """Return the file of this state if it is as set_up() has written it, or None if it has changed or is missing."""
+    """Return the file of this state if set_up() was its last writer, or None if the file has changed or is missing."""
     kept = _kept(state)
     file = Path(kept["file"])
     return file if kept["after"] is not None and _text(file) == kept["after"] else None
 
 
 def _before(engine: Engine, now: str | None, kept: dict[str, Any]) -> str | None:
-    """Return the present text without fgpu, or None if there is no file or the file has nothing else.
+    """Return the present text without fgpu, or None if the file does not exist or has nothing else.
 
     Raises:
         SetupError: the file has only fgpu's settings, and has changed since the setup.
@@ -128,7 +128,7 @@ def _missing_folders(file: Path) -> list[str]:
 
 
 def _put_beside(helper: Path, wanted: Wanted) -> None:
-    """Create the links and files that the settings name. Each is replaced as a whole."""
+    """Create the links and files that the settings name. Each file and link is replaced as a whole."""
     for name, target in wanted.links.items():
         place = helper.parent / name
         place.parent.mkdir(mode=0o755, exist_ok=True)
@@ -173,9 +173,9 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
     """Replace a file as a whole; a symbolic link is followed.
 
     Args:
-        like: the new file gets the owner, group and mode of this file. If there is no such file, all users may read
-            the new one. Without `like` the new file is root's alone, as a state must be: a state has a copy of settings
-            with their passwords, and names the file to which undo() writes that copy.
+        like: the new file gets the owner, group and mode of this file. If that file does not exist, all users may read
+            the new file. Without `like` only root may access the new file. A state must be private to root, because it
+            has a copy of settings with their passwords, and names the file to which undo() writes that copy.
     """
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
 
 
 def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER) -> Iterator[Check]:
-    """Check each engine that was set up: its settings name fgpu, and its other settings have not changed since."""
+    """Check each engine that was set up: settings with fgpu, and no later change of other settings."""
     for name, usual in ENGINES.items():
         try:
             check = _check(name, usual, state / f"{name}.json", helper)
@@ -233,7 +233,7 @@ def check_cdi(run_dir: Path, state: Path = STATE) -> Check | None:
 
 
 def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
-    """Check an engine. Returns None if it was not set up. Raises SetupError, OSError: a file cannot be read."""
+    """Check an engine. Returns None if the engine was not set up. Raises SetupError, OSError: a file cannot be read."""
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None

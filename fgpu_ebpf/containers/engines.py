@@ -1,6 +1,7 @@
 """The engines that `fgpu setup` supports: settings files, the commands to reload them, and cgroups of containers.
 
-This module runs in the commands. It does no I/O. Slurm is like an engine here: its cgroups get limits from a policy.
+This module runs in the commands and does no I/O. Slurm is treated like an engine, because its cgroups get limits from a
+policy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _KUBECTL = (
 
 
 def _distribution(name: str, service: str) -> Engine:
-    """Return the settings of k3s or RKE2. `service`: the command that restarts it."""
+    """Return the settings of k3s or RKE2. `service`: the command that restarts the engine."""
     file = Path(f"/etc/rancher/{name}/config.yaml.d/zz-{NAME}.yaml")
     return Engine(
         Path(f"/var/lib/rancher/{name}/agent/etc/containerd/config.toml.tmpl"),

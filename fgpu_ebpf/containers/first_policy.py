@@ -1,7 +1,8 @@
 """The policy that `fgpu setup ENGINE --memory SIZE` writes: a limit for each container of the engine.
 
-This module runs in the command. The file of the policy is the last of its folder. An Engine describes this file, so
-that `engine_setup` writes and removes it. A file that an administrator has written or changed is never replaced.
+This module runs in the command. The file of the policy is the last file of its folder. An Engine describes this file,
+so that `engine_setup` writes and removes the file. A file that an administrator has written or changed is never
+replaced.
 """
 
 from __future__ import annotations

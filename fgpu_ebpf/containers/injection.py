@@ -1,8 +1,9 @@
 """Files that containers get from this host: the preload list, `fgpu-oci` and the CDI specifications.
 
 This module runs in the agent's main thread, and in commands. The files are RUN/containers (read by `fgpu-oci`),
-RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings of engines are
-not changed here (`engine_setup` does that on request). After an OSError, containers that start get the previous files.
+RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. This module does not
+change settings of engines (`engine_setup` changes them on request). After an OSError, containers that start get the
+previous files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fgpu_ebpf.linux.clear_path import make_way
 HELPER = "fgpu-oci"
 BIN = shim_store.STORE.parent / "bin"
 _WRITTEN = "cdi.files"  # in the run folder: paths of the specifications, one per line
-PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
+PUBLISHED = "published"  # in the run folder: path of the shim, if shim and helper are published copies
 UNUSED_SECONDS = 600.0  # an engine mounts a list within seconds after `fgpu-oci` has named the list
 _UNSAFE = frozenset('"\\\n')
 
@@ -43,13 +44,13 @@ def publish_helper(built: Path) -> Path:
     """Copy the helper to a path that upgrades do not change, because settings and hooks name the path.
 
     Helpers that are running are not changed. The link `fgpu-info` beside the copy is the helper's other name. If no
-    copy can be written, the existing one stays.
+    copy can be written, the existing copy stays.
 
     Returns:
         The path of the copy.
 
     Raises:
-        OSError: no copy can be written, and there is none.
+        OSError: no copy can be written, and none exists.
     """
     BIN.mkdir(mode=0o755, parents=True, exist_ok=True)
     place = BIN / HELPER
@@ -101,10 +102,10 @@ class Lists:
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "preload.d"
-        self._asked: dict[str, tuple[int, float]] = {}  # by path: its time stamp, and since when it has that value
+        self._asked: dict[str, tuple[int, float]] = {}  # by path: the time stamp, and the time of its last change
 
     def sweep(self) -> None:
-        """Remove lists that no start has used for UNUSED_SECONDS. Running containers keep what they have mounted."""
+        """Remove lists that no start has used for UNUSED_SECONDS. Running containers keep their mounts."""
         now, asked = time.monotonic(), dict[str, tuple[int, float]]()
         with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as lists:
             for entry in lists:
@@ -130,7 +131,7 @@ def take_away(run_dir: Path) -> None:
 
 
 def published(run_dir: Path) -> Path | None:
-    """Return the path of the shim that this host's agents have published, or None if they have published none."""
+    """Return the path of the shim that this host's agents have published, or None if no shim was published."""
     try:
         shim = (run_dir / PUBLISHED).read_text(encoding="utf-8", errors="surrogateescape").strip()
     except OSError:
@@ -176,7 +177,7 @@ def _forget(run_dir: Path, keep: Sequence[Path]) -> None:
 
 
 def _listed(run_dir: Path) -> list[Path]:
-    """Return the paths in the list of specifications; none if it is unreadable: the next start writes a new list."""
+    """Return the paths in the list of specifications; no paths if the list, renewed at each start, is unreadable."""
     try:
         lines = (run_dir / _WRITTEN).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

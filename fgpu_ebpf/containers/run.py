@@ -1,8 +1,9 @@
-"""`fgpu run`: enters a tenant's cgroup and execs a program.
+"""The command `fgpu run`, which enters a tenant's cgroup and execs a program.
 
-This module runs in the command. The agent also uses it to write the preload files, `fgpu doctor` to check them, and
-`fgpu detach` to remove the files that fgpu has created on the host. run() sets up the cgroup, the namespaces, the
-preload files and the user of the program. If that fails (LaunchError), the program has not run an instruction.
+This module runs in the command. The agent also uses this module to write the preload files, `fgpu doctor` to check
+these files, and `fgpu detach` to remove the files that fgpu has created on the host. run() sets up the cgroup, the
+namespaces, the preload files and the user of the program. If the setup fails (LaunchError), the program has not run an
+instruction.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _mark(run_dir: Path, host: Path) -> Path:
 
 
 def _create_preload_file(run_dir: Path, host: Path) -> None:
-    """Create an empty file of the host if there is none, and mark it, so that `fgpu detach` removes the file."""
+    """Create an empty file of the host if the file does not exist, and mark it, so that `fgpu detach` removes it."""
     try:
         os.close(os.open(host, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except FileExistsError:
@@ -70,10 +71,10 @@ def _create_preload_file(run_dir: Path, host: Path) -> None:
 
 
 def remove_created_preloads(run_dir: Path) -> None:
-    """Remove the preload files of the host that fgpu has created, and that are still empty.
+    """Remove the host's preload files that fgpu has created and that are still empty.
 
-    A file stays if `fgpu run` has mounted its list over it. If such a file were removed, the kernel would unmount the
-    list, and programs that the tenant starts later would run without the shim.
+    A file stays if `fgpu run` has mounted its list over the file. If such a file were removed, the kernel would unmount
+    the list, and programs that the tenant starts later would run without the shim.
     """
     mounted = shim_mounts.mounted_lists(run_dir)
     for host in PRELOADS:
@@ -94,12 +95,12 @@ def write_preloads(run_dir: Path, shim: Path) -> None:
         own = _text_of(host) or ""
         lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
         text = "\n".join([*lines, str(shim)]) + "\n"
-        if _text_of(run_dir / host.name) != text:  # only if it has changed: an agent must also start on a full disk
+        if _text_of(run_dir / host.name) != text:  # writes only a changed text: an agent must also start on a full disk
             atomic_file.write(run_dir / host.name, text)
 
 
 def _text_of(path: Path) -> str | None:
-    """Return a file's text, byte for byte, or None if there is no file."""
+    """Return a file's text, byte for byte, or None if the file does not exist."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except (FileNotFoundError, IsADirectoryError):
@@ -139,7 +140,7 @@ def _closed_to_others(file: Path, right: int) -> Path | None:
 
 
 def _preload_the_shim(run_dir: Path) -> None:
-    """Mount the agent's files over PRELOADS, in a new mount namespace. Programs that use musl never read them."""
+    """Mount the agent's files over PRELOADS, in a new mount namespace. Programs with musl never read these files."""
     _check(LIBC.unshare(_NEWNS), "unshare")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     for host in PRELOADS:
@@ -202,7 +203,7 @@ def run(target: LaunchTarget, command: Sequence[str]) -> int:
         _exec(command)
     _check(LIBC.unshare(_NEWPID), "unshare")
     waiting = os.pidfd_open(os.getpid())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # until they can be forwarded
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # until signals can be forwarded
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -227,7 +228,7 @@ def _end_with(parent: int) -> None:
 
 
 def _become_init(command: Sequence[str], parent: int) -> NoReturn:
-    """Run the program as pid 1 of a new pid namespace. `parent`: a pidfd of the process that waits for this one."""
+    """Run the program as pid 1 of a new pid namespace. `parent`: a pidfd of the waiting process."""
     try:
         _mount("proc", "/proc", "proc", 0)
         _drop_to_caller()

@@ -1,7 +1,7 @@
-"""SELinux: checks with the kernel's loaded policy whether containers may access the files and sockets of fgpu.
+"""SELinux checks: whether the kernel's loaded policy lets containers access the files and sockets of fgpu.
 
-This module runs in `fgpu doctor` and `fgpu setup`. It lists the accesses that containers need, and the commands that
-permit them. It changes no label and no policy. On a host without SELinux there is no check.
+This module runs in `fgpu doctor` and `fgpu setup`. The module lists the accesses that containers need, and the commands
+that permit these accesses. No label and no policy is changed. On a host without SELinux there is no check.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Need(NamedTuple):
 
 
 def checks(run_dir: Path, root: Path = ROOT) -> Iterator[Check]:
-    """Yield one check if SELinux enforces or is permissive; none if it is off."""
+    """Yield one check if SELinux enforces or is permissive; no check if SELinux is off."""
     try:
         enforces = (root / "enforce").read_text().strip() == "1"
     except OSError:
@@ -74,7 +74,7 @@ def _need(name: str, place: Path, kind: str, rights: tuple[str, ...]) -> Iterato
 
 
 def label_of(place: Path) -> str:
-    """Return the label of a file, or an empty text if it has none."""
+    """Return the label of a file, or an empty text if the file has no label."""
     try:
         return os.getxattr(place, "security.selinux").rstrip(b"\0").decode()
     except OSError:
@@ -106,7 +106,7 @@ def ask(root: Path, question: str) -> str:
         question: the label of the source, the label of the target, and the number of the class.
 
     Returns:
-        Numbers in hexadecimal. The first one has a bit for each right that is granted.
+        Numbers in hexadecimal. The first number has a bit for each granted right.
     """
     place = os.open(root / "access", os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -1,7 +1,7 @@
 """The policy that `fgpu setup slurm` writes, and the lines of slurm.conf with which Slurm limits jobs by their shards.
 
-This module runs in the commands. slurm.conf is the same file on all nodes of a cluster, so that no command changes it:
-the setup prints the lines that it lacks.
+This module runs in the commands. slurm.conf is the same file on all nodes of a cluster, so no command changes this
+file. The setup prints the lines that slurm.conf lacks.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def lines() -> list[str]:
 
 
 def _conf() -> str:
-    """Return the text of slurm.conf, or an empty text if this host has none that can be read."""
+    """Return the text of slurm.conf, or an empty text if slurm.conf is missing or unreadable."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf")).read_text(encoding="utf-8")
     return ""

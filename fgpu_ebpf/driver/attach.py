@@ -1,8 +1,8 @@
 """Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
 
-Runs in the agent's main thread, and Probes.make() and Probes.of() also in worker threads. The links are pinned under
+Runs in the agent's main thread. Probes.make() and Probes.of() also run in worker threads. The links are pinned under
 PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not entered, so
-processes that map it get no answer to their hello and no memory. The text of a ProbeError names the fix.
+processes that map such a file get no answer to their hello and no memory. The text of a ProbeError names the fix.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONAL_TRACEPOINTS = {
     "cgroup_populated": "cgroup_notify_populated",
     "cgroup_removed": "cgroup_rmdir",
 }
-MOST_BESIDE = 8  # sets of probes for one (dev, ino), one for each inode that has had this name
+MOST_BESIDE = 8  # maximum of sets of probes for one (dev, ino): one set for each inode that has had this (dev, ino)
 OTHER_COUNTER = (
     "if the kernel's log has `ref_ctr_offset mismatch`, another program has a uprobe at this instruction with another "
     "reference counter: end that program"
@@ -52,8 +52,8 @@ class Attachment:
     """The probes of one inode of a file.
 
     `number`: distinguishes the links of inodes with the same (dev, ino). `check`: the offset at which a breakpoint
-    proves that a mapping is probed. `pinned`: names of the pinned links. `held`: descriptors of all other links. `plan`
-    and `stamp`: those of the file when it was probed; None: an earlier agent probed it.
+    proves that a mapping is probed. `pinned`: names of the pinned links. `held`: descriptors of all other links.
+    `plan`, `stamp`: the file's plan and stamp when the file was probed; None: an earlier agent probed the file.
     """
 
     role: Role
@@ -66,7 +66,7 @@ class Attachment:
 
 
 class Probes:
-    """All links of one set of programs. For one thread, except make() and of()."""
+    """All links of one set of programs. All methods except make() and of() must be called in one thread."""
 
     def __init__(self, pins: Path, digest: str, ledger: Ledger) -> None:
         self._programs = pins / "programs"
@@ -76,7 +76,7 @@ class Probes:
         self._files: dict[File, list[Attachment]] = {}  # the last entry is for the inode that new processes map
         self._events: set[str] = set()  # names of the pinned links to tracepoints of processes
         self.opens_fault = "the BPF program that decides about opens is not attached yet"
-        """The reason why no program decides about opens of device nodes; empty: a program does."""
+        """The reason why no program decides about opens of device nodes; empty: a program decides."""
         self._links.mkdir(mode=0o700, exist_ok=True)
         self._take_up_pinned()
 
@@ -129,7 +129,7 @@ class Probes:
         return frozenset(self._files)
 
     def of(self, file: File) -> Attachment | None:
-        """Return the latest probes of a file; None: it has none. Safe in any thread."""
+        """Return the latest probes of a file; None: the file has no probes. Safe in any thread."""
         found = self._files.get(file)
         return found[-1] if found else None
 
@@ -188,7 +188,7 @@ class Probes:
         self._events.add(path.name)
 
     def attach(self, target: Target, role: Role) -> None:
-        """Probe one of the host's own files. Raises ProbeError: the file cannot be probed, and has no new links."""
+        """Probe one of the host's own files. Raises ProbeError: the file cannot be probed; no new links exist."""
         file = target.dev, target.ino
         now = self.of(file)
         if now and now.role is role:
@@ -231,7 +231,8 @@ class Probes:
             made: the plan that make() has followed.
             found: the links.
             stamp: the file's size and times.
-            beside: keep the earlier probes of the file, because processes map another inode with the same (dev, ino).
+            beside: whether to keep the file's earlier probes, because processes map another inode with the same (dev,
+                ino).
         """
         file = target.dev, target.ino
         earlier = self._files.get(file, [])
@@ -320,15 +321,15 @@ def detach(pins: Path) -> None:
 def wait_until_detached(shim: Path, until: float) -> bool:
     """Wait until new mappings of the shim have no probe, or until this time of the monotonic clock.
 
-    The kernel detaches a link some time after it was unpinned. If a program starts before that, its shim finds the
-    probe but no folder of an agent, and treats the folder as hidden by a mount.
+    The kernel detaches a link some time after the link was unpinned. If a program starts before the link is detached,
+    the program's shim finds the probe but no folder of an agent, and treats the folder as hidden by a mount.
 
     Returns:
-        False if a probe is left at that time, for example a probe of another agent.
+        False if a probe is left when the time is over, for example a probe of another agent.
     """
     with contextlib.suppress(OSError, ValueError, elf.ElfError, ProbeError), open(shim, "rb") as file:
         made = probe_plan.plan(file.fileno(), str(shim), Role.SHIM)
-        for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each may have its own link
+        for place in (offset for _, places, _ in made.programs for offset, _ in places):  # each may have a link
             while breakpoints.is_set_in_new_mappings(file.fileno(), place):
                 if time.monotonic() > until:
                     return False

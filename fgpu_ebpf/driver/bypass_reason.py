@@ -21,7 +21,7 @@ LIST, NIX_LIST = shim_mounts.LISTS
 _MUSL = ("ld-musl", "libc.so")  # musl's loader is its C library, which some distributions call libc.so
 _USUAL = re.compile(r"(/usr)?/lib(64|/x86_64-linux-gnu)?/ld[^/]*")  # glibc's loader in a distribution
 _OF_NIX = "/nix/store/"
-_MOST_OF_A_PATH = 160  # characters: the name of a package in Nix's store has up to 211, and its beginning identifies it
+_MOST_OF_A_PATH = 160  # characters; names in Nix's store have up to 211, but the beginning identifies a package
 
 IsShim = Callable[[int, int], bool]
 
@@ -62,7 +62,7 @@ class Reason(StrEnum):
     )
     FOREIGN = (
         "foreign",
-        "this host has not published the loaded libfgpu.so: mount the host's, or build the image again",
+        "this host has not published the loaded libfgpu.so: mount the host's libfgpu.so, or build the image again",
     )
     HIDDEN = (
         "hidden",
@@ -84,7 +84,7 @@ _OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}
 
 
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
-    """Return the reason why a process does not use the shim; None: it has exited, or is unreadable.
+    """Return the reason why a process does not use the shim; None: the process has exited, or is unreadable.
 
     Args:
         pid: the process.
@@ -113,7 +113,7 @@ def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
 
 
 def loader_of(pid: int) -> str:
-    """Return the path of a process's loader in quotes, because the process may have chosen it; empty: it has none."""
+    """Return the path of a process's loader, quoted because the process may have chosen the path; empty: no loader."""
     try:
         path = procfs.loader(pid)
     except OSError:
@@ -122,13 +122,13 @@ def loader_of(pid: int) -> str:
 
 
 class Reasons:
-    """The reasons of all processes. Each is looked up once, because a program loads the shim at its start or never.
+    """The reasons of all processes. A reason is looked up once, because a program loads the shim at its start or never.
 
     The key contains the generation of the kernel's entry, so a reused pid and the next program of a process have other
     keys.
 
     Args:
-        is_shim: as for reason().
+        is_shim: returns whether the file with a (dev, ino) is a published shim.
         hidden: returns the processes that execute memory that no file backs.
     """
 
@@ -137,7 +137,7 @@ class Reasons:
         self._found: dict[tuple[int, int], tuple[Reason, str]] = {}
 
     def of(self, pid: int, generation: int) -> Reason | None:
-        """Return the reason of a process. If none was found before, the lookup is repeated."""
+        """Return the reason of a process. If no reason was found before, the lookup is repeated."""
         if (pid, generation) not in self._found and (found := reason(pid, self._is_shim)):
             self._found[pid, generation] = found, loader_of(pid) if found is Reason.OTHER_LOADER else ""
         known, _ = self._found.get((pid, generation), (None, ""))
@@ -148,6 +148,6 @@ class Reasons:
         return self._found.get((pid, generation), (None, ""))[1]
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
-        """Forget all processes except `living`."""
+        """Discard the reasons of all processes except `living`."""
         lives = {(pid, living[pid].generation) for pid, _ in self._found if pid in living}
         self._found = {life: found for life, found in self._found.items() if life in lives}

@@ -1,8 +1,8 @@
-"""The compiler: it compiles bpf/fgpu.bpf.c, prints the programs and their maps as JSON, and exits, which frees 130 MB.
+"""The compiler, which compiles bpf/fgpu.bpf.c, prints programs and maps as JSON, and exits (which frees 130 MB).
 
-The agent runs it as a child process, `/usr/bin/python3 -I compiler.py SOURCES`, with the interpreter that has the
-distribution's BCC. Therefore it imports nothing of fgpu. After an error it prints one line with the fix to stderr and
-exits with status 1. driver/image.py parses the output.
+The agent runs the compiler as a child process, `/usr/bin/python3 -I compiler.py SOURCES`, with the interpreter that has
+the distribution's BCC. Therefore the compiler imports nothing of fgpu. After an error the compiler prints one line with
+the fix to stderr and exits with status 1. driver/image.py parses the output.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from types import ModuleType
 from typing import Any
 
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
-PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; before, as a pid, which another process may have by now
+PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; earlier kernels report a pid, which may be reused
 GROUP_DEAD_FROM = (6, 16)  # sched_process_exit reports whether the process ends with its thread
 TYPES = "/sys/kernel/btf/vmlinux"
 BTF_STRUCT = 4  # BTF_KIND_STRUCT
 LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map by its descriptor
-FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map; names as in /proc/PID/fdinfo
-# These flags halve the work. They leave out debugging information, which is never read; a second optimiser (BCC runs
-# LLVM's own over clang's result); and the reading of all kernel symbols for each program that names the helper
-# bpf_probe_read_user.
+FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # fields of a map, as in /proc/PID/fdinfo
+# These flags halve the work. They leave out three steps: debugging information, which is never read; a second
+# optimiser, because BCC runs LLVM's own optimiser over clang's result; and the reading of all kernel symbols for each
+# program that names the helper bpf_probe_read_user.
 LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
 _PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
 
 
 class CompileError(Exception):
-    """The programs cannot be compiled. The text has the reason and, if there is one, the fix."""
+    """The programs cannot be compiled. The text has the reason and, if known, the fix."""
 
 
 def import_bcc() -> ModuleType:
@@ -54,8 +54,8 @@ def kernel_release() -> tuple[int, int]:
 
 
 def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
-    """Return the offset of a member in a struct of the running kernel, in bytes. Raises CompileError: it is unknown."""
-    library = bcc.lib  # has libbpf's functions too, because it is linked with libbpf
+    """Return the offset in bytes of a member in a struct of the running kernel. Raises CompileError: unknown offset."""
+    library = bcc.lib  # BCC's library also has libbpf's functions, because it is linked with libbpf
     library.btf__load_vmlinux_btf.restype = library.btf__type_by_id.restype = ctypes.c_void_p
     library.btf__name_by_offset.restype = ctypes.c_char_p
     types = ctypes.c_void_p(library.btf__load_vmlinux_btf() if os.path.exists(TYPES) else None)
@@ -149,4 +149,4 @@ if __name__ == "__main__":
     CODE = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(CODE)  # skips bcc's atexit handler: nothing is attached, and the kernel frees the maps
+    os._exit(CODE)  # skips bcc's atexit handler, because nothing is attached and the kernel frees the maps

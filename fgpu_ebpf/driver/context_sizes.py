@@ -1,7 +1,7 @@
-"""The size of a context on each device. It depends on the driver, so it is measured once and stored in a file.
+"""The size of a context on each device. The size depends on the driver, is measured once and is stored in a file.
 
-Runs in the agent's main thread at its start. A child process creates contexts, and NVML reports their size. If this
-fails, a usual size is used and logged, and the next start tries again.
+Runs in the agent's main thread at its start. A child process creates contexts, and NVML reports their size. If a
+measurement fails, a usual size is used and logged, and the next start measures again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fgpu_ebpf.driver.nvml import Nvml
 from fgpu_ebpf.linux import atomic_file
 
 DEFAULT_CONTEXT_BYTES = 512 << 20
-MOST_CONTEXT_BYTES = 1 << 40  # more than any device has
-MEASURE_SECONDS = 30.0  # eight devices that were not used since boot take 20 s
+MOST_CONTEXT_BYTES = 1 << 40  # larger than the memory of any device
+MEASURE_SECONDS = 30.0  # the first use of eight devices after a boot takes 20 s
 _END_SECONDS = 5.0
 log = logging.getLogger("fgpu.agent")
 
@@ -40,8 +40,8 @@ sys.stdin.read()
 def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
     """Return the bytes of one empty context by ledger index. A device is left out if its context cannot be measured.
 
-    A child creates the contexts, and NVML reports their size. A child that hangs in the driver cannot be killed, so it
-    is left running.
+    A child creates the contexts, and NVML reports their size. A child that hangs in the driver cannot be killed, so
+    such a child is left running.
     """
     command = [sys.executable, "-I", "-S", "-c", _HOLD_CONTEXTS, str(libcuda)]
     environment = {"PATH": "/usr/bin:/bin", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -50,7 +50,7 @@ def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
     assert child.stdin
     assert child.stdout
     try:
-        ready = select.poll()  # unlike select(), for any descriptor: an agent may have thousands
+        ready = select.poll()  # unlike select(), accepts any descriptor; an agent may have thousands of descriptors
         ready.register(child.stdout, select.POLLIN)
         if not ready.poll(1000 * MEASURE_SECONDS):
             return {}
@@ -74,7 +74,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
     """Return the bytes of a context by ledger index. The file `state` stores them by model and driver version.
 
-    If a size cannot be measured, DEFAULT_CONTEXT_BYTES is used and logged, and the next start tries again.
+    If a size cannot be measured, DEFAULT_CONTEXT_BYTES is used and logged, and the next start measures again.
     """
     known = _read_sizes(state)
     keys = {d.index: f"{d.name} {nvml.driver_version}" for d in nvml.devices}
@@ -105,4 +105,4 @@ def _write_sizes(state: Path, sizes: Mapping[str, int]) -> None:
         state.parent.mkdir(parents=True, exist_ok=True)
         atomic_file.write(state, json.dumps(sizes, indent=1, sort_keys=True) + "\n")
     except OSError:
-        pass  # measured again at the next start
+        pass  # the next start measures again

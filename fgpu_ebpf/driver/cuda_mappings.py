@@ -13,7 +13,7 @@ BOOKS = b"/run/fgpu/books"  # the shim's own ledger for an image with its own li
 
 
 def fgpu_mappings(pid: int) -> list[MappedFile] | None:
-    """Return the libcuda and shim files that a process has mapped executable, each once.
+    """Return the libcuda and shim files that a process has mapped executable, without duplicates.
 
     The result is None if the process has exited, has no memory of its own or has too many mappings. From Linux
     6.11 on, the function queries one executable mapping after the other, because the text of all mappings takes five

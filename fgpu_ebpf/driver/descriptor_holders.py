@@ -32,7 +32,7 @@ class Held(NamedTuple):
 
 
 class Keepers:
-    """Searches in a thread. look() sets the orphans to search for. of() returns the processes that were found."""
+    """A search in a thread. look() sets the orphans to search for. of() returns the processes that were found."""
 
     def __init__(self) -> None:
         self._held: Sequence[Held] = ()
@@ -41,7 +41,7 @@ class Keepers:
         self._thread: threading.Thread | None = None
 
     def look(self, held: Sequence[Held]) -> None:
-        """Set the orphans to search for; to be called regularly. The thread runs as long as there are any."""
+        """Set the orphans to search for; to be called regularly. The thread runs as long as there are orphans."""
         self._held = held
         if not held:
             self._found = {}
@@ -68,8 +68,8 @@ class Keepers:
 def find(held: Held) -> tuple[int, ...]:
     """Return processes with descriptors of the driver, from the innermost of the cgroups that has such a process.
 
-    If some of them are relatives (is_relative()) of the exited process, only these are returned. The result has at most
-    MOST_KEEPERS processes.
+    If some of these processes are relatives (is_relative()) of the exited process, only the relatives are returned. The
+    result has at most MOST_KEEPERS processes.
     """
     found: list[int] = []
     for path in held.paths:
@@ -98,17 +98,17 @@ def _with_descriptors(pids: Iterable[int]) -> list[int]:
 
 
 def descriptors(pid: int, most: int) -> list[str]:
-    """Return the targets of the first `most` descriptors of a process; empty: it has exited."""
+    """Return the targets of the first `most` descriptors of a process; empty: the process has exited."""
     found = []
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd")[:most]:
-            with contextlib.suppress(OSError):  # closed in the meantime
+            with contextlib.suppress(OSError):  # the descriptor was closed in the meantime
                 found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
     return found
 
 
 def device_files(pid: int) -> list[str]:
-    """Return the driver's device files that a process has open or mapped; empty: none, or the process has exited."""
+    """Return the driver's device files that a process has open or mapped; empty: no such file, or exited process."""
     found = set(descriptors(pid, MOST_DESCRIPTORS))
     with contextlib.suppress(OSError):
         lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
@@ -117,7 +117,7 @@ def device_files(pid: int) -> list[str]:
 
 
 def parent(pid: int) -> int:
-    """Return the parent of a process; 0: it has exited, or its parent is the host's init, which adopts any process."""
+    """Return the parent of a process; 0: exited process, or the parent is the host's init, which adopts any process."""
     try:
         found = int(procfs.read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):

@@ -29,11 +29,11 @@ def pinned(pins: Path) -> dict[bytes, int]:
 def index_of(uuid: bytes, number: int, known: Mapping[bytes, int], used: Collection[int]) -> int | None:
     """Return the ledger index of a device; None: every index belongs to another device.
 
-    Indexes of known devices that do not answer stay reserved for them.
+    Indexes of known devices that do not respond stay reserved for these devices.
 
     Args:
         uuid: the device.
-        number: its number in NVML, which is used as index if it is free.
+        number: the device's number in NVML, which is used as index if this index is free.
         known: indexes by UUID of devices that are or were present.
         used: indexes of devices that are present.
     """

@@ -26,7 +26,7 @@ def majors() -> dict[int, str]:
 
 
 def name(major: int, minor: int) -> str:
-    """Return the usual name of a node below /dev, for example `nvidia0`; `195:7` style if the driver has no such."""
+    """Return the usual name of a node below /dev, for example `nvidia0`; `195:7` style for an unknown node."""
     if major == FRONTEND:
         return {_CONTROL: "nvidiactl", _MODESET: "nvidia-modeset"}.get(minor, f"{_PREFIX}{minor}")
     return majors().get(major, f"{major}:{minor}")

@@ -1,8 +1,8 @@
 """Samples of NVML and the ledger for one device, taken as nearly at one time as possible.
 
-A sample reads NVML's rows, the bytes in use, and the rows again, which shows changes in between. Several samples at
-random intervals make it unlikely that a program that allocates and frees all the time is always sampled at the same
-point of its loop. Runs in the agent's reconcile thread.
+A sample reads NVML's rows, the bytes in use, and the rows again, which shows changes in between. A program may allocate
+and free memory in a loop. Several samples at random intervals are unlikely to hit the same point of this loop each
+time. Runs in the agent's reconcile thread.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def take(
         ledger: the ledger.
         device: the ledger index.
         before: the ledger's processes.
-        samples: the number of samples. `taken` of the result has one entry for each, or none if NVML does not report
-            the bytes in use or the row of a process.
+        samples: the number of samples. `taken` of the result has one entry for each sample, or no entry if NVML does
+            not report the bytes in use or the row of a process.
     """
     begun_ns, rows = time.monotonic_ns(), nvml.process_bytes(device)
     if rows is None:

@@ -1,4 +1,4 @@
-"""Discovery of the files of libcuda and the shim that processes map, or may map later.
+"""Discovery of the files of libcuda and the shim that processes map or may map later.
 
 Runs in the agent's main thread. The workers of `libraries` read the mappings of processes and the roots of containers.
 The gatekeeper sends the pids of processes to a socket of this module. The files of one cgroup must not delay the work
@@ -63,8 +63,8 @@ class Discovery:
         self._unrecorded: dict[int, int] = {}  # by process: the bytes without a recorded allocation at that time
         self._roots = Roots()
         self._root = procfs.cgroup2_root() or Path("/")
-        self._standalone: set[int] = set()  # processes as in standalone()
-        self._hidden: set[int] = set()  # processes as in hidden()
+        self._standalone: set[int] = set()  # the processes that standalone() returns
+        self._hidden: set[int] = set()  # the processes that hidden() returns
         self._attach_error = ""
         self._scan = HostScan(self._libraries.work, self._cgroup, self._search.by_name, self._see)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -99,7 +99,7 @@ class Discovery:
         scanned: list[Scanned] = []
         self._scan.begin(scanned.append)
         self._libraries.settle(lambda: bool(scanned))
-        # Until this point the programs of an earlier agent record the calls into these files.
+        # Until this call, the programs of an earlier agent record the calls into these files.
         self._probes.drop_older()
         self._libraries.read_own()
         if not scanned or not scanned[0].is_whole or scanned[0].left_out:
@@ -129,7 +129,7 @@ class Discovery:
             self._libraries.attach_own()
         except (ProbeError, OSError) as error:
             self._attach_error = f", and the probes cannot be attached again ({error})"
-            if self._attach_error != before:  # this is called every second
+            if self._attach_error != before:  # reattach() is called every second
                 log.warning("%s", self.unenforced())
             return
         self._attach_error = ""
@@ -137,7 +137,7 @@ class Discovery:
 
     @property
     def opens_fault(self) -> str:
-        """The reason why no program decides about opens of device nodes; an empty text if a program does."""
+        """The reason why no program decides about opens of device nodes; an empty text if a program decides."""
         return self._probes.opens_fault
 
     @property
@@ -159,7 +159,7 @@ class Discovery:
         return found is not None and found.role is Role.SHIM
 
     def explain(self, pid: int, then: Callable[[Reason | None], None]) -> bool:
-        """Let a worker find the reason why a process has no shim. The main thread calls `then` with it.
+        """Let a worker find the reason why a process has no shim. The main thread calls `then` with the reason.
 
         Returns False if the job was not queued: the process's cgroup has used its time.
         """
@@ -191,8 +191,8 @@ class Discovery:
     ) -> None:
         """Probe the files that processes in NVML's lists map, as look_at_new() does.
 
-        The files of a process are searched for libcuda again if NVML shows more memory without a recorded allocation
-        for it than at the last search, or if no probe has recorded a call of the process.
+        The files of a process are searched for libcuda again in two cases: NVML shows more memory of the process
+        without a recorded allocation than at the last search, or no probe has recorded a call of the process.
 
         Args:
             pids: the processes.
@@ -210,12 +210,12 @@ class Discovery:
         self._unrecorded = {pid: bytes_ for pid, bytes_ in self._unrecorded.items() if pid in pids}
 
     def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> set[int]:
-        """Probe the files that processes in NVML's lists map, unless that was done before.
+        """Probe the files that processes in NVML's lists map, unless these files were probed before.
 
         Args:
             pids: the processes.
-            again: processes with more memory than probes have recorded, or without a recorded call. All files that they
-                execute are searched for libcuda, at most every SEARCH_SECONDS.
+            again: processes with more memory than probes have recorded, or without a recorded call. All files that
+                these processes execute are searched for libcuda, at most every SEARCH_SECONDS.
 
         Returns:
             The processes that are searched now.
@@ -254,7 +254,7 @@ class Discovery:
     def look_around(self) -> None:
         """Probe the files that all processes map, and retry refused files.
 
-        This finds processes that neither the gatekeeper nor NVML has reported.
+        This scan finds processes that neither the gatekeeper nor NVML has reported.
         """
         self._libraries.look_around()
         self._scan.begin(lambda _: None)
@@ -315,7 +315,7 @@ class Discovery:
     def let_go(self) -> None:
         """Remove the probes of all files that no process maps any longer, except the host's own files."""
         left = self._libraries.unmapped()
-        if left:  # another process may have mapped one of them: scan before removing
+        if left:  # another process may have mapped one of these files: scan before removing
             self._scan.begin(partial(self._let_go, left))
         self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
         self._hidden = {pid for pid in self._hidden if procfs.has_memory(pid)}
@@ -323,8 +323,8 @@ class Discovery:
     def _let_go(self, left: set[File], scanned: Scanned) -> None:
         """Remove the probes of the files in `left` that the scan found in no process and in no process's root.
 
-        The files that a process in `scanned.left_out` maps are not known, and lose their probes if no other process has
-        them. Such a process gets no answer to its hello.
+        The files that a process in `scanned.left_out` maps are unknown. These files lose their probes if no other
+        process maps them, and a process in `scanned.left_out` then gets no answer to its hello.
         """
         left = (left & self._libraries.unmapped()) - scanned.used if scanned.is_whole else set()
         kept = self._roots.processes_inside(left, scanned.pids)

@@ -1,7 +1,7 @@
-"""Budgets of each cgroup: how many of its libcuda files may be probed, and how much processor time this work may take.
+"""Budgets of each cgroup: the number of its libcuda files that may be probed, and the processor time for this work.
 
 A workload has one budget, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
-processes that map them get no memory. The host's own files count for no cgroup. Runs in the agent's main thread.
+processes that map such files get no memory. The host's own files count for no cgroup. Runs in the agent's main thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 
 from fgpu_ebpf.linux.procmaps import File
 
-MOST_FILES = 128  # of one workload (Bounds.files); each file takes two descriptors, and time to detach
+MOST_FILES = 128  # of one workload (Bounds.files); each file takes two descriptors and time to detach
 MOST_FILES_ALL = 2048
 # The processor time that a cgroup can use at once, and the time that is added in each round.
 BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000
@@ -30,7 +30,7 @@ class FileBudget:
         return file in self._cgroups
 
     def cgroup_of(self, file: File) -> str:
-        """Return the cgroup for which the file counts; empty: there is none."""
+        """Return the cgroup for which the file counts; empty: the file counts for no cgroup."""
         return self._cgroups.get(file, "")
 
     def room(self, cgroup: str) -> int:
@@ -42,7 +42,7 @@ class FileBudget:
         return self._has[cgroup], len(self._cgroups)
 
     def enter(self, file: File, cgroup: str) -> None:
-        """Count the file for this cgroup, unless it is already counted for another."""
+        """Count the file for this cgroup, unless the file already counts for another cgroup."""
         if file not in self._cgroups:
             self._cgroups[file] = cgroup
             self._has[cgroup] += 1
@@ -52,7 +52,7 @@ class FileBudget:
         cgroup = self._cgroups.pop(file, None)
         if cgroup is not None:
             self._has[cgroup] -= 1
-            self._has += Counter()  # drops cgroups that have nothing left
+            self._has += Counter()  # drops cgroups without files
 
     def charge(self, cgroup: str, took_ns: int) -> None:
         """Charge this cgroup for processor time of work, in nanoseconds."""

@@ -1,8 +1,8 @@
 """The driver of this host, with probes on each of its files that is in use.
 
-Runs in the agent's main thread, at its start. The start has two steps: prepare() needs no BPF programs, so it runs
-while they are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose text has the
-reason and the fix.
+Runs in the agent's main thread, at its start. The start has two steps. prepare() needs no BPF programs, so it runs
+while the programs are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose text has
+the reason and the fix.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Prepared(NamedTuple):
 
 
 def libcuda(root: Path) -> list[Path]:
-    """Return the files of libcuda under a driver root. Raises AgentError, DriverError: there is none."""
+    """Return the files of libcuda under a driver root. Raises AgentError, DriverError: the root has no such file."""
     libraries = driver_libraries(root, "libcuda.so.1")
     if not libraries:
         Nvml(root)  # if there is no driver at all, this raises a more precise error
@@ -116,7 +116,7 @@ def prepare(
         shim: the package's shim.
         store: the store of shims, if there is one.
         pins: the folder of the pinned maps.
-        loading: the compiler, which runs in the meantime.
+        loading: the compiler, which runs while this function runs.
         mark: called with the name of each finished step.
     """
     nvml = Nvml(root, pinned(pins))

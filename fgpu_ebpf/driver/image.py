@@ -20,19 +20,19 @@ from fgpu_ebpf.linux import bpf
 
 # These programs read the names of cgroups in the kernel's memory, which lockdown=confidentiality forbids.
 OF_CGROUPS = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
-OF_OPENS = "device_open"  # only `onBypass: deny` needs it, and a kernel may lack programs of its type
+OF_OPENS = "device_open"  # only `onBypass: deny` needs this program, and a kernel may lack programs of its type
 OPTIONAL = OF_CGROUPS | {OF_OPENS}
 RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OF_CGROUPS
-INNER = "page_template"  # has the form of the inner maps of all maps of maps
+INNER = "page_template"  # this map has the form of the inner maps of all maps of maps
 UNPINNED = frozenset({INNER, "blanks"})  # maps without contents to keep
-RUN_AGAIN = ("again", "call_return")  # an array of programs, and its only entry
+RUN_AGAIN = ("again", "call_return")  # an array of programs, and the name of its only program
 SHORTER = {"host": 8, "allocations": 262_144}  # sizes of an older version's maps that may stay pinned
 _LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map
 _INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
 
 
 class ProgramError(Exception):
-    """The BPF programs cannot be loaded. The text has the reason and, if there is one, the fix."""
+    """The BPF programs cannot be loaded. The text has the reason and, if known, the fix."""
 
 
 class Image(NamedTuple):
@@ -61,7 +61,7 @@ def load(image: Image, pins: Path) -> None:
         maps = _maps(image, pins / "maps", opened)
         _write_sizes(dict(zip(image.maps, maps, strict=True)))
         names = sorted(image.programs, key=lambda name: -len(image.programs[name]))
-        with ThreadPoolExecutor() as threads:  # the kernel verifies in parallel; the longest program goes first
+        with ThreadPoolExecutor() as threads:  # the kernel verifies in parallel; the longest program is loaded first
             loaded = list(threads.map(lambda name: _program(name, image.programs[name], maps), names))
         found = {name: fd for name, fd in zip(names, loaded, strict=True) if fd is not None}
         for fd in found.values():
@@ -108,7 +108,7 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
 
 
 def _write_sizes(maps: Mapping[str, int]) -> None:
-    """Write the sizes of the maps that tenants share to the map `sizes`: a pinned map may be smaller than a new one."""
+    """Write the sizes of the maps that tenants share to the map `sizes`: a pinned map may be smaller than a new map."""
     for shared in abi.Shared if "sizes" in maps else ():
         most = bpf.form(maps[shared.name.lower()]).max_entries
         bpf.update(maps["sizes"], _NUMBER.pack(shared), struct.pack("Q", most))
@@ -134,7 +134,7 @@ def _program(name: str, code: bytes, maps: list[int]) -> int | None:
 
 
 def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> None:
-    """Enter a program in the array through which it calls itself. The array keeps the entry as long as it is pinned."""
+    """Enter a program in the array through which the program calls itself. A pinned array keeps the entry."""
     array, program = RUN_AGAIN
     if program in programs:
         try:
@@ -144,7 +144,7 @@ def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> No
 
 
 def _pin(fd: int, path: Path) -> None:
-    """Pin a program under another name, and rename it, so that the path always exists. Raises ProgramError."""
+    """Pin a program under another name and rename the pin, so that the path always exists. Raises ProgramError."""
     beside = path.with_name(path.name + "-new")  # a name in a bpffs may not contain a dot
     try:
         beside.unlink(missing_ok=True)

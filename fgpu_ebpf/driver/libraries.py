@@ -1,8 +1,8 @@
-"""The files of libcuda and the shim that are in use: their classes, their probes, and why a file has no probes.
+"""The files of libcuda and the shim that are in use: their classes, their probes, and reasons for missing probes.
 
 Runs in the agent's main thread. Worker threads do the work that can block on a tenant's process or file, and the main
 thread applies the results. A file that cannot be probed is logged once, and is not tried again before the next scan.
-Processes that map it get no memory. Files of one cgroup must not delay the probing of other cgroups' files.
+Processes that map such a file get no memory. Files of one cgroup must not delay the probing of other cgroups' files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fgpu_ebpf.snapshot import LibraryView
 log = logging.getLogger("fgpu.agent")
 MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
 MOST_JOBS = 256  # queued jobs of one cgroup: more than the number of files that may be probed for it
-THREADS = 4  # started at once, more only if none finishes a job; reading a file takes tenths of a second
+THREADS = 4  # started at once; more start only if no thread finishes a job; reading a file takes tenths of a second
 NICE = 10  # nice level of the workers, because they work for processes that are not trusted
 SETTLE_SECONDS = 5.0
 
@@ -51,7 +51,7 @@ class Libraries:
     Args:
         attached: the probes of all files.
         own: the host driver's files and the published shims, each with its role.
-        trust: the trusted files; the host's own files are added to it.
+        trust: the trusted files; the host's own files are added to this set.
         most_files: how many files may be probed for one cgroup.
     """
 
@@ -66,13 +66,14 @@ class Libraries:
             lambda job: job(), lambda _: True, self._wakeup.wake, MOST_JOBS, NICE, THREADS
         )
         self._results: deque[Taken] = deque()
-        self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # with processes that wait for the result
+        self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # processes that wait for the result
         self._coming = Counter[str]()  # by cgroup: number of its files that are being examined
         self._reading: set[File] = set()  # files whose contents are being read
-        # By file of a tenant: the processes that map the file, with the mapping; None: the process may map it later.
+        # By file of a tenant: the processes that map the file, with the mapping; None: the process may map the file
+        # later.
         self._mappers: dict[File, dict[int, MappedFile | None]] = {}
-        self._refused: dict[File, str] = {}  # files that cannot be probed, and why; until the next look_around()
-        self._unprobed: dict[int, dict[File, str]] = {}  # by process: files whose probes miss its calls, and why
+        self._refused: dict[File, str] = {}  # files that cannot be probed, and the reason; until the next look_around()
+        self._unprobed: dict[int, dict[File, str]] = {}  # by process: files whose probes miss calls -> reason
         self._named: set[object] = set()
         self.refusals = 0
 
@@ -202,7 +203,7 @@ class Libraries:
             self.want(other, cgroup, its)
 
     def enter(self, cgroup: str, examined: Examined) -> str:
-        """Take over the probes that a worker has attached. Returns why that is impossible, or an empty text."""
+        """Take over the probes that a worker has attached. Returns why that fails, or an empty text."""
         file = examined.file
         if self._probes.of(file) is not examined.before:  # the result of another worker came first
             attach.drop(examined.links)
@@ -244,11 +245,11 @@ class Libraries:
     # -- classes of files
 
     def _mapped(self, file: File) -> tuple[int, MappedFile] | None:
-        """Return one process that maps a tenant's file, with its mapping; None: there is none."""
+        """Return one process that maps a tenant's file, with its mapping; None: no process maps the file."""
         return next(((pid, one) for pid, one in self._mappers.get(file, {}).items() if one), None)
 
     def _read(self, file: File) -> None:
-        """Let a worker read a tenant's driver once. The digest may make the file trusted. `fgpu doctor` shows it."""
+        """Let a worker read a tenant's driver once. The digest, shown by `fgpu doctor`, may make the file trusted."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if not now or not mapped or not now.role.is_driver or file in self._reading:
             return
@@ -355,7 +356,7 @@ class Libraries:
         self._unprobed.setdefault(pid, {})[file] = why
 
     def _refuse(self, what: object, cgroup: str, text: str) -> None:
-        """Count a refusal, and log it if it is new."""
+        """Count a refusal. Log a refusal that is new."""
         self.refusals += 1
         if what not in self._named and len(self._named) < MOST_NAMED:
             self._named.add(what)

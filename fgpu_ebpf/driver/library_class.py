@@ -2,12 +2,13 @@
 
 Roles: SHIM, a shim of this host; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's
 file or with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file with libfgpu's name that is neither a
-shim nor a driver. Frees by drivers of the roles HOST and LISTED count at once. Frees by UNKNOWN drivers count once NVML
-shows them.
+shim nor a driver. Frees by drivers of the roles HOST and LISTED count at once. Frees by UNKNOWN drivers count as soon
+as NVML shows these frees.
 
-A file is identified by its (dev, ino) or by the digest of its contents, never by a build id or another note in it,
-which the file's author can choose. A tenant can write to its own file at any time, so contents are trusted only while
-the file's size and times are the same as before the reading. Runs in the agent's main thread and library workers.
+A file is identified by its (dev, ino) or by the digest of its contents. A build id or another note in the file is not
+used, because the file's author can choose such a note. A tenant can write to its own file at any time, so contents are
+trusted only while the file's size and times are the same as before the reading. Runs in the agent's main thread and
+library workers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _CLASSES = {Role.HOST: Class.HOST, Role.LISTED: Class.LISTED, Role.UNKNOWN: Clas
 
 
 class Stamp(NamedTuple):
-    """A file's size and times. While they do not change, its contents count as unchanged."""
+    """A file's size and times. While size and times do not change, the contents count as unchanged."""
 
     size: int
     mtime_ns: int
@@ -67,7 +68,7 @@ class Stamp(NamedTuple):
 
 
 def digest(fd: int, stamp: Stamp) -> str:
-    """Return the SHA-256 of an open file with this stamp, as `sha256:…`; empty: it is too large, or has changed.
+    """Return the SHA-256 of an open file with this stamp, as `sha256:…`; empty: the file is too large or has changed.
 
     The function waits for TICK_SECONDS before it reads, so that a change during the reading gets another time. Raises
     OSError.
@@ -103,7 +104,7 @@ class Trust:
         self._files[file] = role
 
     def trust_contents(self, digest: str) -> None:
-        """Trust all files whose contents have this digest, which is that of a host driver's file."""
+        """Trust all files whose contents have this digest. The digest is that of a host driver's file."""
         self._drivers.add(digest)
 
     @property
@@ -116,22 +117,22 @@ class Trust:
         return stamp.size in self._shims.values()
 
     def learn(self, file: File, stamp: Stamp, digest: str) -> None:
-        """Store the digest of a file with this stamp. If MOST_KNOWN digests are stored, they are all dropped first."""
+        """Store the digest of a file with this stamp. A full store (MOST_KNOWN digests) is emptied first."""
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[file] = stamp, digest
 
     def forget(self, file: File) -> None:
-        """Forget the digest of a file."""
+        """Discard the stored digest of a file."""
         self._known.pop(file, None)
 
     def digest(self, file: File, stamp: Stamp | None) -> str | None:
-        """Return the stored digest of a file with this stamp; None: not read yet; empty: too large, or changed."""
+        """Return the stored digest of a file with this stamp; None: unread file; empty: too large or changed file."""
         found = self._known.get(file)
         return found[1] if found and found[0] == stamp else None
 
     def role(self, file: File, stamp: Stamp | None = None) -> Role:
-        """Return the role of a file: UNKNOWN if it is not one of the host's own and its contents are not trusted."""
+        """Return the role of a file: UNKNOWN if the file is not the host's own and its contents are not trusted."""
         if file in self._files:
             return self._files[file]
         contents = self.digest(file, stamp) or ""

@@ -1,8 +1,8 @@
-"""Files of libcuda and the shim: where they are on a host, and how to open a file that a process maps.
+"""Files of libcuda and the shim: their paths on a host, and functions that open a file that a process maps.
 
-An opened file is compared with the mapping, because another file may have replaced it, and because a path that a
-container has chosen may lead to another file of the host. Such a path is resolved inside one root folder, without
-links. Runs in the agent's main thread and worker threads, and in `fgpu doctor`. Errors are OSError.
+An opened file is compared with the mapping, because another file may have replaced the mapped file, and because a path
+that a container has chosen may lead to another file of the host. Such a path is resolved inside one root folder,
+without links. Runs in the agent's main thread and worker threads, and in `fgpu doctor`. Errors are OSError.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LIBRARY_FOLDERS = (
 class Target(NamedTuple):
     """A file to probe.
 
-    `way`: the path by which the agent opens it. (`dev`, `ino`): its name in /proc/PID/maps. `path`: its name in
-    messages. `pinned`: whether its links outlive the agent; for a file in a container's layer they do not, because they
-    would keep the mount busy.
+    `way`: the path by which the agent opens the file. (`dev`, `ino`): the file's numbers in /proc/PID/maps. `path`: the
+    file's name in messages. `pinned`: whether the file's links outlive the agent. Links to a file in a container's
+    layer do not outlive the agent, because such links would keep the mount busy.
     """
 
     path: str
@@ -70,7 +70,7 @@ class Target(NamedTuple):
 
 
 def driver_libraries(root: Path, name: str) -> list[Path]:
-    """Return all files of this name in the library folders of a driver root, each once.
+    """Return all files of this name in the library folders of a driver root, without duplicates.
 
     If the root is /, the files in the loader's cache come first.
     """
@@ -93,7 +93,7 @@ def driver_files(root: Path) -> dict[Path, tuple[int, int] | None]:
 
 
 def file_at(path: Path) -> tuple[int, int] | None:
-    """Return (dev, ino) of the file at a path, by os.stat(); None: there is none, or a mount shows a removed file."""
+    """Return (dev, ino) of the file at a path, by os.stat(); None: no file, or a mount shows a removed file."""
     try:
         at = path.stat()
     except OSError:
@@ -116,7 +116,7 @@ def _loader_cache() -> list[str]:
 
 
 def target_of(pid: int, mapped: mapped_files.MappedFile) -> Target:
-    """Return the target for a file that a process maps. Raises OSError: it cannot be opened.
+    """Return the target for a file that a process maps. Raises OSError: the file cannot be opened.
 
     The process determines its paths, so each path is tried, and the opened file is compared with the mapping. The path
     in map_files is a link of the kernel to the mapped file.

@@ -1,7 +1,7 @@
 """Search for the files of libcuda and the shim that a process maps, by their names and, if necessary, their contents.
 
 Runs in the agent's library workers, because reading a process's mappings can block on the process. A file that is not
-libcuda is not read again while it is unchanged.
+libcuda is not read again while the file is unchanged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]") 
 class Found(NamedTuple):
     """The files of one process.
 
-    `files`: None if the mappings cannot be read, although the process may still live. `code`: the process executes
-    memory that no file backs, so a copy of libcuda in this memory has no probes; only a search by contents sets this.
+    `files`: None if the mappings cannot be read, although the process may still be alive. `code`: the process executes
+    memory that no file backs, so a copy of libcuda in this memory has no probes; only a search by contents sets `code`.
     `books`: the process is under an image's own limit.
     """
 
@@ -40,7 +40,7 @@ class Search:
 
     def __init__(self, known: Callable[[File], bool]) -> None:
         self._known = known
-        self._others: dict[File, Stamp] = {}  # files that are not libcuda, as they were when read
+        self._others: dict[File, Stamp] = {}  # files that are not libcuda, with their stamps when they were read
 
     def by_name(self, pid: int) -> Found:
         """Return the files of a process that have the names of libcuda or the shim."""

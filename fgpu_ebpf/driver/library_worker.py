@@ -18,7 +18,7 @@ from fgpu_ebpf.linux import breakpoints, elf
 from fgpu_ebpf.linux.mapped_files import MappedFile
 from fgpu_ebpf.linux.procmaps import File
 
-MOST_FAILED = 4096  # remembered failures
+MOST_FAILED = 4096  # stored failures
 
 
 class Unreachable(Exception):
@@ -32,10 +32,10 @@ class Unreachable(Exception):
 class Examined:
     """The result for a file.
 
-    `before`: its probes when it was examined. They are sufficient if there is no `plan`. `links`, `stamp`: the new
-    probes, and the file's size and times. `beside`: keep the probes in `before`, because they are on another inode that
-    some processes still map. `error`: why probes miss the calls of the process and, if `is_file_s`, of every process
-    that maps this file.
+    `before`: the file's probes when the file was examined; these probes are sufficient if there is no `plan`. `links`,
+    `stamp`: the new probes, and the file's size and times. `beside`: the probes in `before` are kept, because these
+    probes are on another inode that some processes still map. `error`: why probes miss the calls of the process and, if
+    `is_file_s`, of every process that maps this file.
     """
 
     file: File
@@ -60,7 +60,7 @@ class Examiner:
         """Examine a file that a process maps. If the result has no error, the process's memory has the breakpoints."""
         try:
             return self._examine(target_of(pid, one), pid)
-        except Exception as error:  # of any kind, because a tenant's file may contain anything
+        except Exception as error:  # any exception, because a tenant's file may contain anything
             is_file_s = not isinstance(error, Unreachable)
             return Examined((one.dev, one.ino), error=str(error) or repr(error), is_file_s=is_file_s)
 
@@ -72,7 +72,7 @@ class Examiner:
             return Examined((target.dev, target.ino), error=str(error) or repr(error))
 
     def stamp(self, pid: int, one: MappedFile) -> Stamp | None:
-        """Return the current size and times of a file that a process maps; None: it cannot be opened."""
+        """Return the current size and times of a file that a process maps; None: the file cannot be opened."""
         try:
             fd = target_of(pid, one).open()
         except OSError:
@@ -83,7 +83,7 @@ class Examiner:
             os.close(fd)
 
     def read_own(self, target: Target) -> str:
-        """Return the digest of one of the host's own files; empty: it cannot be read."""
+        """Return the digest of one of the host's own files; empty: the file cannot be read."""
         try:
             fd = target.open()
             try:
@@ -94,7 +94,7 @@ class Examiner:
             return ""
 
     def read(self, pid: int, one: MappedFile) -> Stamp | None:
-        """Store the digest of a file's contents in Trust, and return the file's stamp; None: it cannot be read."""
+        """Store the digest of a file's contents in Trust, and return the file's stamp; None: unreadable file."""
         file = one.dev, one.ino
         try:
             fd = target_of(pid, one).open()
@@ -134,7 +134,7 @@ class Examiner:
     def _role(self, file: File, fd: int, stamp: Stamp, before: Attachment | None) -> Role:
         """Return the role of a file.
 
-        The file is read at once if it has the size of a shim, which is short, or if an earlier agent trusted it.
+        A file is read at once if its size is that of a shim, which is short, or if an earlier agent trusted the file.
         """
         was_trusted = before is not None and before.stamp is None and before.role is Role.LISTED
         if self._trust.digest(file, stamp) is None and (was_trusted or self._trust.may_be_a_shim(stamp)):
@@ -142,7 +142,7 @@ class Examiner:
         return self._trust.role(file, stamp)
 
     def _plan(self, file: File, fd: int, path: str, role: Role, stamp: Stamp) -> Plan:
-        """Return the probe plan of a file. A file that has failed is not parsed again while it is unchanged."""
+        """Return the probe plan of a file. A file without a plan is parsed again only after a change."""
         failed = self._failed.get(file)
         if failed and failed[0] == stamp:
             raise ProbeError(failed[1])
@@ -156,7 +156,7 @@ class Examiner:
 
 
 def _sees(pid: int | None, file: File, check: int) -> bool:
-    """Return whether a process's memory has the breakpoint at this offset; True if it does not map the file.
+    """Return whether a process's memory has the breakpoint at this offset; True if the process does not map the file.
 
     Without a process (`pid` None) the result is True.
     """
@@ -164,5 +164,5 @@ def _sees(pid: int | None, file: File, check: int) -> bool:
 
 
 def _replaces(fd: int, before: Attachment) -> bool:
-    """Return whether earlier probes are on the inode of this open file, so that new probes on it replace them."""
+    """Return whether earlier probes are on the inode of this open file, so that new probes replace earlier probes."""
     return before.check == breakpoints.UNCHECKED or breakpoints.is_set_in_new_mappings(fd, before.check)

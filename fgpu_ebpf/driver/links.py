@@ -1,6 +1,6 @@
-"""The links of one BPF program to one file: one link for all offsets, or before Linux 6.6 one for each offset.
+"""The links of one BPF program to one file: one link for all offsets, or one link per offset before Linux 6.6.
 
-Runs in the agent's main thread and worker threads. If many links are to be closed, a thread of this module closes them.
+Runs in the agent's main thread and worker threads. A thread of this module closes links if many links are to be closed.
 After an OSError, links that were not pinned yet are closed.
 """
 
@@ -21,7 +21,7 @@ _FEW = 2  # number of links of a file if each program has one
 
 
 def pin(links: Iterable[int], path: Path) -> set[str]:
-    """Pin links at `path` and beside it, and return their names. Raises OSError. Always closes all descriptors."""
+    """Pin links at `path` and beside `path`, and return their names. Raises OSError. Always closes all descriptors."""
     rest = list(links)
     places = [path, *(path.with_name(f"{path.name}{_NTH}{n}") for n in range(1, len(rest)))]
     try:
@@ -34,14 +34,14 @@ def pin(links: Iterable[int], path: Path) -> set[str]:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Unpin links, which the kernel detaches later. A missing path is no error: another process may unpin it too."""
+    """Unpin links, which the kernel detaches later. A missing path is no error: another process may unpin links too."""
     for path in list(paths):
         with contextlib.suppress(FileNotFoundError):
             path.rmdir() if path.is_dir() else path.unlink()
 
 
 def close(links: Collection[int]) -> None:
-    """Close links that are not pinned. Many links are closed in a thread, because each takes 0.1 s."""
+    """Close links that are not pinned. Many links are closed in a thread, because closing one link takes 0.1 s."""
     if len(links) > _FEW:
         _closer().put(links)
         return

@@ -1,9 +1,10 @@
-"""NVIDIA's MPS for concurrent devices: `fgpu mps` starts its control daemon, and gives containers its socket.
+"""NVIDIA's MPS for concurrent devices: `fgpu mps` starts MPS's control daemon and gives containers its socket.
 
 Programs find the daemon by the socket `control`. The daemon's folder also has a socket through which root can end the
-daemon, and root in a container is root for that socket. So the folder stays private, and a hard link to `control` is
-put into the folder `shim`, which every container has. The shim makes a program use MPS only if the folder with this
-link exists. The command runs in a process of its own, and exits if the daemon exits. Errors are OSError.
+daemon, and root in a container is root for that socket. Therefore the folder stays private, and a hard link to
+`control` is created in the folder `shim`, which every container has. The shim makes a program use MPS only if the
+folder with this link exists. The command `fgpu mps` runs in a process of its own, and exits if the daemon exits. Errors
+are OSError.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def serve(run_dir: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(private)
     private.mkdir(mode=0o700, parents=True)
-    # A folder that does not exist makes the daemon write no log files, which nothing would limit.
+    # The folder for log files does not exist, so the daemon writes none: nothing would limit their size.
     folders = {"CUDA_MPS_PIPE_DIRECTORY": str(private), "CUDA_MPS_LOG_DIRECTORY": str(private / "none")}
     command = [DAEMON, "-f", "-multiuser-server"]
     daemon = subprocess.Popen(command, env=os.environ | folders, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -74,7 +75,7 @@ def serve(run_dir: Path) -> int:
 def _offer(run_dir: Path, socket: Path, daemon: subprocess.Popen[bytes]) -> bool:
     """Link the socket into the folder of containers. Return False if the daemon or the gatekeeper does not start."""
     until = time.monotonic() + START_SECONDS
-    while not (socket.is_socket() and (run_dir / "shim").is_dir()):  # the gatekeeper makes the folder `shim`
+    while not (socket.is_socket() and (run_dir / "shim").is_dir()):  # the gatekeeper creates the folder `shim`
         if daemon.poll() is not None or time.monotonic() > until:
             return False
         time.sleep(STEP_SECONDS)

@@ -25,15 +25,15 @@ from fgpu_ebpf.driver.nvml_process_rows import ProcessRows
 _NVML = "libnvidia-ml.so.1"
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 # Errors after which NVML is restarted. "Unknown Error" may be permanent, for example if NVML lost its connection to the
-# driver while this process had no memory. The device itself is not lost then.
+# driver while this process had no memory. In this case the device itself is not lost.
 _RESTART = (*_LOST, pynvml.NVML_ERROR_UNKNOWN)
 AGAIN_SECONDS = 5.0  # between two restarts of NVML, unless all devices are lost
-_MOST_EVENTS = 64  # of one call; later events stay for the next call
+_MOST_EVENTS = 64  # events of one call; later events stay for the next call
 log = logging.getLogger("fgpu.agent")
 
 
 class DriverError(Exception):
-    """No NVIDIA driver responds, or it lists no device. The text has the reason and, if there is one, the fix."""
+    """No NVIDIA driver responds, or the driver lists no device. The text has the reason and the fix, if known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class Device:
 class Nvml:
     """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from earlier agents.
 
-    If a device has no handle, for example because it is lost, all other devices can still be used. `missing` has the
-    reason by the name of the device, and look_for_missing() tries again.
+    If a device has no handle, for example because the device is lost, all other devices can still be used. `missing`
+    has the reason by the name of the device, and look_for_missing() tries again.
     """
 
-    released = False  # set by release()
+    released = False  # True after release()
 
     def __init__(self, root: Path = Path("/"), known: Mapping[bytes, int] | None = None) -> None:
         self._known = dict(known or {})
@@ -94,7 +94,7 @@ class Nvml:
             raise OSError(f"no {_NVML} under {root}")
 
     def _find(self) -> tuple[list[Device], dict[str, str]]:
-        """Get handles of more devices. Returns these devices, and why others have no handle. Raises NVMLError."""
+        """Get handles of more devices. Returns these devices, and why other devices lack a handle. Raises NVMLError."""
         found, missing = [], {}
         for number in range(pynvml.nvmlDeviceGetCount()):
             try:
@@ -105,7 +105,7 @@ class Nvml:
             if device is not None:
                 found.append(device)
         here = {uuid for uuid, index in self._known.items() if index in self._handles}
-        if not missing:  # otherwise a missing UUID is that of a device without a handle
+        if not missing:  # otherwise a missing UUID belongs to a device without a handle
             missing = {uuid_text(uuid): "NVML does not list this device" for uuid in self._known.keys() - here}
         return sorted(found, key=lambda device: device.index), missing
 
@@ -129,7 +129,7 @@ class Nvml:
             pynvml.nvmlShutdown()
 
     def take_up(self) -> None:
-        """Initialise NVML again. If this is not possible yet, each later call tries again."""
+        """Initialise NVML again. If NVML cannot be initialised yet, each later call tries again."""
         self.released = False
         self._restart()
 
@@ -154,7 +154,7 @@ class Nvml:
             self._came += [(device.index, None) for device in found]
 
     def arrived(self) -> list[Device]:
-        """Return the devices that look_for_missing() has found since the last call. They are not in `devices` yet."""
+        """Return the devices that look_for_missing() has found since the last call and that `devices` lacks."""
         found, self._arrived = self._arrived, []
         return found
 
@@ -167,9 +167,9 @@ class Nvml:
             return None
 
     def free_bytes(self, index: int) -> int | None:
-        """Return the bytes of a device that no process holds; None: NVML does not report them. Any thread may call it.
+        """Return the bytes of a device that no process holds; None: NVML does not report them. Safe in any thread.
 
-        Unlike used_bytes(), it never restarts NVML.
+        Unlike used_bytes(), this method never restarts NVML.
         """
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).free)
@@ -210,7 +210,7 @@ class Nvml:
             self._restart()
 
     def _restart(self) -> None:
-        """Restart NVML and look up all handles again. Rarely done, because XIDs are lost during the restart."""
+        """Restart NVML and look up all handles again. Restarts are rare, because XIDs are lost meanwhile."""
         self._begin_at = time.monotonic() + AGAIN_SECONDS
         self._end_events()
         with contextlib.suppress(pynvml.NVMLError):
@@ -218,7 +218,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
-            return  # not possible yet; the next call tries again
+            return  # NVML cannot be restarted yet; the next call tries again
         for uuid, index in self._known.items():
             if index in self._handles:
                 self._find_handle(uuid, index)
@@ -290,7 +290,7 @@ class Events:
     def _register(self, handle: object) -> bool:
         try:
             pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._set)
-        except pynvml.NVMLError:  # the device is lost, or too old for events
+        except pynvml.NVMLError:  # the device is lost, or is too old for events
             return False
         return True
 
@@ -305,7 +305,7 @@ class Events:
                 yield from ((device, int(event.eventData)) for device in self._of(event.device))
 
     def _of(self, handle: object) -> Sequence[int]:
-        """Return the index of a handle. If NVML reports a handle that it has never returned, return all indexes."""
+        """Return the index of a handle. If NVML reports an unknown handle, return all indexes."""
         named = [index for index, one in self._handles.items() if _address(one) == _address(handle)]
         return named or list(self._handles)
 
@@ -328,7 +328,7 @@ def _is_lost(handle: object) -> bool:
 
 
 def _reserved_bytes(handle: object) -> int:
-    """Return the driver's own reserve on a device, or 0 if it is not reported."""
+    """Return the driver's own reserve on a device, or 0 if NVML does not report the reserve."""
     try:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
     except (pynvml.NVMLError, AttributeError):

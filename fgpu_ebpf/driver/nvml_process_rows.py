@@ -1,8 +1,8 @@
 """NVML's rows: the processes that hold memory on a device, with the number of bytes.
 
 NVML lists processes that compute and processes that draw or encode (Vulkan, OpenGL, NVENC) separately. A process that
-does both is in both lists, with the same bytes. Runs in the agent's reconcile thread, and in its main thread at its
-start.
+computes and draws is in both lists, with the same bytes. Runs in the agent's reconcile thread, and in the agent's main
+thread at its start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ProcessRows:
 
 
 class _List:
-    """One of NVML's two lists. ask() usually makes one call; pynvml makes two, the first for the number of rows."""
+    """One of NVML's two lists. ask() usually makes one call. pynvml makes an additional call for the row count."""
 
     def __init__(self, library: ctypes.CDLL, question: str) -> None:
         self._ask: Any = getattr(library, question, None)

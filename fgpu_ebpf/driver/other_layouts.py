@@ -1,14 +1,14 @@
-"""Transfer of limits after a change of the layout: from the pinned maps of another layout, which are then removed.
+"""Transfer of limits from the pinned maps of another layout, which are then removed.
 
-If the pinned pages have another layout than the agent's, the agent creates a ledger of its own, which is empty. This
-module enters the charges of each level in the other ledger as orphaned bytes, so that nothing beyond the limit is
-admitted. The reconcile thread then charges the bytes that NVML shows for the running programs, and releases the bytes
-that the device does not hold.
+If the pinned pages have another layout than the agent's pages, the agent creates a new, empty ledger. This module
+enters the charges of each level of the old ledger in the new ledger as orphaned bytes, so that nothing beyond the limit
+is admitted. The reconcile thread then charges the bytes that NVML shows for the running programs, and releases the
+bytes that the device does not hold.
 
-First the pages are hidden from the BPF programs of the other layout, then the charges are read, and then they are
-entered. bpf/fgpu.h describes the parts that all layouts have in common. Runs in the agent's main thread at its start.
-ProgramError: the limits of the other layout cannot be read, and stay in force. OSError after the pages were hidden:
-nothing is admitted until the agent starts successfully and reads the pages again.
+The pages are hidden from the BPF programs of the other layout before the charges are read and entered. bpf/fgpu.h
+describes the parts that all layouts have in common. Runs in the agent's main thread at its start. ProgramError: the
+limits of the other layout cannot be read, and stay in force. OSError after the pages were hidden: nothing is admitted
+until the agent starts successfully and reads the pages again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def devices(pins: Path) -> dict[bytes, int]:
 
 
 def take_over(pins: Path, ledger: Ledger) -> bool:
-    """Enter the levels of all other layouts in this ledger, and unpin their maps. Returns False if there were none.
+    """Enter the levels of other layouts in this ledger, and unpin their maps. Returns False without other layouts.
 
     Raises ProgramError and OSError (see the module).
     """
@@ -116,7 +116,7 @@ def _enter(ledger: Ledger, levels: list[LevelLimits]) -> None:
 
 
 def _move_to_all(ledger: Ledger) -> None:
-    """Move each process to all its levels, because a call during the change may have found only some of them."""
+    """Move each process to all its levels, because a call during the change may have found only some levels."""
     root, known = procfs.cgroup2_root(), set(ledger.tenants())
     for pid, process in ledger.processes().items():
         path = procfs.cgroup_path(pid)
@@ -127,7 +127,7 @@ def _move_to_all(ledger: Ledger) -> None:
 
 
 def _close(shelf: int, levels: Collection[_Level]) -> None:
-    """Replace all pages by one without a cgroup, so that the other layout's programs admit and change nothing."""
+    """Replace all pages by one page without a cgroup, so that programs of the other layout admit and change nothing."""
     if not levels:
         return
     empty = bpf.create_array_page("fgpu_usage", bpf.form(next(iter(levels)).page).value_size)

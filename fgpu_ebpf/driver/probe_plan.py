@@ -1,7 +1,7 @@
 """The functions of libcuda and the shim that are probed, and the offsets in a file at which they are probed.
 
-Runs in the agent's main thread and library workers, and in `fgpu doctor`. The file may belong to a tenant, so reading
-it is bounded. The text of a ProbeError names the fix.
+Runs in the agent's main thread and library workers, and in `fgpu doctor`. The file may belong to a tenant, so reads of
+the file are bounded. The text of a ProbeError names the fix.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ OPTIONAL = {
 MARK = "cuInit"  # probed only by the program that is attached last, so its breakpoint proves both programs
 _ALL = (*SHIM, *REQUIRED, *OPTIONAL, MARK)
 
-_CODE_BYTES = 16  # of a function's beginning, for shift()
+_CODE_BYTES = 16  # length of the beginning of a function that shift() reads
 _COMPARES = {b"\x81\x3d": 10, b"\x83\x3d": 7}  # opcode -> length of the instruction in bytes
 _EMULATED = frozenset([*range(0x70, 0x80), *range(0x50, 0x58)])  # short jcc; push
 
 
 class ProbeError(Exception):
-    """A file cannot be probed. The text has the reason and, if there is one, the fix."""
+    """A file cannot be probed. The text has the reason and, if known, the fix."""
 
 
 def symbol_offsets(path: str, names: Iterable[str]) -> dict[str, int]:
-    """Return the file offsets of the named functions that a library exports. Raises ProbeError: it is not a library."""
+    """Return the file offsets of the named functions that a library exports. Raises ProbeError: not a library."""
     try:
         fd = mapped_files.open_regular(os.path.realpath(path))
         try:
@@ -88,10 +88,10 @@ def _offsets(fd: int, names: Collection[str]) -> dict[str, int]:
 def shift(code: bytes) -> int:
     """Return the offset from the beginning of a function with this code (x86-64) at which a uprobe is cheap.
 
-    If the kernel does not emulate the probed instruction, it single-steps the instruction out of line. A hit then takes
+    A kernel that does not emulate the probed instruction single-steps the instruction out of line. A hit then takes
     some 10 us instead of 0.5 us. In the drivers 470 to 570, 595 and 615, but not in 580, every call begins with a test
-    whether the driver has been shut down (`cmpl $imm, disp(%rip)`), which is not emulated. A conditional jump follows,
-    which is emulated. At this jump the function has changed nothing yet: the arguments are in their registers, and the
+    whether the driver has been shut down (`cmpl $imm, disp(%rip)`), which is not emulated. An emulated conditional jump
+    follows the test. At this jump the function has changed nothing yet: the arguments are in their registers, and the
     return address is on top of the stack. A probe is never moved past a jump or past an instruction that changes the
     stack. A function with any other beginning is probed at its first byte.
     """
@@ -110,12 +110,12 @@ def look_up(paths: Iterable[Path]) -> None:
 
 
 def looked_up(file: File) -> dict[str, int] | None:
-    """Return the offsets that look_up() has found in a file, and remove them from the cache; None: there are none."""
+    """Return the offsets that look_up() has found in a file, and remove them from the cache; None: no offsets."""
     return _looked_up.pop(file, None)
 
 
 def missing_functions(path: str) -> list[str]:
-    """Return the required functions that a driver library lacks, or one text with the reason why it is unreadable."""
+    """Return the required functions that a driver library lacks, or one text: why the library is unreadable."""
     try:
         return sorted(set(REQUIRED) - set(symbol_offsets(path, REQUIRED)))
     except ProbeError as error:

@@ -23,15 +23,15 @@ from fgpu_ebpf.linux.procmaps import File
 
 log = logging.getLogger("fgpu.agent")
 SLICE_SECONDS = 0.25
-MOST_SECONDS = 60.0  # of one scan; processes that block it longer are left out
+MOST_SECONDS = 60.0  # of one scan; processes that block the scan longer are left out
 
 
 @dataclass
 class Scanned:
     """The result of a scan.
 
-    `pids`: the processes that existed at its start. `used`: the files that they map. `left_out`: processes whose
-    mappings could not be read. `is_whole`: every process in `pids` has been read, or is in `left_out`.
+    `pids`: the processes that existed at the start of the scan. `used`: the files that these processes map. `left_out`:
+    processes whose mappings could not be read. `is_whole`: every process in `pids` has been read, or is in `left_out`.
     """
 
     pids: Sequence[int] = ()
@@ -73,8 +73,8 @@ class HostScan:
     def begin(self, then: Callable[[Scanned], None]) -> None:
         """Start a scan, and call `then` with its result in the main thread.
 
-        Does nothing if a scan is running that began less than MOST_SECONDS ago. Ends an older scan first: the processes
-        that it has not read are in `left_out` of its result.
+        Does nothing if a scan is running that began less than MOST_SECONDS ago. Ends an older scan first; processes
+        that the older scan has not read are in `left_out` of its result.
         """
         if self._look and monotonic() - self._look.began < MOST_SECONDS:
             return
@@ -97,7 +97,7 @@ class HostScan:
         return self._work(cgroup, partial(self._guarded, look, cgroup, job))
 
     def _guarded(self, look: _Look, cgroup: str, job: Job) -> Taken:
-        """Run a job. A job that fails does not end the worker thread, and its scan does not wait for it."""
+        """Run a job. A job that fails does not end the worker thread, and its scan does not wait for the job."""
         try:
             return job()
         except Exception as error:

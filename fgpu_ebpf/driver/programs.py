@@ -93,7 +93,7 @@ class Loading:
             return child.communicate(timeout=SOON_SECONDS)
         except subprocess.TimeoutExpired:  # an early error would have ended the compiler by now
             sd_notify.tell("STATUS=compiling the BPF programs")
-            if os.isatty(sys.stderr.fileno()):  # a log gets errors, not progress
+            if os.isatty(sys.stderr.fileno()):  # a log contains errors, not progress
                 log.info("compiling the BPF programs: this takes a few seconds, once for each kernel")
             return child.communicate(timeout=COMPILER_SECONDS)
 
@@ -109,7 +109,7 @@ def _sha256(text: str) -> str:
 
 
 def _read(file: Path) -> image.Image | None:
-    """Return the image in a file of the cache; None: there is no such file, or it is damaged."""
+    """Return the image in a file of the cache; None: the file does not exist or is damaged."""
     try:
         digest, _, text = file.read_text(encoding="ascii").partition("\n")
         os.utime(file)  # _write() removes the files that were not used for the longest time
@@ -142,7 +142,7 @@ def _start_compiler(command: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> str:
-    """Pin the programs unless exactly these are pinned, and return their digest. Raises ProgramError."""
+    """Pin the programs unless exactly these programs are pinned, and return their digest. Raises ProgramError."""
     loading = Loading(sources, pins, loader, cache)
     try:
         return loading.wait()
@@ -151,7 +151,7 @@ def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path 
 
 
 def mount_bpffs(pins: Path) -> None:
-    """Mount a bpffs at /sys/fs/bpf if there is none, and create the folder `pins`. Raises ProgramError."""
+    """Mount a bpffs at /sys/fs/bpf if none is mounted, and create the folder `pins`. Raises ProgramError."""
     root = Path("/sys/fs/bpf")
     if not os.path.ismount(root):
         done = subprocess.run(["mount", "-t", "bpf", "bpf", str(root)], capture_output=True, text=True, check=False)
@@ -164,7 +164,7 @@ def mount_bpffs(pins: Path) -> None:
 
 
 def unmount_made() -> None:
-    """Unmount the bpffs that an agent has mounted, if no other program has pinned anything in it."""
+    """Unmount the bpffs that an agent has mounted, unless another program has pinned an object there."""
     root = Path("/sys/fs/bpf")
     if not (root / MADE).is_dir():
         return

@@ -1,9 +1,9 @@
 """Search for the libcuda that a program would find in its own root, before the program maps it.
 
-Runs in the agent: libraries() in worker threads, root_of() there and in the main thread, and Roots in the main thread.
-No link is followed out of a root. File systems that are mounted into a root are not opened, because they may never
-respond, and because drivers that an engine mounts into a container are the host's own files. A search that fails finds
-nothing. A process that maps a libcuda is then found by its hello or by NVML.
+Runs in the agent: libraries() in worker threads, root_of() in worker threads and the main thread, and Roots in the main
+thread. No link is followed out of a root. File systems that are mounted into a root are not opened, because they may
+never respond, and because drivers that an engine mounts into a container are the host's own files. After a failed
+search, a process that maps a libcuda is found by its hello or by NVML.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fgpu_ebpf.driver.library_files import LIBRARY_FOLDERS, Target
 from fgpu_ebpf.linux import mapped_files, openat2
 from fgpu_ebpf.linux.procmaps import File
 
-# The mount namespace, and dev and ino of /. The namespace is identified by its id, which is never reused, or before
-# Linux 6.11 by its inode. If the inode is reused with the same /, the new root is not searched, and its processes are
-# found by their hello.
+# The mount namespace, and dev and ino of /. The namespace is identified by its id, which is never reused. Before Linux
+# 6.11, the namespace is identified by its inode. If the inode is reused with the same /, the new root is not searched,
+# and its processes are found by their hello.
 Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
-MOST_ROOTS = 256  # if there are more, the root in which no program has started for the longest time is forgotten
+MOST_ROOTS = 256  # if there are more, the root in which no program has started for the longest time is removed
 _NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # since Linux 6.11
 
 
@@ -56,7 +56,7 @@ class Roots:
         self._found.setdefault(file, set()).add(root)
 
     def forget(self, file: File) -> None:
-        """Forget a file whose probes were removed. Roots with this file are searched again when a program starts."""
+        """Remove a file whose probes were removed. Roots with this file are searched again when a program starts."""
         for root in self._found.pop(file, set()):
             self._seen.pop(root, None)
 
@@ -67,7 +67,7 @@ class Roots:
     def processes_inside(self, files: Set[File], pids: Iterable[int]) -> dict[File, int]:
         """Return, by file, the pid of a process in the root of which the file was found.
 
-        `pids`: the processes to consider. Files in the roots of none of them are left out.
+        `pids`: the processes to consider. Files that are in no root of these processes are left out.
         """
         awaited = files & self._found.keys()
         living = {root_of(pid): pid for pid in pids} if awaited else {}

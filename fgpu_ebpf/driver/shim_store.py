@@ -1,13 +1,13 @@
-"""The store of versions of the shim. It may have several versions, of which one is published.
+"""The store of versions of the shim. The store may have several versions, of which one version is published.
 
     STORE/<digest>/libfgpu.so    a version; never changed
     STORE/current -> <digest>    the version for programs that start; containers mount STORE/current/libfgpu.so
     STORE/previous -> <digest>   the version that was published before
     STORE/versions               SHA-256 and size of the last MOST_VERSIONS staged versions, which images may contain
 
-A reader of `current` always gets the old version or the new one. publish() must be called only after the file that
-stage() has returned is probed. Runs in the agent's main thread and in `fgpu detach`. After an OSError the published
-version stays published.
+A reader of `current` always gets the old or the new version. publish() must be called only after the file that stage()
+has returned is probed. Runs in the agent's main thread and in `fgpu detach`. After an OSError the published version
+stays published.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def publish(staged: Path) -> Path:
 class Release:
     """The version that one start of the agent puts in force.
 
-    This is the agent's own version. If the store cannot be written, it is the published version, or if there is none,
-    the package's own file. `error`: why the version is not the agent's own, or not in the store.
+    The version in force is the agent's own version. If the store cannot be written, the version in force is the
+    published version, or the package's own file if no version is published. `error`: why the version is not the agent's
+    own, or is not in the store.
     """
 
     def __init__(self, shim: Path, store: Path | None) -> None:
@@ -117,7 +118,7 @@ class Release:
                 self.file = self._stable() or shim
 
     def files(self) -> list[Path]:
-        """Return the files that programs may get and that must be probed: this version's and the published one's."""
+        """Return the files that programs may get and that must be probed: this and the published version's."""
         stable = self._stable()
         return [self.file, stable] if stable else [self.file]
 
@@ -141,14 +142,15 @@ class Release:
 
 
 def published(store: Path = STORE) -> str | None:
-    """Return the digest of the published version; None: there is none."""
+    """Return the digest of the published version; None: no version is published."""
     return _pointed(store / "current")
 
 
 def retire(store: Path, used: Set[tuple[int, int]]) -> list[str]:
     """Remove unused versions, except `current` and `previous`, and return their digests.
 
-    A container that was started with a removed version keeps it, because its mount holds the file.
+    A container that was started with a removed version keeps this version, because the container's mount holds the
+    file.
 
     Args:
         store: the store.
@@ -198,7 +200,7 @@ def _pointed(link: Path) -> str | None:
 
 
 def _point(link: Path, version: str) -> None:
-    """Create the link under another name and rename it, so that the link always exists."""
+    """Create a link under another name and rename this link, so that the final link always exists."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     make_way(str(link))

@@ -1,8 +1,8 @@
 """Checks of the package and the kernel before anything is enforced.
 
 Runs in the agent's main thread at its start, in `fgpu load` and in `fgpu setup`. The text of an AgentError has the
-reason and the fix. Before the first use of the BPF programs, the check of the kernel probes a child process, as the
-first of all processes, and finds out whether processes survive return probes. The probe is removed afterwards.
+reason and the fix. Before the first use of the BPF programs, the check of the kernel probes only a child process, and
+determines whether processes survive return probes. The probe is removed afterwards.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ CAPABLE = "run fgpu outside a container, or give the container CAP_SYS_ADMIN, CA
 
 
 class AgentError(Exception):
-    """Enforcement is not possible. The text has the reason and, if there is one, the fix."""
+    """Enforcement is not possible. The text has the reason and, if known, the fix."""
 
 
 def package_file(*names: str) -> Path:
-    """Return the path of a file of the package, or of a build in a checkout. Raises AgentError: it is not installed."""
+    """Return the path of a file of the package, or of a build in a checkout. Raises AgentError: not installed."""
     package = Path(__file__).parents[1]
     for base in (package, package.parent, package.parent / "build"):
         path = base.joinpath(*names)
@@ -75,7 +75,7 @@ def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> b
 
 
 def unfit(shim: str) -> str:
-    """Return why this kernel cannot run the BPF programs, with the fix; empty: it can."""
+    """Return why this kernel cannot run the BPF programs, with the fix; empty: the kernel can run the programs."""
     try:
         return "" if return_probes_survive_seccomp(shim) else KILLS
     except OSError as error:

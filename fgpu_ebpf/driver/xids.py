@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fgpu_ebpf.check import Check
 
-# The same as in NVIDIA's device plugin: exceptions and page faults of kernels, and the driver's reactions to a program.
+# NVIDIA's device plugin ignores these XIDs too: exceptions and page faults of kernels, and reactions to a program.
 OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
 _FIX = "see dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; reset the device, or run fgpu device clear GPU"
 
@@ -19,7 +19,8 @@ _FIX = "see dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; reset th
 class Reported(NamedTuple):
     """The XIDs of one device since it was first watched: `counts` by XID, and the number of `ignored` ones.
 
-    `fatal`: the first XID that was not ignored since the device was last found again or cleared; None: there was none.
+    `fatal`: the first XID that was not ignored since the device was last found again or cleared; None: there was no
+    such XID.
     """
 
     counts: Mapping[int, int]

@@ -1,1 +1,1 @@
-"""The gatekeeper process: it registers programs that start, maintains their pages and schedules turns on devices."""
+"""The gatekeeper process, which registers starting programs, maintains their pages and schedules turns on devices."""

@@ -1,14 +1,15 @@
-"""Connections of shims until their hello is answered: the identity of each peer process, and the order of service.
+"""Connections of shims until the answer to their hello: the identity of each peer process, and the order of service.
 
 Runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer sends is not
 used to identify the peer.
 
-A workload (a bound owner with all cgroups inside it) may have MOST_PER_TENANT connections. At most MOST_SILENT of them
-may be without a hello for longer than SILENCE_NS. Workloads are served in turn, one hello each. Processor time that the
-gatekeeper uses for a workload is added up, and each heartbeat subtracts FORGIVE_NS. If the sum exceeds WAIT_NS, hellos
-of the workload wait, but hellos of new processes wait only above STORM_NS. Above REFUSE_NS, further connections of
-known processes are closed at once. As a result, many processes that start at the same time are answered at once, and an
-endless series of connections is refused. No peer can cause an OSError. A connection that the peer closes is counted.
+A workload (a bound owner with all cgroups inside it) may have MOST_PER_TENANT connections. At most MOST_SILENT of these
+connections may be without a hello for longer than SILENCE_NS. Workloads are served in turn, one hello each. Processor
+time that the gatekeeper uses for a workload is added up, and each heartbeat subtracts FORGIVE_NS. Hellos of the
+workload wait if the sum exceeds WAIT_NS; hellos of new processes wait only if the sum exceeds STORM_NS. If the sum
+exceeds REFUSE_NS, further connections of known processes are closed at once. As a result, many processes that start at
+the same time are answered at once, and an endless series of connections is refused. No peer can cause an OSError. A
+connection that the peer closes is counted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512,
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
 # Processor time of the gatekeeper. FORGIVE_NS is subtracted at each heartbeat.
 WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000
-STORM_NS = 1_000_000_000  # for new processes: to start one costs the tenant as much processor time as the gatekeeper
+STORM_NS = 1_000_000_000  # for new processes: a start costs the tenant as much processor time as the gatekeeper
 HELLO_BYTES = ctypes.sizeof(Hello)
 
 
@@ -54,16 +55,16 @@ class Connection:
     managed_state: ManagedState
     epoch: int
     since_ns: int
-    new: bool  # the process has not connected lately
+    new: bool  # the process has not connected recently
     here: bool = True  # drop() was not called yet
     has_hello: bool = False
     is_info: bool = False  # the peer is fgpu-info, which gets a text instead of pages
-    is_taken: bool = False  # the peer has both ends of the connection: take() has copied one of them
-    held: bool = False  # the answer waits for the agent, and this was counted
+    is_taken: bool = False  # the peer has both ends of the connection, and take() has copied one end
+    held: bool = False  # the answer waits for the agent, and this wait was counted
     told: bool = False  # a request about the process was sent to the agent
     watched: bool = False  # registered with the selector, for a hello or the end of the connection
     reading: bool = False  # the MappingScanner has queued the process
-    # The libcuda and shim files that the process maps, each with the offset where its breakpoint was found, or 0.
+    # The libcuda and shim files that the process maps, with the offset at which the file's breakpoint was found, or 0.
     files: Mapping[File, int] | None = None
 
 
@@ -73,8 +74,8 @@ class Connections:
     Args:
         counts: counters of `gatekeeper.json`, which are incremented here.
         managed_state_of: returns the epoch and the ledger's state of a process, given its pid and cgroup.
-        look: called in turn for each connection that has sent its hello, and again later if the connection was not
-            dropped.
+        look: called in turn for each connection that has sent its hello, and called again later if the connection was
+            not dropped.
         ended_ns: see PeerIdentifier.
     """
 
@@ -102,7 +103,7 @@ class Connections:
     def accept(self, listener: socket.socket) -> None:
         """Accept connections, at most AT_ONCE."""
         began_ns = thread_time_ns()
-        for _ in range(AT_ONCE):  # then the loop does its other work
+        for _ in range(AT_ONCE):  # afterwards the loop does its other work
             now_ns = monotonic_ns()
             try:
                 sock = listener.accept()[0]
@@ -112,10 +113,10 @@ class Connections:
             began_ns = self._admit(sock, began_ns)
 
     def take(self, pid: int, descriptor: int) -> None:
-        """Take a connection from a process that may not connect: it has both ends, and `descriptor` is one of them.
+        """Take a connection from a process that may not connect. The process has both ends; `descriptor` is one end.
 
-        The process may have closed the descriptor, and have another file there. Therefore nothing is read unless the
-        kernel has recorded this process as the peer, and the first message is a hello.
+        The process may have closed the descriptor, and the number may be that of another file. Therefore nothing is
+        read unless the kernel has recorded this process as the peer, and the first message is a hello.
         """
         began_ns = thread_time_ns()
         try:
@@ -159,10 +160,11 @@ class Connections:
         return thread_time_ns()
 
     def _make_room(self, connection: Connection) -> None:
-        """Drop a connection if there are too many.
+        """Drop a connection if there are too many connections.
 
-        If this connection's tenant has too many, this connection is dropped. Otherwise the oldest connection without a
-        hello is dropped, or if there is none, the latest connection of the tenant with the most connections.
+        This connection is dropped if its tenant has too many connections. Otherwise the oldest connection without a
+        hello is dropped. If every connection has a hello, the latest connection of the tenant with the most connections
+        is dropped.
         """
         if self._load[connection.tenant] > MOST_PER_TENANT:
             self.drop(connection, "dropped_tenant")
@@ -228,7 +230,7 @@ class Connections:
             del line[connection]
             if line:
                 self._ready[tenant] = line  # behind all other tenants
-            if connection.here and self._has_time(connection):  # otherwise turn() queues it again
+            if connection.here and self._has_time(connection):  # otherwise turn() queues the connection again
                 self._look(connection)
                 began_ns = self._charge_since(tenant, began_ns)
 
@@ -260,8 +262,8 @@ class Connections:
     def turn(self) -> None:
         """Queue all connections with a hello again, and drop connections that are too old or too many.
 
-        A connection is dropped after PATIENCE_NS. Without a hello it is dropped after SILENCE_NS, if its tenant has
-        MOST_SILENT older connections without a hello.
+        A connection is dropped after PATIENCE_NS. A connection without a hello is dropped after SILENCE_NS if its
+        tenant has MOST_SILENT older connections without a hello.
         """
         now_ns = monotonic_ns()
         silent: Counter[int] = Counter()
@@ -288,7 +290,7 @@ class Connections:
         del self._connections[connection]
         if connection.watched:
             self._selector.unregister(connection.sock)
-        if connection.is_taken:  # otherwise the peer would not notice the end, because it has this end too
+        if connection.is_taken:  # otherwise the peer, which has this end too, would not detect the end
             with suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         connection.sock.close()
@@ -299,7 +301,7 @@ class Connections:
 
 
 def has_hello(sock: socket.socket, pid: int) -> bool:
-    """Return True if this is a socket as shims use, its peer is this process, and the next message is a hello."""
+    """Return True if this socket is of the kind that shims use, its peer is this process, and a hello comes next."""
     if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or pid_of(sock) != pid:
         return False
     with suppress(OSError):  # there is no message

@@ -28,7 +28,7 @@ class DiscoveryRequests:
         self._path = str(run / "discover.sock")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._new: dict[int, Connection] = {}  # by tenant: to be sent at the end of this iteration
-        self._told: dict[int, int] = {}  # by tenant: no request about it is sent before this time
+        self._told: dict[int, int] = {}  # by tenant: no request about the tenant is sent before this time
         self._tenants: Counter[int] = Counter()  # by owner: number of tenants with a request since the last heartbeat
         self._deaf_ns = 0
 
@@ -39,8 +39,8 @@ class DiscoveryRequests:
     def add(self, connection: Connection) -> None:
         """Queue a request about this process.
 
-        Does nothing if the connection or its tenant had a request lately, if requests about MOST_TENANTS tenants of the
-        workload were made since the last heartbeat, or if the agent did not receive a message within DEAF_NS.
+        Does nothing if the connection or its tenant had a request recently, if requests about MOST_TENANTS tenants of
+        the workload were made since the last heartbeat, or if the agent did not receive a message within DEAF_NS.
         """
         tenant, owner = connection.managed_state.tenant, connection.tenant
         if connection.told or tenant in self._new or max(self._deaf_ns, self._told.get(tenant, 0)) > monotonic_ns():
@@ -50,10 +50,10 @@ class DiscoveryRequests:
             self._new[tenant] = connection
 
     def send(self) -> bool:
-        """Send all queued requests in one message, and return False if the agent did not receive it.
+        """Send all queued requests in one message, and return False if the agent did not receive the message.
 
-        There is one message, because the agent's socket queues only ten, and hundreds of tenants may start at the same
-        time.
+        All requests are in one message, because the agent's socket queues only ten messages, and hundreds of tenants
+        may start at the same time.
         """
         new, self._new = self._new, {}
         if not new:

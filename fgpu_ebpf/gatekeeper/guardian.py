@@ -1,13 +1,13 @@
-"""Copies of the driver's descriptors of MPS clients, kept for a moment after a client has been killed.
+"""Copies of the driver's descriptors of MPS clients, which are kept for a moment after a client has been killed.
 
 All clients of an MPS server share one context on the device. If a client is killed while its kernels run, the driver
-frees the client's memory, these kernels fault, and the fault ends all other clients. The driver frees the memory when
-the last descriptor of its files is closed. The guardian holds copies of each client's descriptors and closes them only
-after the client's kernels should have ended.
+frees the client's memory, these kernels fault, and the fault terminates all other clients. The driver frees the memory
+when the last descriptor of its files is closed. The guardian holds copies of each client's descriptors and closes them
+only after the client's kernels should have ended.
 
-The gatekeeper's main thread calls the methods. A thread, which starts with the first client, looks for new descriptors:
-a client opens them when it creates a context. Errors of single clients are ignored, because a client can exit at any
-moment.
+The gatekeeper's main thread calls the methods. A thread, which starts with the first client, searches for new
+descriptors, which a client opens when it creates a context. Errors of single clients are ignored, because a client can
+exit at any moment.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from time import monotonic_ns
 from fgpu_ebpf.linux import pidfd, statx
 
 LOOK_SECONDS = 0.1
-OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every look, for this time after a change; then in this period
-KEEPS_NS, MOST_KEEPS_NS = 500_000_000, 10_000_000_000  # bounds of the time for which copies outlive their client
+OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every search for this time after a change; then this period
+KEEPS_NS, MOST_KEEPS_NS = 500_000_000, 10_000_000_000  # bounds of the time for which copies outlive a client
 MOST_OF_CLIENT, MOST_OF_OWNER, MOST = 64, 1024, 4096  # copies
-MOST_SCANNED = 1024  # descriptors of a client in one look
+MOST_SCANNED = 1024  # descriptors of a client in one search
 NODES = "/dev/nvidia"
 
 
 @dataclass(slots=True)
 class _Client:
-    """A client. `copies`: by the number of the descriptor in the client. `closes_ns`: 0 while the client lives."""
+    """A client. `copies`: by the number of the descriptor in the client. `closes_ns`: 0 while the client is alive."""
 
     pid: int
     pidfd: int
@@ -63,7 +63,7 @@ class Guardian:
             owner: the workload for which the copies count.
         """
         with self._lock:
-            if known := self._clients.get(key):  # it has perhaps executed another program
+            if known := self._clients.get(key):  # the client may have executed another program
                 known.changed_ns = monotonic_ns()
                 return
             self._clients[key] = _Client(pid, os.dup(client), owner)
@@ -106,7 +106,7 @@ class Guardian:
 
 
 def _copy(client: _Client, most: int, now_ns: int) -> int:
-    """Copy new descriptors of a client, and close the copies of those that it has closed. Return the new copies.
+    """Copy a client's new descriptors, and close copies of descriptors that it has closed. Return the new copies.
 
     At most `most` descriptors are copied, and the first MOST_SCANNED are examined.
     """
@@ -121,7 +121,8 @@ def _copy(client: _Client, most: int, now_ns: int) -> int:
             _close_one(client.copies.pop(number))
     for number in sorted(set(names) - set(client.copies)):
         try:
-            # A file of a user's own file system may have such a path. Its type is read without asking that file system.
+            # A file of a user's own file system may have such a path. The type is read without a request to that file
+            # system.
             is_node = os.readlink(names[number]).startswith(NODES) and statx.is_character_device(names[number])
             if count >= most or not is_node:
                 continue

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ledger import Ledger
 
-QUESTION = b"fgpu-info\n"  # sent instead of a hello; the same for all layouts of pages
+QUESTION = b"fgpu-info\n"  # sent instead of a hello; identical for all layouts of pages
 REFUSED = "no memory: a limit of this container could not be put in force; `fgpu explain` on the host has the reason\n"
 _RANKS = ("high", "normal", "low")
 _NS = 1e9

@@ -48,7 +48,7 @@ class Decisions(Protocol):
     """The part of the ledger's interface that reads the agent's decisions about cgroups."""
 
     def resolved(self, cgroup: int) -> Resolution | None:
-        """Return the agent's decision about a cgroup; None: there is none yet."""
+        """Return the agent's decision about a cgroup; None: no decision yet."""
 
     def page_missing(self, cgroup: int) -> bool:
         """Return True if the level has no page."""
@@ -63,7 +63,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
         a cgroup has a page, but no decision that it is managed   undecided
         any of the cgroups is managed                             managed, with all managed cgroups as levels
         the cgroup itself is unmanaged, by decision               unmanaged
-        otherwise                                                 undecided, even inside an unmanaged cgroup: a new
+        no rule above applies                                     undecided, even inside an unmanaged cgroup: a new
                                                                   cgroup may belong to a tenant
 
     Args:
@@ -77,9 +77,9 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
     if Resolution.REFUSED in said.values():
         return ManagedState(False, ids[0], refused=True)
     in_force = (c for c in said if said[c] or (ledger and not ledger.page_missing(c)))
-    levels = tuple(in_force)[-abi.LEVELS :]  # if there are too many, the outermost, as in the kernel
+    levels = tuple(in_force)[-abi.LEVELS :]  # of too many levels, the outermost remain, as in the kernel
     if not all(said[cgroup] for cgroup in levels):
-        return ManagedState(None, ids[0])  # no process has used this level yet: the agent has to decide about it first
+        return ManagedState(None, ids[0])  # no process has used this level yet: the agent decides first
     if levels:
         return ManagedState(True, levels[0], levels)
     leaf = ids[0] if ids else 0
@@ -146,7 +146,7 @@ class LedgerCache:
     def managed_state(self, pid: int, cgroup: int) -> ManagedState:
         """Return whether a process of this cgroup is managed, its levels and its bound owner; cached by cgroup.
 
-        A process that is parked keeps the levels that it had, wherever it is.
+        A parked process keeps its levels, even in another cgroup.
         """
         known = self._states.get(cgroup)
         if known is None:
@@ -161,7 +161,7 @@ class LedgerCache:
         return known
 
     def resolved(self, cgroup: int) -> Resolution | None:
-        """Return the agent's decision about a cgroup; None: there is none yet."""
+        """Return the agent's decision about a cgroup; None: no decision yet."""
         if cgroup not in self._resolved:
             self._resolved[cgroup] = self._ledger.resolution(cgroup)
         return self._resolved[cgroup]
@@ -173,7 +173,7 @@ class LedgerCache:
         return self._missing[cgroup]
 
     def probed(self, files: Mapping[File, int]) -> bool:
-        """Return True if all files are probed, and each given offset is that of the file's checked breakpoint.
+        """Return True if all files are probed, and each given offset is the offset of the file's checked breakpoint.
 
         Args:
             files: the files that a process maps, each with the offset of the breakpoint that was found in its memory.
@@ -206,9 +206,9 @@ class LedgerCache:
         return Grant(header, tuple(usage))
 
     def _uses_mps(self, levels: tuple[int, ...], allowed: set[int]) -> bool:
-        """Return whether programs with a share of time use MPS: a program does so on all its devices or on none.
+        """Return whether programs with a share of time use MPS. A program uses MPS on all its devices or on none.
 
-        If any level around the program is isolated, the program does not use MPS.
+        If one of the levels is isolated, the program does not use MPS.
         """
         times = self._ledger.times
         if not allowed or not allowed <= times.concurrent():

@@ -1,7 +1,7 @@
 """The socket on which the gatekeeper listens for shims: `<run>/shim/shim.sock`.
 
 Runs in the gatekeeper's main thread. The module follows no symbolic link, and uses no folder that another user owns.
-After an OSError the folder and the socket file stay: shims that get no answer refuse memory.
+After an OSError the folder and the socket file stay: shims without an answer refuse memory.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from fgpu_ebpf.linux.clear_path import make_way
 
-BACKLOG = 512  # enough for many simultaneous starts; to accept or refuse 512 connections takes about 10 ms
+BACKLOG = 512  # enough for many simultaneous starts; accepting or refusing 512 connections takes about 10 ms
 
 
 class Listener:
     """The listening socket.
 
-    open() binds the socket under another name and renames it when it listens. So the path is never missing while an
-    earlier socket is replaced.
+    open() binds the socket under another name and renames the file when the socket listens. Therefore the path is never
+    missing while an earlier socket is replaced.
     """
 
     def __init__(self, run: Path) -> None:
@@ -30,7 +30,7 @@ class Listener:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def open(self) -> None:
-        """Create the folder and the socket, or create them again. Raises OSError."""
+        """Create the folder and the socket, even if they exist already. Raises OSError."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._shim, 0o755)
         folder = os.open(self._shim, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -53,7 +53,7 @@ class Listener:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
         listener.bind(aside)
-        os.chmod(aside, 0o666)  # every process may connect; the kernel identifies it
+        os.chmod(aside, 0o666)  # every process may connect; the kernel identifies the process
         listener.listen(BACKLOG)
         make_way(f"/proc/self/fd/{folder}/shim.sock")
         os.rename(".shim.sock", "shim.sock", src_dir_fd=folder, dst_dir_fd=folder)
@@ -66,7 +66,7 @@ class Listener:
         return shim.st_dev, shim.st_ino, sock.st_dev, sock.st_ino
 
     def intact(self) -> bool:
-        """Return True if the folder and the socket file are still those of the last open()."""
+        """Return True if the folder and the socket file are still the ones that the last open() created."""
         return bool(self._seen) and self._look() == self._seen
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The gatekeeper's main loop: it answers the hello of each shim, and updates the pages of registered processes.
+"""The gatekeeper's main loop, which answers the hello of each shim and updates the pages of registered processes.
 
 Run as `python -m fgpu_ebpf.gatekeeper`. The loop runs in the main thread. A file lock prevents a second gatekeeper.
 
@@ -7,7 +7,7 @@ identify the process. The loop never waits for a tenant. Only the agent writes l
 
 When the gatekeeper exits, the heartbeats on pages stop, and shims open their gates after the lease. Limits stay in
 force in the kernel. The gatekeeper exits if the path of its lock no longer leads to the file that it has locked,
-because shims would not find its socket in the new run folder.
+because shims would not find the gatekeeper's socket in the new run folder.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Gatekeeper:
         self._open_listener()
 
     def run(self) -> bool:
-        """Serve until end() is called or the lock is lost. A stand-in ends if another gatekeeper waits for the lock.
+        """Serve until end() is called or the lock is lost. A stand-in exits if another gatekeeper waits for the lock.
 
         The run folder and the socket file stay. Returns False if the lock was lost.
         """
@@ -132,7 +132,7 @@ class Gatekeeper:
         return not self._sessions.is_owed_beats() and not self._connections.owing() and not self._requests
 
     def end(self, *_: object) -> None:
-        """Make run() return after its current iteration. Also the handler of SIGTERM and SIGINT."""
+        """Make run() return after its current iteration. This method is also the handler of SIGTERM and SIGINT."""
         self._ended = True
         self._wakeup.wake()
 
@@ -179,7 +179,7 @@ class Gatekeeper:
         return cache.epoch, cache.managed_state(pid, cgroup)
 
     def _look(self, connection: Connection) -> None:
-        """Answer a connection if the answer is known. Otherwise the connection waits."""
+        """Answer a connection if the answer is known. Otherwise keep the connection waiting."""
         if self._ledger is None:
             return
         try:
@@ -209,7 +209,7 @@ class Gatekeeper:
         elif not cache.probed(connection.files):
             connection.files = None  # the process is scanned again later, when its files may be probed
             self._tell(connection)
-        elif grant := cache.grant(connection.managed_state.levels):  # None: decided, but not in force yet
+        elif grant := cache.grant(connection.managed_state.levels):  # None: a limit is decided, but not in force yet
             self._answer_managed(connection, grant)
 
     def _tell(self, connection: Connection) -> None:
@@ -234,7 +234,7 @@ class Gatekeeper:
         return self._listed[1]
 
     def _answer_unmanaged(self, connection: Connection) -> None:
-        """Answer with a page that unmanaged processes share: none of them has a session, so tenants lose no place."""
+        """Answer with a page that unmanaged processes share. Unmanaged processes have no session and take no place."""
         self._sessions.release(connection.pid)
         control = self._sessions.page_of_unmanaged(connection.pid)
         self._answer(connection, Code.UNMANAGED, Grant(PageHeader(), ()), [control.descriptor])
@@ -275,9 +275,9 @@ class Gatekeeper:
         self._connections.drop(connection, count)
 
     def _session(self, connection: Connection, header: PageHeader) -> Session | None:
-        """Create or update the session of a connection's process, and return it.
+        """Create or update the session of a connection's process, and return the session.
 
-        Returns None after dropping the connection: the process has exited, or no place is free for it.
+        Returns None after dropping the connection: the process has exited, or no place is free for the process.
         """
         session = self._sessions.get(connection.pid)
         if not procfs.alive(connection.pidfd) or (session and session.has_ended):

@@ -1,4 +1,4 @@
-"""Worker threads that list the libcuda and shim files that a process maps, and check the breakpoints in its memory.
+"""Worker threads that list the libcuda and shim files that a process maps, and check breakpoints in its memory.
 
 Reading /proc/PID/maps takes the process's mmap lock, and reading /proc/PID/mem loads its pages: both may block. A
 process that cannot be read blocks one worker thread and its tenant's queue (`linux.worker_threads`), but not the
@@ -26,11 +26,11 @@ class MappingScanner:
         self.due_ns, self.go = self._workers.due_ns, self._workers.go
 
     def want(self, connection: Connection) -> None:
-        """Queue a connection's process for the next go(), unless its tenant has too many queued."""
+        """Queue a connection's process for the next go(), unless its tenant has too many queued processes."""
         connection.reading = self._workers.want(connection.tenant, connection)
 
     def take(self) -> list[tuple[Connection, int]]:
-        """Return the connections whose processes were scanned since the last call, each with its processor time."""
+        """Return the connections whose processes were scanned since the last call, with the processor time."""
         found = self._workers.take()
         for done in found:
             done.job.files, done.job.reading = done.result, False

@@ -20,7 +20,7 @@ from fgpu_ebpf.abi import LAYOUT, PAGE_BYTES, ROWS, ControlPage, Row, StatusPage
 from fgpu_ebpf.linux.libc import LIBC
 
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = fcntl.F_SEAL_SEAL, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, 0x10
-_NOEXEC_SEAL = 0x8  # Linux 6.3; sysctl vm.memfd_noexec=2 refuses a memfd without it
+_NOEXEC_SEAL = 0x8  # Linux 6.3; sysctl vm.memfd_noexec=2 refuses a memfd without this seal
 _STATUS_HEAD = bytes(StatusPage(version=LAYOUT))[:8]
 
 
@@ -53,7 +53,7 @@ class ControlMemory:
     def __init__(self) -> None:
         fd = _sealable("fgpu-control")
         try:
-            self._map = mmap.mmap(fd, PAGE_BYTES)  # must precede the seal, which forbids later writable mappings
+            self._map = mmap.mmap(fd, PAGE_BYTES)  # mapped before the seal, which forbids later writable mappings
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SHRINK | _GROW | _FUTURE_WRITE | _SEAL)
             os.fchmod(fd, 0o444)
             self.descriptor = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -64,7 +64,8 @@ class ControlMemory:
     def show(self, rows: bytes) -> None:
         """Replace the table of processes by `rows` from row_bytes().
 
-        The sequence word is odd during the change. A reader that finds it odd or changed reads the table again.
+        The sequence word is odd during the change. A reader that finds an odd or changed sequence word reads the table
+        again.
         """
         page = self.page
         page.sequence += 1
@@ -103,7 +104,7 @@ class StatusMemory:
 
     @property
     def page(self) -> StatusPage:
-        """The page, mapped at the first access. It does not exist after close()."""
+        """The page, mapped at the first access. The page does not exist after close()."""
         if self.descriptor < 0:
             raise AttributeError("page")
         if self._map is None:

@@ -31,14 +31,14 @@ class PeerIdentifier:
     def none_waiting(self, since_ns: int) -> None:
         """Record that at some moment after `since_ns` no connection was waiting.
 
-        Every connection that is accepted later was made after `since_ns`.
+        Consequently every connection that is accepted later was made after `since_ns`.
         """
         self._alone_ns = since_ns
 
     def pidfd(self, sock: socket.socket) -> int:
         """Return a pidfd of the process that connected, which the caller closes. Raises OSError.
 
-        Before Linux 6.5, the kernel reports only the pid of the peer. The method then opens a pidfd by that pid. It
+        Before Linux 6.5, the kernel reports only the pid of the peer. The method then opens a pidfd by that pid, and
         accepts the pidfd only if no process with that pid has exited since a moment before the connection.
         """
         try:

@@ -18,7 +18,7 @@ from fgpu_ebpf.abi import StatusPage
 from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS
 
 Words = ctypes.c_uint64 * (ctypes.sizeof(StatusPage) // 8)
-Row = tuple[int, int, int, int]  # a device, and the offsets of its three structures on a status page
+Row = tuple[int, int, int, int]  # a device, and the offsets of the device's three structures on a status page
 _STATUS, _FLIGHT, _SPAN = struct.Struct("2IQ"), struct.Struct("4Q"), struct.Struct("2Q")  # fields as in abi.py
 _SIZES = (("devices", _STATUS.size), ("flights", _FLIGHT.size), ("spans", _SPAN.size))
 _MOST = 2**63 - 1
@@ -60,7 +60,7 @@ def read(words: ctypes.Array[ctypes.c_uint64], row: Row, ahead_ns: int, now_ns: 
     latest_ns = now_ns + MOST_FLIGHT_NS
     if ahead_ns:
         until_ns, wanted_ns, begun_ns, ended_ns = _by_this_clock((until_ns, wanted_ns, begun_ns, ended_ns), ahead_ns)
-    return Claim(  # without min(): this runs for every page that is read, and the calls would cost more than the rest
+    return Claim(  # without min(): read() runs for every page, and calls of min() would cost more than all other code
         threads > 0,
         drained,
         launches if launches < _MOST else _MOST,
@@ -78,12 +78,12 @@ def _by_this_clock(times: Sequence[int], ahead_ns: int) -> list[int]:
 
 
 def busy_until_ns(words: ctypes.Array[ctypes.c_uint64], row: Row, ahead_ns: int) -> int:
-    """Return when the work in flight on a device should end, by an unlimited claim; 0: the process claims no work."""
+    """Return the expected end of the work in flight on a device, by an unlimited claim; 0: no claimed work."""
     in_flight, until_ns, _, _ = _FLIGHT.unpack_from(words, row[2])
     return max(0, until_ns - ahead_ns) if in_flight else 0
 
 
 def is_used(words: ctypes.Array[ctypes.c_uint64], row: Row) -> bool:
-    """Return True if a thread waits at the gate of this device, or has launched there."""
+    """Return True if a thread waits at the gate of this device, or has launched on the device."""
     threads, _, launches = _STATUS.unpack_from(words, row[1])
     return bool(threads or launches)

@@ -1,8 +1,8 @@
 """The pages of processes with a share: the time slicer writes gates and budgets, and reads claims.
 
 Runs in the gatekeeper, in any thread that holds the time slicer's lock. The module also combines the claims of a
-tenant's processes. `scheduling.turns` decides which gates are open. The functions cannot fail, because pages are sealed
-against resizing.
+tenant's processes. `scheduling.turns` decides which gates are open. Pages are sealed against resizing, so the functions
+raise no errors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ProcessGates:
         self.address = ctypes.addressof(self.words) + StatusPage.bell.offset
         self.last_value, self.place, self.wakeups = -1, -1, 0
         self.used: frozenset[int] = frozenset()
-        self.rows: list[process_claims.Row] = []  # of the devices in `used`
+        self.rows: list[process_claims.Row] = []  # rows of the devices in `used`
         self._launches = self._idle = 0
         self.use_pages_of(session)
 
@@ -81,12 +81,12 @@ class ProcessGates:
         return bool(found)
 
     def busy_until_ns(self) -> int:
-        """Return when the work in flight should end, by the unlimited claims of the process; 0: it claims none."""
+        """Return the expected end of the work in flight, by the unlimited claims of the process; 0: no claimed work."""
         ahead_ns = self.session.ahead_ns
         return max((process_claims.busy_until_ns(self.words, row, ahead_ns) for row in self.rows), default=0)
 
     def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
-        """Return how many nanoseconds the process was idle since the last call; None: it was idle throughout.
+        """Return how many nanoseconds the process was idle since the last call; None: idle throughout.
 
         Args:
             launches: the total number of launches on all devices.
@@ -112,7 +112,7 @@ class ProcessGates:
             self.put(device, _OPEN)
 
     def let_pass(self, device: int, launches: int) -> None:
-        """Let launches through the closed gate until the process has made `launches` of them since its start."""
+        """Let launches through the closed gate until the process has made `launches` launches since its start."""
         self._passes[device] = launches
         futex.wake(ctypes.addressof(self._gates) + 4 * device)
 
@@ -167,12 +167,13 @@ def observe_processes(
 
 
 def let_gang_through(all_gates: Iterable[ProcessGates], now_ns: int) -> None:
-    """Let late kernels through closed gates if kernels of the same gang spin on other devices and wait for them.
+    """Let late kernels through closed gates if other kernels of the same gang spin and wait on other devices.
 
     A gang is a set of kernels, one on each device, that wait for each other. This function is called when the work in
-    flight is overdue (`scheduling.state.LATE_NS`). At each gate with waiting threads and nothing in flight, it admits
-    as many launches as are in flight on the busiest device, and at most MOST_PASSES. These suffice for a program that
-    launches the same kernels on all its devices. The turn of any other program ends at the deadline of its drain.
+    flight is overdue (`scheduling.state.LATE_NS`). At each gate with waiting threads and nothing in flight, the
+    function admits as many launches as are in flight on the busiest device, and at most MOST_PASSES. This number
+    suffices for a program that launches the same kernels on all its devices. The turn of any other program ends at the
+    deadline of its drain.
     """
     claims = [
         (gates, row[0], process_claims.read(gates.words, row, 0, now_ns)) for gates in all_gates for row in gates.rows

@@ -1,8 +1,8 @@
 """The gatekeeper's log: at most MOST_LINES a second, without blocking.
 
 Runs in the gatekeeper's main thread. The maximum keeps tenants from filling the log. A line that cannot be written at
-once is lost. A line begins with the local time, as the agent's lines do, except in systemd's journal, which has the
-time of each entry.
+once is lost. As in the agent's log, a line begins with the local time, except in systemd's journal, which has the time
+of each entry.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LogLines:
         self._lines = 0
 
     def say(self, line: str) -> None:
-        """Write a line. After MOST_LINES lines, only count it as omitted."""
+        """Write a line. Lines beyond MOST_LINES are only counted as omitted."""
         self._lines += 1
         with contextlib.suppress(OSError, ValueError):  # logging must not wait for the reader of a pipe
             if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:

@@ -2,8 +2,9 @@
 
 Runs in the gatekeeper's main thread. A session lasts from a process's first registration until the process's pidfd
 reports its exit, the process executes another program, or the process is no longer managed. Unmanaged processes share a
-few control pages and have no session, so they take no places from tenants. The module `main` decides which pages a
-process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open their gates. Errors are OSError.
+few control pages and have no session, so these processes take no places from tenants. The module `main` decides which
+pages a process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open their gates. Errors are
+OSError.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
 MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
-MOST_CLOCKS = 16  # different clock offsets of unmanaged processes, each with a page
+MOST_CLOCKS = 16  # maximum of clock offsets of unmanaged processes; one page for each offset
 FEW_PROCESSES = 64  # half of all places are reserved for owners with fewer processes
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
 
 class PageHeader(NamedTuple):
-    """The part of a control page that never changes: a process with a new header gets a new page."""
+    """The constant part of a control page. A process with a new header gets a new page."""
 
     flags: int = 0
     devices: tuple[tuple[int, bytes], ...] = ()
@@ -51,9 +52,9 @@ class Session:
     rows: bytes = b""
     levels: tuple[int, ...] = ()  # innermost first
     since_ns: int = field(default_factory=monotonic_ns)
-    has_ended: bool = False  # the kernel has reported the exit; the pidfd reports it later
+    has_ended: bool = False  # the kernel has reported the exit; the pidfd reports the exit later
     ahead_ns: int = 0  # how far the process's clock, used for times on its pages, is ahead of the gatekeeper's
-    generation: int = 0  # of the process's entry in the ledger; 0: it had no entry yet
+    generation: int = 0  # generation of the process's entry in the ledger; 0: no entry yet
 
     def show(self, rows: bytes) -> None:
         """Write these rows to the control page if they differ from its rows."""
@@ -66,7 +67,7 @@ class Session:
         self.control.page.heartbeat_ns = monotonic_ns() + self.ahead_ns
 
     def close(self) -> None:
-        """Close the pidfd and the pages. The process can still use the descriptors that it was sent."""
+        """Close the pidfd and the pages. The process can still use its own descriptors."""
         os.close(self.pidfd)
         self.control.close()
         if self.status:
@@ -92,7 +93,7 @@ class Sessions:
         return len(self._sessions)
 
     def get(self, pid: int) -> Session | None:
-        """Return the session of this pid; None: there is none, or its process has exited."""
+        """Return the session of this pid; None: no session, or the process has exited."""
         session = self._sessions.get(pid)
         if session and not procfs.alive(session.pidfd):
             self._remove(session)
@@ -100,7 +101,7 @@ class Sessions:
         return session
 
     def add(self, pid: int, pidfd: int, tenant: int, owner: int, header: PageHeader) -> Session | None:
-        """Add a session, which then owns the pidfd, and return it.
+        """Add a session, which then owns the pidfd, and return the session.
 
         Returns None if no place is free. Raises OSError. In both cases the caller still owns the pidfd.
         """
@@ -196,10 +197,10 @@ class Sessions:
     def _close_after_exec(self, processes: Mapping[int, Process]) -> None:
         """Close the sessions of processes that have executed another program.
 
-        Their pages are no longer mapped, so their status page could show a waiting thread for ever.
+        The pages of such a process are no longer mapped, so its status page could show a waiting thread for ever.
 
         A process that has only left its cgroups still maps its pages. Its gates are opened and its epoch is changed, so
-        that it registers again.
+        that the process registers again.
         """
         for session in list(self._sessions.values()):
             process = processes.get(session.pid)
@@ -262,7 +263,7 @@ def take_one(count: Counter[int], key: int) -> None:
 
 
 def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
-    """Return the rows of each tenant, sorted; if there are more than abi.ROWS, the rows with the most bytes.
+    """Return the rows of each tenant, sorted; of more than abi.ROWS rows, those with the most bytes.
 
     A process's tenant is its innermost level.
     """

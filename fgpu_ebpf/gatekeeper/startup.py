@@ -1,4 +1,4 @@
-"""Set-up of the gatekeeper process before it serves: its lock, resource limits, capabilities and priority.
+"""Set-up of the gatekeeper process before service: its lock, resource limits, capabilities and priority.
 
 Runs once, in the main thread. After an OSError the process prints one line and exits.
 """
@@ -21,7 +21,7 @@ LOCK_SECONDS = 0.1
 
 
 def open_ledger(pins: Path, factory: Callable[[Path], Ledger]) -> Ledger | None:
-    """Return the ledger, or None while the loader has not pinned all of it."""
+    """Return the ledger, or None while the loader has not pinned all of its maps."""
     try:
         return factory(pins)
     except LedgerMissing:
@@ -34,7 +34,7 @@ def _wait_for(lock: FileLock) -> None:
     A gatekeeper that an agent has started (--stand-in) exits as soon as another gatekeeper waits.
     """
     waiting = FileLock(lock.path.parent / file_locks.NEXT)
-    is_next = False  # if several gatekeepers wait, one of them holds the second lock
+    is_next = False  # if several gatekeepers wait, one gatekeeper holds the second lock
     while not lock.take():
         is_next = is_next or waiting.take()
         time.sleep(LOCK_SECONDS)
@@ -46,7 +46,7 @@ def prepare(lock: FileLock, is_patient: bool) -> Path:
 
     Args:
         lock: the lock of the gatekeeper.
-        is_patient: wait while another gatekeeper has the lock, and replace it when it exits.
+        is_patient: wait while another gatekeeper has the lock, and replace that gatekeeper when it exits.
 
     Raises:
         OSError: no cgroup2 is mounted, or another gatekeeper has the lock.

@@ -1,13 +1,13 @@
 """The time slicer: a thread of the gatekeeper that reads the claims of processes, and opens and closes their gates.
 
 `scheduling.turns` makes the decisions. The thread sleeps until the next decision is due or a process wakes the thread
-by the futex in the process's status page. The thread reads the shares and writes the `turns` map. It never waits for a
-tenant. If no tenant has a share of compute time, it does not run. After an OSError, which is counted, the step is
-repeated. Any other exception ends the process: heartbeats on pages stop, and shims open their gates.
+by the futex in the process's status page. The thread reads the shares and writes the `turns` map. The thread never
+waits for a tenant, and does not run if no tenant has a share of compute time. After an OSError, which is counted, the
+step is repeated. Any other exception ends the process: heartbeats on pages stop, and shims open their gates.
 
-A wake-up costs more than the work done in it, so the thread wakes rarely: at the end of a turn, when the work of the
-turn has drained, when a process registers, when shares change, and at intervals to examine the owner of a device while
-other tenants wait.
+A wake-up costs more than the work of the thread in one step, so the thread wakes rarely: at the end of a turn, when the
+work of the turn has drained, when a process registers, when shares change, and at intervals to examine the owner of a
+device while other tenants wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fgpu_ebpf.scheduling.turns import MS, Turns
 SHARES_NS, PUBLISH_NS, AGAIN_NS = 100 * MS, 500 * MS, 10 * MS
 CROWD_LOOK_NS = 5 * MS  # period at which the pages of processes without a watched futex are read
 MOST_WAKEUPS = 100  # in SHARES_NS; the futex of a process that causes more wake-ups is not watched
-QUANTUM_PARTS = 4  # a quarter of a quantum may be in flight, if that is less than abi.BUDGET_NS
+QUANTUM_PARTS = 4  # a quarter of a quantum may be in flight, at most abi.BUDGET_NS
 
 
 class TimeSlicer:
@@ -45,16 +45,16 @@ class TimeSlicer:
 
     def __init__(self) -> None:
         self.ledger: Ledger | None = None
-        self.is_told = False  # shares_changed() is called after each change; otherwise shares are read every SHARES_NS
+        self.is_told = False  # shares_changed() is called after each change; if False, shares are read every SHARES_NS
         self._lock = _thread.allocate_lock()
         self._turns = Turns()
         self._gates: dict[int, list[ProcessGates]] = {}  # by tenant: the level that has the share
         self._by_session: dict[int, tuple[int, ProcessGates]] = {}  # by the session's id(): tenant and gates
         self._without: dict[int, Session] = {}  # sessions without a share so far
         self._shares: dict[int, dict[int, Share]] = {}  # by level and device
-        self._gated: dict[int, frozenset[int]] = {}  # by tenant: devices of its own shares and of those around it
+        self._gated: dict[int, frozenset[int]] = {}  # by tenant: devices of its own and enclosing shares
         self._used: dict[int, frozenset[int]] = {}  # by tenant: devices that its processes use
-        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # shares: epoch, last reading, whether one is due
+        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # shares: epoch, last reading, reading due
         self._shares_ns = self._publish_ns = NEVER_NS
         self._measured: tuple[int, dict[int, int]] = (0, {})
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
@@ -92,7 +92,7 @@ class TimeSlicer:
     def shares_changed(self) -> None:
         """Schedule a reading of the shares if they have changed, SHARES_NS after the last reading at the earliest.
 
-        The minimum is needed because a tenant can change its cgroups at any rate, and to read all shares takes
+        The minimum is needed because a tenant can change its cgroups at any rate, and reading all shares takes
         milliseconds if a tenant has hundreds of cgroups.
         """
         with self._lock:
@@ -106,7 +106,7 @@ class TimeSlicer:
         """Remove a session. The process no longer takes part in turns from this moment.
 
         Returns:
-            When the process's work in flight should end, by its own report; 0: it reports none.
+            The expected end of the process's work in flight, by its own report; 0: no reported work.
         """
         with self._lock:
             self._without.pop(id(session), None)
@@ -118,7 +118,7 @@ class TimeSlicer:
                 if until_ns > now_ns:
                     self._turns.lose(tenant, now_ns)
                 self._gates[tenant].remove(gates)
-                self._used.pop(tenant, None)  # perhaps no other process of the tenant uses these devices
+                self._used.pop(tenant, None)  # no other process of the tenant may use these devices
                 self._to_look_at.add(tenant)
                 self._is_watching = False
                 self._words.wake()
@@ -202,7 +202,7 @@ class TimeSlicer:
             return monotonic_ns() + AGAIN_NS
 
     def _turn(self) -> int:
-        """Do the steps that are due. Returns when the next step is due, in nanoseconds of CLOCK_MONOTONIC."""
+        """Do the steps that are due. Returns the time of the next step, in nanoseconds of CLOCK_MONOTONIC."""
         now_ns = monotonic_ns()
         if self.ledger and now_ns >= self._shares_ns:
             self._shares_ns = now_ns + SHARES_NS
@@ -216,7 +216,7 @@ class TimeSlicer:
         now_ns = monotonic_ns()
         due_ns = min(self._turns.due_ns(now_ns), self._publish_ns)
         if not self.is_told or self._is_read_owed:
-            due_ns = min(due_ns, self._shares_ns)  # otherwise shares are read when something else is due
+            due_ns = min(due_ns, self._shares_ns)  # otherwise shares are read when another step is due
         return min(due_ns, now_ns + CROWD_LOOK_NS) if self._unwatched else due_ns
 
     def _forgive(self) -> bool:
@@ -242,9 +242,9 @@ class TimeSlicer:
                     self._used.pop(tenant, None)
             self._to_look_at.clear()
             changed = self._turns.step(observations, now_ns)
-            for tenant in sorted(changed, key=self._is_open):  # gates close before others open
+            for tenant in sorted(changed, key=self._is_open):  # close gates before opening other gates
                 self._set_gates(tenant)
-            is_other |= bool(changed) or len(observations) > 1  # perhaps other tenants wait now
+            is_other |= bool(changed) or len(observations) > 1  # other tenants may wait now
             is_new = self._turns.look_again()
             if is_new:
                 futex.fence()  # if a process still reports nothing in flight, its next launch reads the closed gate

@@ -31,7 +31,7 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
 
 
 class UnitRows:
-    """Rows of units: time and parts of all tenants inside, and waits and turns of the unit's own programs."""
+    """Rows of units: time and parts of all tenants inside a unit, and waits and turns of the unit's own programs."""
 
     def __init__(self) -> None:
         self._told: dict[Key, tuple[Unit, int]] = {}  # with the unit's total owned time
@@ -49,11 +49,11 @@ class UnitRows:
 
         Args:
             rows: the rows of `places`.
-            places: the tenants that have processes now or had some at the last call.
-            due: the entitlement of each tenant while it and the tenants in `wanted` share the device.
+            places: the tenants that have processes now or had processes at the last call.
+            due: the entitlement of each tenant while this tenant and the tenants in `wanted` share the device.
             wanted: the tenants that have waited or had a turn since the last call.
             shares: devices by level.
-            span_ns: time since the last call; 0: there was none.
+            span_ns: time since the last call; 0: this call is the first.
         """
         inside: dict[Key, list[Place]] = {}
         units = {key: unit for key, (unit, _) in self._told.items()}

@@ -1,7 +1,7 @@
-"""Computes the settings that a container gets for its slots: the share, with or without CDI, and the device itself.
+"""Computation of the settings that a container gets for its slots: the share (with or without CDI) and the device.
 
-This module runs in the asyncio loop of the device plugin. It does not check capacity: the agent does when the container
-starts.
+This module runs in the asyncio loop of the device plugin. The module does not check capacity, because the agent checks
+capacity when the container starts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _MOST_BYTES = 4 << 20
 
 
 class AllocationError(Exception):
-    """The host lacks something that a container needs. The text names it."""
+    """The host lacks something that a container needs. The text names the missing part."""
 
 
 class Strategy(StrEnum):
-    """Ways in which the share comes into the container."""
+    """Ways of passing the share to the container."""
 
     CDI_CRI = "cdi-cri"  # kubelet 1.29 or later passes the names of devices to the runtime
     CDI_ANNOTATIONS = "cdi-annotations"  # any kubelet, and a runtime that reads the names from annotations
@@ -35,7 +35,7 @@ class Strategy(StrEnum):
 
 
 class Gpus(StrEnum):
-    """Ways in which the device itself comes into the container."""
+    """Ways of passing the device itself to the container."""
 
     AUTO = "auto"  # CDI if a specification has the device, else ENVVAR
     CDI = "cdi"
@@ -55,7 +55,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Ways in which this host gives shares and devices to containers."""
+    """Ways in which this host passes shares and devices to containers."""
 
     strategy: Strategy = Strategy.CDI_CRI
     gpus: Gpus = Gpus.AUTO
@@ -75,7 +75,7 @@ class Way:
     def devices(self, uuids: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Return the CDI names of devices, and the variables that a container with these devices needs.
 
-        There are no names if the devices come into the container by other means. Raises AllocationError.
+        The result has no names if the devices are passed to the container by other means. Raises AllocationError.
         """
         gpus = self._gpus(uuids)
         # With "void", NVIDIA's runtime does not add the devices that the image requests.
@@ -85,7 +85,7 @@ class Way:
         return {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(uuids)}
 
     def _gpus(self, uuids: Sequence[str]) -> list[str]:
-        """Return the CDI names of devices. An index is no name here: NVIDIA's may differ from the ledger's."""
+        """Return the CDI names of devices. Indexes are no names, because NVIDIA's and the ledger's may differ."""
         if self.gpus not in (Gpus.AUTO, Gpus.CDI):
             return []
         known = _devices(self.folders, GPU_KIND)
@@ -99,7 +99,7 @@ class Way:
 
 
 def _asked(host: Host, slots: Sequence[Slot]) -> dict[str, str]:
-    """Return the annotations that request the profile's limits. A policy grants these within its bounds."""
+    """Return the annotations that request the profile's limits. A policy grants the limits within its bounds."""
     profile = host.devices[slots[0].uuid].profiles[slots[0].share]
     asked = {"fgpu.dev/memory": profile.memory, "fgpu.dev/compute": profile.compute}
     return {key: value for key, value in asked.items() if value}
@@ -112,7 +112,7 @@ def _annotation(slots: Iterable[Slot]) -> str:
 
 def _devices(folders: Iterable[Path], kind: str) -> set[str]:
     """Return the names of all devices of a kind that engines find in these folders. Other files are ignored."""
-    import yaml  # here, because specifications are read only when a container starts; JSON is YAML too
+    import yaml  # imported when needed: only the start of a container reads specifications; JSON is YAML too
 
     found: set[str] = set()
     for path in (path for folder in folders for path in sorted(folder.glob("*.[jy]*"))):

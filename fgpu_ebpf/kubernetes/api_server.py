@@ -1,7 +1,7 @@
 """A client of Kubernetes' API server, with the service account of the pod.
 
-This module runs in the asyncio loop of the DRA driver. Each request has its own connection, so there is no state that
-an outage could break. The token is read for each request, because kubelet replaces it.
+This module runs in the asyncio loop of the DRA driver. Each request has its own connection, so an outage cannot break
+any state. The token is read for each request, because kubelet replaces it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 REQUEST_SECONDS = 10.0
-WATCH_SECONDS = 300  # after which the server ends a watch
+WATCH_SECONDS = 300  # the server ends a watch after this time
 MOST_BYTES = 4 << 20  # of an answer
 JSON = "application/json"
-APPLY = "application/apply-patch+yaml"  # of a PATCH that sets fields as their owner. JSON is YAML
+APPLY = "application/apply-patch+yaml"  # of a PATCH that sets fields as their owner; JSON is YAML
 _MOST_HEADERS = 1 << 16
 
 
 class ApiError(Exception):
-    """A request failed. `status`: the server's code, or 0 if the server did not answer. The text has the reason."""
+    """A request failed. `status`: the server's code, or 0 if the server did not respond. The text has the reason."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -80,7 +80,7 @@ class ApiServer:
                     raise ApiError(0, "the API server does not end a watch") from error
                 if chunk is None:
                     return
-                yield  # an event may come in several chunks: its reader reads the object anyway
+                yield  # an event may arrive in several chunks, but the caller reads the object in any case
 
     @asynccontextmanager
     async def _answer(
@@ -104,7 +104,7 @@ class ApiServer:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in head)}
             yield int(head[0].split()[1]), _chunks(reader, headers)
-        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:  # OSError: timeouts too
+        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:  # OSError: or a timeout
             reason = str(error) or f"nothing for {REQUEST_SECONDS:.0f} s"
             raise ApiError(0, f"the API server {self.host}:{self.port} does not answer: {reason}") from error
         finally:
@@ -114,14 +114,14 @@ class ApiServer:
 
 @lru_cache(maxsize=1)
 def _trust(authorities: str) -> ssl.SSLContext:
-    """Return the TLS settings that trust these certificates. Raises ssl.SSLError or ValueError if there are none."""
+    """Return TLS settings that trust these certificates. Raises ssl.SSLError or ValueError: no certificate."""
     if not authorities:  # ssl would trust the authorities of the system
         raise ValueError("ca.crt is empty")
     return ssl.create_default_context(cadata=authorities)
 
 
 async def _chunks(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
-    """Yield the parts of an answer's body as they come. Raises EOFError or ValueError if it is not whole."""
+    """Yield the parts of an answer's body as they arrive. Raises EOFError or ValueError: an incomplete body."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
         while size := int((await reader.readline()).split(b";")[0], 16):
             if size > MOST_BYTES:

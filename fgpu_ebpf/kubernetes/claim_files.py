@@ -1,7 +1,7 @@
 """The CDI specifications of prepared ResourceClaims: one file for each claim, named after the UID of the claim.
 
-This module runs in the asyncio loop of the DRA driver. The files are the whole state of the driver: they outlive it and
-kubelet, and a boot removes them with everything else in /var/run. Engines see a file as a whole or not at all.
+This module runs in the asyncio loop of the DRA driver. The files are the whole state of the driver. They outlive the
+driver and kubelet, and a boot removes them with all of /var/run. Engines read a file as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class ClaimFiles:
             cdi.write(path, spec)
 
     def unprepare(self, uid: str) -> None:
-        """Remove the file of a claim, if there is one. Raises OSError."""
+        """Remove the file of a claim, if the file exists. Raises OSError."""
         self.place(uid).unlink(missing_ok=True)
 
     def renew(self, parts: Parts) -> None:
-        """Write all files again, with the paths of another version of the agent: containers may start again."""
+        """Write all files again, with the paths of another version of the agent, because containers may restart."""
         for path in self.folder.glob(f"{_PREFIX}*{_SUFFIX}"):
             try:
                 spec = json.loads(path.read_text())

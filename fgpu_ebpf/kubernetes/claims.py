@@ -1,6 +1,6 @@
-"""Reads ResourceClaims: which share of which device the scheduler has allocated to a claim on this node.
+"""Reader of ResourceClaims: the shares of devices that the scheduler has allocated to a claim on this node.
 
-The functions have no state and do no I/O. A claim is not trusted: every number is bounded by the device, and text of a
+The functions have no state and do no I/O. A claim is not trusted. Every number is bounded by the device, and text of a
 claim is quoted in messages.
 """
 
@@ -35,7 +35,7 @@ class ClaimError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A device that the scheduler has allocated to a request of a claim, and the share of it."""
+    """A device that the scheduler has allocated to a request of a claim, and the share of this device."""
 
     request: str
     pool: str
@@ -46,7 +46,7 @@ class Grant:
 
 
 def device_name(uuid: str) -> str:
-    """Return the name of a device in the ResourceSlice. It is the same after a boot, unlike an index."""
+    """Return the name of a device in the ResourceSlice. Unlike an index, the name does not change at a boot."""
     return uuid.lower()
 
 
@@ -63,7 +63,7 @@ def is_uid(text: str) -> bool:
 
 
 def quantity(text: str) -> Fraction:
-    """Parse a quantity of Kubernetes, such as `8Gi`, `1500m` or `2e3`, that is not negative. Raises ClaimError."""
+    """Parse a quantity of Kubernetes that is not negative, such as `8Gi`, `1500m` or `2e3`. Raises ClaimError."""
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ClaimError(f"{shown(text)} is not a quantity of 0 or more, such as 8Gi or 30")
@@ -72,7 +72,7 @@ def quantity(text: str) -> Fraction:
 
 
 def grants(claim: Mapping[str, Any], uid: str, node: str, host: Host) -> list[Grant]:
-    """Return the devices of this node that a claim has.
+    """Return the devices of this node that are allocated to a claim.
 
     Args:
         claim: the ResourceClaim, as the API server returns it.
@@ -81,7 +81,7 @@ def grants(claim: Mapping[str, Any], uid: str, node: str, host: Host) -> list[Gr
         host: the agent's last answer.
 
     Raises:
-        ClaimError: the claim is another one, is not allocated, or has a device that cannot be given.
+        ClaimError: the claim was replaced by another claim, is not allocated, or has a device that cannot be assigned.
     """
     try:
         found = claim["metadata"]["uid"]
@@ -101,7 +101,7 @@ def _grant(result: Mapping[str, Any], node: str, host: Host) -> Grant:
     if pool != node:
         raise ClaimError(f"the device {shown(name)} is of the pool {shown(pool)}, which is not this node's")
     if result.get("adminAccess"):
-        raise ClaimError(f"request {shown(request)} asks for admin access, which {DRIVER} does not give")
+        raise ClaimError(f"request {shown(request)} requests admin access, which {DRIVER} does not grant")
     device = next((each for uuid, each in host.devices.items() if device_name(uuid) == name), None)
     if device is None:
         raise ClaimError(f"this node has no device {shown(name)}")
@@ -117,7 +117,7 @@ def with_status(namespace: str, name: str, uid: str, granted: Sequence[Grant], n
         namespace: the namespace of the claim.
         name: its name.
         uid: its UID. The API server refuses the write if another claim has the name by now.
-        granted: its devices, which were prepared.
+        granted: its prepared devices.
         now: the time in the form of RFC 3339.
     """
     head = {"namespace": namespace, "name": name, "uid": uid}
@@ -129,14 +129,14 @@ def _device_status(grant: Grant, now: str) -> dict[str, Any]:
     share = grant.share
     data = {MEMORY: share.memory} | ({COMPUTE: share.compute} if share.compute else {})
     time = f" and {share.compute} of the device's time" if share.compute else ""
-    message = f"each container of this claim gets at most {share.memory}{time}, or less if a policy says so"
+    message = f"each container of this claim gets at most {share.memory}{time}, or less under a policy"
     ready = {"type": "Ready", "status": "True", "reason": "Prepared", "message": message, "lastTransitionTime": now}
     found = {"driver": DRIVER, "pool": grant.pool, "device": grant.device, "conditions": [ready], "data": data}
     return found | ({"shareID": grant.share_id} if grant.share_id else {})
 
 
 def _share(consumed: Mapping[str, Any] | None, device: Device) -> Share:
-    """Return the share of a device. `consumed`: None if the whole device was allocated, to this claim alone."""
+    """Return the share of a device. `consumed`: None if the whole device was allocated to this claim."""
     whole = min(device.capacity_bytes // MIB, MOST_MIB)
     if consumed is None:
         return share_name.parse(share_name.bound(f"{whole}mib", device.uuid))

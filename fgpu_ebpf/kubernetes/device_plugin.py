@@ -1,9 +1,9 @@
-"""The device plugin: reports this host's slots to kubelet, and answers kubelet's requests to allocate them.
+"""The device plugin: reports this host's slots to kubelet, and answers kubelet's requests to allocate slots.
 
-The plugin runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in
-kubelet's folder, and registers the profile with kubelet. The agent reports the slots to the plugin, and limits a
-container when the container starts. Without an agent every slot is unhealthy. Without kubelet the plugin waits for
-kubelet. At SIGTERM the plugin removes its sockets.
+The plugin runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. The plugin has a socket for each
+profile in kubelet's folder, and registers the profile with kubelet. The agent reports the slots to the plugin, and
+limits a container when the container starts. Without an agent every slot is unhealthy. Without kubelet the plugin waits
+for kubelet. At SIGTERM the plugin removes its sockets.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ KUBELET = "kubelet.sock"
 LOOK_SECONDS = 2.0
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
 SILENT_SECONDS = 5.0  # after this time without an answer of the agent, slots are unhealthy. Upgrades take less time.
-PATIENCE_SECONDS = 2.0  # how long to wait for room: the agent detects the end of a container a little after kubelet
+PATIENCE_SECONDS = 2.0  # how long to wait for room; the agent detects the exit of a container a little after kubelet
 REGISTER_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0  # after a registration that failed
 _CHANNEL_OPTIONS = (
     ("grpc.default_authority", "localhost"),
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # else the backoff after a failed connection would delay a new one
+    ("grpc.use_local_subchannel_pool", 1),  # without it, a failed connection's backoff delays a new connection
 )
 
 
@@ -65,7 +65,7 @@ def serve(options: Options) -> None:
         messages = kubelet_messages.classes()
     except ImportError as error:
         raise PluginError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
-    os.umask(0o077)  # only kubelet connects to the sockets, and it runs as root
+    os.umask(0o077)  # only kubelet, which runs as root, connects to the sockets
     asyncio.run(_Plugin(options, messages).run())
 
 
@@ -132,7 +132,7 @@ class _Plugin:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Ask the agent for the slots, and notify kubelet of changes. Raises PluginError for too many slots."""
+        """Request the slots from the agent, and notify kubelet of changes. Raises PluginError for too many slots."""
         now = asyncio.get_running_loop().time()
         try:
             host = host_of(await control_client.ask(self.options.run_dir, {"verb": "offers"}, AGENT_SECONDS))
@@ -179,7 +179,7 @@ class _Plugin:
         self.notify()
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Wait for room for these slots, up to PATIENCE_SECONDS. Returns why there is none, or an empty text."""
+        """Wait for room for these slots, up to PATIENCE_SECONDS. Returns why no room exists, or an empty text."""
         loop = asyncio.get_running_loop()
         until = loop.time() + PATIENCE_SECONDS
         while (shortage := self.book.shortage(slots)) and loop.time() < until:
@@ -190,7 +190,7 @@ class _Plugin:
     # -- kubelet
 
     async def _stay_registered(self) -> None:
-        """Register again whenever kubelet has restarted, and restore sockets that it has removed."""
+        """Register again whenever kubelet has restarted, and restore sockets that kubelet has removed."""
         pause = FIRST_PAUSE_SECONDS
         while True:
             with contextlib.ExitStack() as stack:

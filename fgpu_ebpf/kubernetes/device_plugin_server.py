@@ -1,7 +1,8 @@
 """The gRPC server of one profile: a socket in kubelet's folder, and the answers to kubelet's calls.
 
-This module runs in the asyncio loop of the device plugin; `device_plugin` asks the agent. Requests are not trusted. An
-invalid request gets a gRPC status with the reason. A client that reads its stream slowly delays no other stream.
+This module runs in the asyncio loop of the device plugin; `device_plugin` sends requests to the agent. Requests of
+kubelet are not trusted. An invalid request gets a gRPC status with the reason. A client that reads its stream slowly
+delays no other stream.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Plugin(Protocol):
         """Return a message in kubelet's encoding."""
 
     async def look(self) -> None:
-        """Ask the agent for the present slots."""
+        """Request the present slots from the agent."""
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Wait for room for these slots. Returns the reason why there is none, or an empty text if there is room."""
+        """Wait for room for these slots. Returns the reason for a lack of room, or an empty text if there is room."""
 
     def promise(self, slots: Iterable[Slot]) -> None:
         """Record that containers are about to start in these slots."""
@@ -52,7 +53,7 @@ def place(folder: Path, share: str) -> Path:
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Return inode number and change time of a file, which identify it, or None if there is no file."""
+    """Return inode number and change time of a file, which identify the file, or None if the file does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -61,14 +62,14 @@ def stamp(path: Path) -> tuple[int, int] | None:
 
 
 class Endpoint:
-    """The server of one profile. It may be closed and opened again."""
+    """The server of one profile, which may be closed and opened again."""
 
     def __init__(self, plugin: Plugin, share: str) -> None:
         self.share, self.resource = share, f"{PREFIX}/{share}"
         self.path = place(plugin.folder, share)
-        self.registered: tuple[int, int] | None = None  # the stamp of the kubelet.sock that it is registered with
+        self.registered: tuple[int, int] | None = None  # the stamp of the kubelet.sock of the registration
         self._streams = 0
-        self._silent_since = 0.0  # since when there is no stream
+        self._silent_since = 0.0  # since when no stream is open
         self._plugin = plugin
         self._server: Any = None
         self._stamp: tuple[int, int] | None = None
@@ -77,7 +78,7 @@ class Endpoint:
 
     @property
     def is_open(self) -> bool:
-        """True if the socket exists and is this server's. kubelet empties the folder when it starts."""
+        """True if the socket exists and belongs to this server. kubelet empties the folder when kubelet starts."""
         return self._server is not None and stamp(self.path) == self._stamp
 
     def registered_with(self, kubelet: tuple[int, int]) -> None:
@@ -91,7 +92,7 @@ class Endpoint:
         return not self._streams and asyncio.get_running_loop().time() - self._silent_since > DEAF_SECONDS
 
     async def open(self) -> None:
-        """Close the server, and listen at a new socket. Raises OSError or RuntimeError if that is not possible."""
+        """Close the server, and listen at a new socket. Raises OSError or RuntimeError."""
         import grpc.aio
 
         await self.close()
@@ -103,7 +104,7 @@ class Endpoint:
         self._stamp = stamp(self.path)
 
     async def close(self) -> None:
-        """End every call, and remove the socket unless it is another server's."""
+        """End every call, and remove the socket unless another server owns the socket."""
         self.registered = None
         if self._server is None:
             return

@@ -1,9 +1,9 @@
-"""The DRA driver `gpu.fgpu.dev`: publishes this node's devices, and gives the allocated share to each container.
+"""The DRA driver `gpu.fgpu.dev`, which publishes this node's devices and assigns allocated shares to containers.
 
 The driver runs in a process of its own (`fgpu dra-driver`), in one asyncio loop. Kubernetes' scheduler divides the
-devices. The driver reads at the API server what a claim has been allocated, and writes a CDI device for it. When a
-container starts, the hook of that device requests the share from the agent, which refuses what does not fit. So this
-process enforces nothing, and limits stay in force without it.
+devices. The driver reads the allocation of a claim from the API server, and writes a CDI device for the claim. When a
+container starts, the hook of that device requests the share from the agent, which refuses a share that does not fit.
+Therefore this process enforces nothing, and limits stay in force without this process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fgpu_ebpf.policy.rules import DeviceChoice
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
 LOOK_SECONDS = 2.0
-MOST_REQUESTS = 16  # to the API server at once. Each has its own TLS buffers, of 256 KiB
-STATUS_SECONDS = (1.0, 2.0, 10.0)  # pauses before a status is written, and written again: preparations come first
+MOST_REQUESTS = 16  # to the API server at once; each request has its own TLS buffers of 256 KiB
+STATUS_SECONDS = (1.0, 2.0, 10.0)  # pauses before a status is written, and written again; preparations have precedence
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
 SILENT_SECONDS = 5.0  # after this time without an answer of the agent, no device is published. Upgrades take less time.
 
@@ -72,7 +72,7 @@ def serve(options: Options) -> None:
         raise DriverError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
     except ApiError as error:
         raise DriverError(str(error)) from error
-    os.umask(0o077)  # only kubelet connects to the sockets, and it runs as root
+    os.umask(0o077)  # only kubelet, which runs as root, connects to the sockets
     asyncio.run(_Driver(options, server, messages).run())
 
 
@@ -84,11 +84,11 @@ class _Driver:
         self._publisher = Publisher(api, options.node)
         self._server = DraServer(options.folder, messages, self._prepare, self._unprepare)
         self._server.on_registration = self._publisher.look  # kubelet may have removed the slice
-        self._locks = weakref.WeakValueDictionary[str, asyncio.Lock]()  # by the UID of a claim that is being changed
+        self._locks = weakref.WeakValueDictionary[str, asyncio.Lock]()  # by the UID of a claim that is changing
         self._parts: Parts | None = None
         self._answered_at = time.monotonic()  # when the agent last answered
         self._free = asyncio.Semaphore(MOST_REQUESTS)
-        self._reports = set[asyncio.Task[None]]()  # otherwise nothing would refer to a task that runs
+        self._reports = set[asyncio.Task[None]]()  # references that keep running tasks
         self._said = ""
 
     async def run(self) -> None:
@@ -102,7 +102,7 @@ class _Driver:
     # -- the agent
 
     async def _look_often(self) -> None:
-        """Publish what the agent says, and serve kubelet as soon as the agent has answered or is known to be silent."""
+        """Publish the agent's report, and serve kubelet after the agent's first answer or after a timeout."""
         while True:
             try:
                 host, facts, parts = await self._ask()
@@ -142,7 +142,7 @@ class _Driver:
             self._options.files.renew(parts)
 
     async def _ask(self) -> tuple[Host, Mapping[str, Any], Parts]:
-        """Return the agent's devices, facts and files. Raises ClaimError if there is no answer, or not all of it."""
+        """Return the agent's devices, facts and files. Raises ClaimError: no answer, or an incomplete answer."""
         try:
             answer = await control_client.ask(self._options.run_dir, {"verb": "offers"}, AGENT_SECONDS)
             host, facts = host_of(answer), answer["facts"]
@@ -157,7 +157,7 @@ class _Driver:
         return host, facts, Parts(*paths)
 
     async def _agent(self) -> tuple[Host, Parts]:
-        """Return the agent's devices and files, after a restart of the agent too. Raises ClaimError."""
+        """Return the agent's devices and files, even after a restart of the agent. Raises ClaimError."""
         until = time.monotonic() + SILENT_SECONDS
         while True:
             try:
@@ -174,7 +174,7 @@ class _Driver:
     # -- claims
 
     def _lock(self, uid: str) -> asyncio.Lock:
-        """Return the lock of a claim: a late preparation must not write what has just been removed."""
+        """Return the lock of a claim. A late preparation must not write a file that has just been removed."""
         return self._locks.setdefault(uid, asyncio.Lock())
 
     async def _prepare(self, claim: Any) -> Any:
@@ -197,7 +197,7 @@ class _Driver:
         granted = claims.grants(claim, uid, self._options.node, host)
         uuids = list(dict.fromkeys(grant.share.device for grant in granted))
         gpus, env = self._options.way.devices(uuids)
-        of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices come by other means
+        of_uuid = dict(zip(uuids, gpus, strict=False))  # empty if the devices are passed by other means
         names = self._options.files.prepare(uid, [grant.share for grant in granted], env, parts)
         return granted, [
             {
@@ -214,13 +214,13 @@ class _Driver:
             return await self._api.call(method, path, *more)
 
     def _report(self, path: str, status: Mapping[str, Any]) -> None:
-        """Begin to write the status of a claim. kubelet does not wait for that."""
+        """Begin to write the status of a claim. kubelet does not wait for the status."""
         report = asyncio.create_task(self._write_status(path, status))
         self._reports.add(report)
         report.add_done_callback(self._reports.discard)
 
     async def _write_status(self, path: str, status: Mapping[str, Any]) -> None:
-        """Write the status of a claim, which works without it and may have been deleted."""
+        """Write the status of a claim. The claim works without a status, and may have been deleted."""
         text = ""
         for pause in STATUS_SECONDS:
             await asyncio.sleep(pause)

@@ -15,7 +15,7 @@ from fgpu_ebpf.protobuf import BOOL, STRING, Table
 
 DRA_PACKAGE, REGISTRATION_PACKAGE = "k8s.io.kubelet.pkg.apis.dra.v1", "pluginregistration"
 DRA_SERVICE, REGISTRATION_SERVICE = f"{DRA_PACKAGE}.DRAPlugin", f"{REGISTRATION_PACKAGE}.Registration"
-HEALTH_SERVICE = "v1alpha1.DRAResourceHealth"  # its messages are not used
+HEALTH_SERVICE = "v1alpha1.DRAResourceHealth"  # messages of this service are not used
 TYPE, VERSION = "DRAPlugin", "v1.DRAPlugin"  # of the registration
 
 # message -> field -> number and type, as in `protobuf`

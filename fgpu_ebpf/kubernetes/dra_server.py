@@ -1,8 +1,9 @@
 """The gRPC server of the DRA driver: registration with kubelet, and kubelet's calls to prepare and unprepare claims.
 
 This module runs in the asyncio loop of the DRA driver. kubelet finds the registration socket in its folder
-`plugins_registry`, again after each of its restarts, asks for the driver's own socket, and calls that. Requests are not
-trusted. The failure of a claim is a sentence in the answer for that claim, which kubelet shows in an event of the pod.
+`plugins_registry`, again after each restart of kubelet. kubelet then requests the path of the driver's own socket, and
+calls the driver at this socket. Requests are not trusted. The failure of a claim is a sentence in the answer for that
+claim. kubelet shows this sentence in an event of the pod.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from fgpu_ebpf.kubernetes.dra_messages import DRA_SERVICE, HEALTH_SERVICE, REGIS
 
 log = logging.getLogger("fgpu.kubelet")
 _OPTIONS = (("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0))
-_CLOSE_SECONDS = 0.2  # within which watches end; calls that have not ended are cancelled then
-_AT_ONCE = 16  # claims of one request. kubelet asks for all claims of a pod, as many as fit in the bytes of a message
+_CLOSE_SECONDS = 0.2  # watches end within this time; calls that have not ended are then cancelled
+_AT_ONCE = 16  # claims of one request; kubelet requests all claims of a pod, as many as fit in a message
 
 Answer = Callable[[Any], Awaitable[Any]]  # a claim of a request -> the answer for it
 
 
 class DraServer:
-    """One server at two sockets. It may be closed and opened again."""
+    """One server at two sockets, which may be closed and opened again."""
 
     def __init__(self, folder: Path, messages: dict[str, Any], prepare: Answer, unprepare: Answer) -> None:
         """Set the parts.
@@ -42,12 +43,12 @@ class DraServer:
         self.on_registration: Callable[[], None] = lambda: None
         self._messages, self._prepare, self._unprepare = messages, prepare, unprepare
         self._server: Any = None
-        self._closing = asyncio.Event()  # of the present server
+        self._closing = asyncio.Event()  # event of the present server
         self._stamps: list[tuple[int, int] | None] = []
 
     @property
     def _paths(self) -> list[Path]:
-        return [self.path, self.registration]  # in this order, because kubelet uses both once it has seen the second
+        return [self.path, self.registration]  # in this order: kubelet uses both as soon as it finds the second
 
     @property
     def is_open(self) -> bool:
@@ -69,12 +70,12 @@ class DraServer:
         self._stamps = [stamp(path) for path in self._paths]
 
     async def close(self) -> None:
-        """End every call, and remove the sockets unless they are another server's."""
+        """End every call, and remove the sockets unless another server owns them."""
         if self._server is None:
             return
         server, self._server = self._server, None
         ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if stamp(path) == own]
-        for path in reversed(ours):  # first the one by which kubelet notices the end
+        for path in reversed(ours):  # first the socket by which kubelet detects the end
             path.unlink(missing_ok=True)
         self._closing.set()
         await server.stop(_CLOSE_SECONDS)

@@ -1,13 +1,13 @@
 """The memory that pods have in ResourceClaims of NVIDIA's DRA driver, `gpu.nvidia.com`, from two files of this node.
 
-kubelet writes which pod uses which claim into `dra_manager_state`, before it asks a driver to prepare the claim.
-NVIDIA's driver writes what the scheduler has allocated to the claim into its `checkpoint.json`, before it answers
-kubelet. So both files name a pod before its first container starts. Both are replaced as a whole, and only root can
-write them. Neither the API server nor a token is needed.
+kubelet writes which pod uses which claim into `dra_manager_state`, before kubelet requests a driver to prepare the
+claim. NVIDIA's driver writes the scheduler's allocation for the claim into its `checkpoint.json`, before the driver
+answers kubelet. Therefore both files name a pod before its first container starts. Both files are replaced as a whole,
+and only root can write them. Neither the API server nor a token is needed.
 
 The module runs in the agent's main loop. A claim that kubelet has for a pod and that is not in the driver's file is
-unknown, and its pod gets no memory. Values that were known stay known while a file cannot be read. Among them is that a
-pod has no claim: kubelet's file has all claims of a pod before the pod's first container exists.
+unknown, and its pod gets no memory. Known values stay in use while a file cannot be read. A known value is also that a
+pod has no claim, because kubelet's file has all claims of a pod before the pod's first container exists.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ NAME = "nvidia claims"
 _FIX = "set kubeletFolder in agent.yaml to kubelet's folder; a newer Kubernetes or driver may need a newer fgpu"
 ROOT = 0
 MOST_BYTES = 16 << 20  # of a file
-MOST_PODS = 4096  # the latest, which are decided again at once
-MOST_PATHS = 64  # cgroups of a pod that are decided again at once; the others follow at the next rescan
+MOST_PODS = 4096  # the latest pods, which are decided again at once
+MOST_PATHS = 64  # cgroups of a pod that are decided again at once; all other cgroups follow at the next rescan
 _LISTS = ("ClaimInfoStateList", "Entries")  # the list of claims since Kubernetes 1.34, and before
 _KINDS = {"gpu": True, "mig": False, "vfio": False, "vgpu": False}  # whether the agent limits devices of this kind
 _PREPARED = "PrepareCompleted"
@@ -58,7 +58,7 @@ class Claim(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """The booking that a pod was last given; None: the scheduler has booked no part of a device for it.
+    """The last booking of a pod; None: the scheduler has booked no part of a device for the pod.
 
     `paths`: its cgroups. `has_begun`: kubelet's file was known when a container of the pod existed, so that the file
     has named all claims of the pod.
@@ -90,10 +90,11 @@ def of_pods(text: bytes) -> dict[str, list[Claim]]:
 def booked(text: bytes) -> dict[str, Mapping[str, int] | None]:
     """Return the bytes of each prepared claim by UUID of the device, by the UID of the claim. Raises ValueError.
 
-    A device without a number is left out: it is the claim's alone, or the driver does not divide its memory (the
-    scheduler then counts 0 bytes). A MIG device is left out, because its size is its limit. So are devices for virtual
-    machines. A claim that cannot be read, or has a size of an unknown kind of device, is None. A driver before version
-    2 of the file does not divide devices, so a claim of it without an allocation has none of these numbers.
+    A device without a number is left out: the claim has the whole device, or the driver does not divide the device's
+    memory (the scheduler then counts 0 bytes). A MIG device is left out, because its size is its limit. Devices for
+    virtual machines are left out too. The value is None for a claim that cannot be read or has a size of an unknown
+    kind of device. A driver before version 2 of the file does not divide devices, so a claim of such a driver without
+    an allocation has no such numbers.
 
     Source: `Checkpoint` and `PreparedClaimV2` (cmd/gpu-kubelet-plugin of kubernetes-sigs/dra-driver-nvidia-gpu).
     """
@@ -149,7 +150,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fault = ""  # why the last content is used, or none
+        self.fault = ""  # why the last content, or no content, is used
         self._stamp: Stamp | None = None  # of the last content; None: read the file again
 
     def changed(self) -> bytes | None:
@@ -187,7 +188,7 @@ class NvidiaClaims:
 
         Args:
             kubelet: kubelet's folder, as this process sees it.
-            names: what names the workloads.
+            names: the Namer of the workloads.
             failed_checks: the agent's failed checks by name, which a fault changes.
         """
         self._names, self._failed_checks = names, failed_checks
@@ -218,17 +219,17 @@ class NvidiaClaims:
 
     @property
     def fault(self) -> str:
-        """The reason why bookings of new pods are not known; empty: they are, or NVIDIA's driver is not installed."""
+        """The reason why bookings of new pods are unknown; empty: known, or NVIDIA's driver is not installed."""
         unread = next((c for claims in self._pods.values() for c in claims if c.uid in self._unread), None)
         form = f"{self._claims_file.path} has an unknown form of {unread.name}" if unread else ""
         return self._if_installed(self._pods_file.fault or self._claims_file.fault or form)
 
     def _pods_unknown(self) -> str:
-        """Return why kubelet's file is not known; empty: it is, or NVIDIA's driver is not installed."""
+        """Return why kubelet's file is unknown; empty: known, or NVIDIA's driver is not installed."""
         return self._if_installed(self._pods_file.fault)
 
     def _if_installed(self, fault: str) -> str:
-        """Return the text if NVIDIA's driver has a folder on this node, or if that cannot be established."""
+        """Return the text if NVIDIA's driver has, or may have, a folder on this node; otherwise an empty text."""
         try:
             return fault if fault and stat.S_ISDIR(os.stat(self._folder).st_mode) else ""
         except (FileNotFoundError, NotADirectoryError):
@@ -308,7 +309,7 @@ class NvidiaClaims:
         self._claims_file.fault = ""
 
     def _booking(self, uid: str) -> Booking | None:
-        """Return the booking of a pod; None: the scheduler has booked no part of a device for it."""
+        """Return the booking of a pod; None: the scheduler has booked no part of a device for the pod."""
         claims = self._pods.get(uid)
         if claims is None:
             given = self._given.get(uid)

@@ -1,8 +1,9 @@
 """The ResourceSlice of this node: the devices that Kubernetes' scheduler divides, and its publication.
 
 This module runs in the asyncio loop of the DRA driver. A publication is repeated until the API server has accepted it,
-and whenever something else has changed or removed the slice. kubelet removes slices when it starts, and those of a
-driver that has not been registered for 30 s. So the slice stays when the driver ends, and an upgrade changes nothing.
+and whenever another client has changed or removed the slice. kubelet removes all slices when kubelet starts, and the
+slices of a driver that has not been registered for 30 s. Therefore the slice stays when the driver exits, and an
+upgrade changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CONFLICT, _MISSING = 409, 404
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """The properties of a device by which it can be chosen."""
+    """The properties by which a device can be chosen."""
 
     index: int
     uuid_text: str
@@ -51,7 +52,7 @@ def left_out(host: Host, facts: Mapping[str, Any], choices: Sequence[DeviceChoic
 
 
 def devices(host: Host, facts: Mapping[str, Any], choices: Sequence[DeviceChoice] = ()) -> list[dict[str, Any]]:
-    """Return the devices of the slice: those of which shares may be given now.
+    """Return the devices of the slice, which are the devices of which shares may be assigned now.
 
     Args:
         host: the agent's answer.
@@ -101,7 +102,7 @@ def _mebibytes(size: int) -> str:
 
 
 class Publisher:
-    """Keeps this node's slice at the API server equal to the wanted devices. None is wanted: there is no slice."""
+    """Publication of the wanted devices in this node's slice at the API server. Without wanted devices, no slice."""
 
     def __init__(self, server: ApiServer, node: str) -> None:
         self.name = f"{node}-{DRIVER}"
@@ -109,7 +110,7 @@ class Publisher:
         self._path = f"{SLICES}/{self.name}"
         self._wanted: list[dict[str, Any]] | None = None
         self._changed = asyncio.Event()
-        self._accepted: tuple[Any, Any] | None = None  # the devices last sent, and the form in which they were kept
+        self._accepted: tuple[Any, Any] | None = None  # the devices last sent, and their form on the server
         self._said = ""
 
     def want(self, found: list[dict[str, Any]]) -> None:
@@ -119,7 +120,7 @@ class Publisher:
             self.look()
 
     def look(self) -> None:
-        """Compare the slice with the wanted devices soon."""
+        """Schedule a comparison of the slice with the wanted devices."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -138,7 +139,7 @@ class Publisher:
                 self.look()
 
     async def watch(self) -> None:
-        """Look at the slice whenever it changes, until the task is cancelled."""
+        """Compare the slice at each of its changes, until the task is cancelled."""
         pause = FIRST_PAUSE_SECONDS
         while True:
             try:
@@ -149,7 +150,7 @@ class Publisher:
                 self._say(f"the ResourceSlice cannot be watched: {error}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
-            self.look()  # something may have changed between two watches
+            self.look()  # the slice may have changed between two watches
 
     def _say(self, text: str) -> None:
         if text != self._said:
@@ -175,7 +176,7 @@ class Publisher:
             pool = {**now["spec"]["pool"], "generation": now["spec"]["pool"]["generation"] + 1}
             spec = {**now["spec"], "devices": wanted, "pool": pool}
             answer = await self._unless(_CONFLICT, "PUT", self._path, {**now, "spec": spec})
-        if answer is None:  # something else has written it meanwhile
+        if answer is None:  # another client has written the slice meanwhile
             self.look()
             return
         self._accepted = wanted, answer["spec"].get("devices")
@@ -197,7 +198,7 @@ class Publisher:
             return None
 
     async def _slice(self, wanted: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a new slice. It is removed with its node."""
+        """Return a new slice, which is removed with its node."""
         node = await self._server.call("GET", f"/api/v1/nodes/{self._node}")
         owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": node["metadata"]["uid"]}
         return {

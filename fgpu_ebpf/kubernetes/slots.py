@@ -1,7 +1,7 @@
 """Slots, the units that kubelet counts: a slot is room for one container with one profile on one device.
 
-This module runs in the asyncio loop of the device plugin. It does no I/O. It defines the ids of slots, and decides
-which slots can be given and which are preferred.
+This module runs in the asyncio loop of the device plugin and does no I/O. It defines the ids of slots, and decides
+which slots can be assigned and which slots are preferred.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fgpu_ebpf.policy.units import memory_text, shown
 
 MOST_SLOTS = 1000  # a host must have fewer in all profiles, so that lists stay far below kubelet's maximum of 4 MiB
-PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start: its image may have to be fetched
+PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start; the image may have to be pulled
 _BETWEEN = "::"
 
 
@@ -27,8 +27,8 @@ class SlotError(ValueError):
 class Profile:
     """A profile on one device, as the agent reports it.
 
-    `bytes`: the size of one share. `count`: how many slots there are. `taken`: how many shares containers have. `fits`:
-    how many more fit now.
+    `bytes`: the size of one share. `count`: the number of slots. `taken`: the number of shares that containers have.
+    `fits`: how many more shares fit now.
     """
 
     share: str
@@ -42,7 +42,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device of this host. `fault`: the reason why no share of it may be given, else empty."""
+    """A device of this host. `fault`: the reason why no share of the device may be assigned, else empty."""
 
     uuid: str
     index: int
@@ -71,7 +71,7 @@ class Slot:
 class Host:
     """The agent's last answer. `mounts`: the shim's mounts (source, target).
 
-    `fault`: the reason why no share of any device may be given, else empty.
+    `fault`: the reason why no share of any device may be assigned, else empty.
     """
 
     fault: str
@@ -103,7 +103,7 @@ def host_of(answer: Mapping[str, Any]) -> Host:
 
 
 class Book:
-    """The slots that kubelet has allocated, and which of these are promised but not taken yet.
+    """The slots that kubelet has allocated. A part of these slots is promised, but not taken yet.
 
     kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A slot is
     promised from its allocation until the agent counts the container, for PROMISE_SECONDS at most.
@@ -112,10 +112,10 @@ class Book:
     def __init__(self) -> None:
         self.host = Host("the agent has not reported its shares yet", {})
         self._promised: dict[Slot, float] = {}
-        self._given: dict[Slot, None] = {}  # the latest one last
+        self._given: dict[Slot, None] = {}  # the latest slot last
 
     def look(self, host: Host, now: float | None = None) -> None:
-        """Record an answer of the agent, and end the promises to containers that the agent counts now."""
+        """Record an answer of the agent, and end the promises for containers that the agent counts now."""
         now = time.monotonic() if now is None else now
         before, self.host = self.host, host
         arrived = {
@@ -189,7 +189,7 @@ class Book:
         return slot
 
     def shortage(self, slots: Iterable[Slot]) -> str:
-        """Return the reason why these slots cannot be given now, or an empty text if they can."""
+        """Return the reason why these slots cannot be assigned now, or an empty text."""
         if self.host.fault:
             return self.host.fault
         for slot in slots:

@@ -1,4 +1,4 @@
-"""Runs the tasks of the device plugin or the DRA driver in their asyncio loop, until a signal ends the process."""
+"""Execution of the tasks of the device plugin or the DRA driver in an asyncio loop, until a signal arrives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 async def run_until_signal(*work: Coroutine[Any, Any, Any]) -> None:
-    """Run until SIGTERM or SIGINT, or until one of `work` ends. Raises the error of that one."""
+    """Run until SIGTERM or SIGINT, or until a coroutine of `work` ends. Raises the error of that coroutine."""
     loop, end = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end.set)

@@ -1,8 +1,8 @@
 """The BPF maps of compute time: `shares`, `turns`, and `ran` (the time that each level has run, as measured by NVML).
 
-The agent writes `shares` and `ran`, and makes and deletes the entries of `turns`, into which the gatekeeper writes.
-Both read all maps. Runs in the agent's main thread and reconcile thread, and in the gatekeeper's main thread and time
-slicer's. Errors are OSError of bpf(2).
+The agent writes `shares` and `ran`, and creates and deletes the entries of `turns`. The gatekeeper writes the contents
+of these entries. Agent and gatekeeper read all maps. Runs in the agent's main thread and reconcile thread, and in the
+gatekeeper's main thread and time slicer thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARE = struct.Struct("4Q")
 _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
-_CONCURRENT_SHIFT = 48  # the bits from here on of host[HOST_SHARES] name the concurrent devices
+_CONCURRENT_SHIFT = 48  # the bits of host[HOST_SHARES] from this bit on name the concurrent devices
 _ISOLATED = 1 << 32  # a flag in a share's rank
 _MOST_WORD = 2**64 - 1
 FEW = 24  # for up to this many shares, single lookups are faster than reading the whole map
@@ -66,7 +66,7 @@ class ComputeMaps:
         """Return a reader of the ring buffer `bell`, or None if the pinned maps are of a version without this map.
 
         The reader is readable after shares have changed, a process that had a context has exited, or a process knocks
-        because it may not connect to the gatekeeper. It yields exits as News.ENDED and knocks as News.KNOCK.
+        because it may not connect to the gatekeeper. The reader yields exits as News.ENDED and knocks as News.KNOCK.
         """
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
@@ -82,7 +82,7 @@ class ComputeMaps:
         return bpf.number(self._maps["host"], HOST_SHARES)
 
     def concurrent(self) -> frozenset[int]:
-        """Return the concurrent devices: their tenants run at the same time."""
+        """Return the concurrent devices, whose tenants run at the same time."""
         epoch = self.epoch()
         return frozenset(device for device in range(abi.DEVICES) if epoch >> _CONCURRENT_SHIFT & 1 << device)
 
@@ -96,7 +96,7 @@ class ComputeMaps:
         return {_KEY.unpack(key): _share(value) for key, value in found}
 
     def share(self, level: int, device: int) -> Share | None:
-        """Return a level's share of a device; None: the level has no share of it."""
+        """Return a level's share of a device; None: the level has no share of the device."""
         raw = bpf.lookup(self._maps["shares"], _KEY.pack(level, device), _SHARE.size)
         return None if raw is None else _share(raw)
 
@@ -141,7 +141,7 @@ class ComputeMaps:
     def tell(self) -> None:
         """Make the gatekeeper read the shares.
 
-        The agent also calls this at its start, because the last agent may have been killed between a change and this
+        The agent also calls tell() at its start, because the last agent may have been killed between a change and this
         call.
         """
         self._changes += 1
@@ -156,7 +156,7 @@ class ComputeMaps:
         self.set_shares({level: {} for level in levels})
 
     def turns(self) -> dict[Key, TurnCounts]:
-        """Return the counters of all shares that have any, by level and device."""
+        """Return the counters of all shares that have counters, by level and device."""
         turns, shared = self._maps["turns"], self.shared()
         found: Iterable[tuple[Key, TurnCounts | None]]
         if len(shared) > FEW:
@@ -171,7 +171,7 @@ class ComputeMaps:
         return ended
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
-        """Write the counters of a share, unless it was removed. Numbers are clamped to unsigned 64 bits."""
+        """Write the counters of a share, unless the share was removed. Numbers are clamped to unsigned 64 bits."""
         words = (min(max(0, number), _MOST_WORD) for number in astuple(counts))
         bpf.replace(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
@@ -201,9 +201,9 @@ class ComputeMaps:
             bpf.delete(ran, _KEY.pack(level, device))
 
     def _ran(self) -> int | None:
-        """Return the map `ran`; None: it is not pinned.
+        """Return the map `ran`; None: not pinned.
 
-        If a version without this map has pinned the other maps, the map `ran` is pinned later than these.
+        If a version without this map has pinned the other maps, `ran` is pinned later than the other maps.
         """
         if "ran" not in self._maps:
             with contextlib.suppress(OSError):
@@ -222,5 +222,5 @@ def _packed(share: Share) -> bytes:
 
 
 def _counts(raw: bytes | None) -> TurnCounts | None:
-    """Return the counters in an entry of `turns`; None: the gatekeeper has written none so far."""
+    """Return the counters in an entry of `turns`; None: the gatekeeper has written no counters so far."""
     return TurnCounts(*_TURN.unpack(raw)) if raw and any(raw) else None

@@ -1,7 +1,7 @@
 """The map `event_budgets`: how many cgroup events the kernel reports for one workload.
 
-A workload can create, enter and remove any number of cgroups inside its own cgroup. If it causes many events, it gets a
-budget of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
+A workload can create, enter and remove any number of cgroups inside its own cgroup. A workload that causes many events
+gets a budget of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
 
 Runs in the agent's main thread. Errors are OSError of bpf(2).
 """
@@ -66,7 +66,7 @@ class EventBudgets:
         for path in paths:
             around = accumulate(path.split("/"), "{}/{}".format)
             budget = next(filter(None, map(self._budgets.get, around)), None)
-            if budget:  # without a look at the cgroups, which waits for the workload that is changing them
+            if budget:  # skips the search in cgroups, which would wait for the workload that is changing them
                 budget.seen = now
                 continue
             owner = self._owner(path)

@@ -1,8 +1,8 @@
 """The ledger's pinned BPF maps: limits, usage pages, processes, allocations and counters.
 
-The agent writes the maps, except `turns`, which the gatekeeper writes. All read them. Only BPF programs change the
-charges and the entries of processes: for such changes, agent and gatekeeper run the BPF program `adjust`. Errors are
-LedgerMissing, and OSError of bpf(2).
+The agent writes the maps, except `turns`, which the gatekeeper writes. Agent and gatekeeper read all maps. Only BPF
+programs change the charges and the entries of processes. For such changes, agent and gatekeeper run the BPF program
+`adjust`. Errors are LedgerMissing, and OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _DEVICE = ctypes.sizeof(abi.Device)
 _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_PROCESSES = 0, 5
 SWEPT_AT_ONCE = 1024  # allocations
-PAGES_AT_ONCE = 256  # created at a time; each takes a descriptor until all are created
+PAGES_AT_ONCE = 256  # created at a time; each page takes a descriptor until all are created
 FEW = 24  # for up to this many processes, single lookups are faster than reading the whole map
 MOVE_TRIES, MOVE_SECONDS = 20, 0.01
 
@@ -73,8 +73,8 @@ class Count(NamedTuple):
 class Ledger:
     """The pinned maps of one layout.
 
-    Threads other than the one that opens the ledger may call only file_check(), tenants(), context_bytes(), the methods
-    for processes and allocations, those of `orphans`, and those of `times` that do not set shares.
+    Threads other than the thread that opens the ledger may call only file_check(), tenants(), context_bytes(), the
+    methods for processes and allocations, the methods of `orphans`, and the methods of `times` that do not set shares.
     """
 
     def __init__(self, pins: Path = PINS) -> None:
@@ -122,9 +122,10 @@ class Ledger:
     # -- tenants and groups
 
     def page_fd(self, cgroup: int) -> int | None:
-        """Return a new descriptor of the level's usage page, which the caller closes; None: there is no frozen page.
+        """Return a new descriptor of the level's usage page, which the caller closes; None: no frozen page.
 
-        Tenants get this descriptor. A page that is not frozen is not returned, because a process could write it.
+        Tenants get this descriptor. A page that is not frozen is not returned, because a process could write such a
+        page.
         """
         page = bpf.inner_id(self._maps["pages"], _U64.pack(cgroup))
         if page is None:
@@ -144,7 +145,7 @@ class Ledger:
         return [_U64.unpack(key)[0] for key, _ in bpf.items(self._maps["pages"], 8, 4)]
 
     def usage(self, cgroup: int, devices: Iterable[int] = range(abi.DEVICES)) -> list[Usage] | None:
-        """Return one Usage for each device of the level's page, or None if it has no page."""
+        """Return one Usage for each device of the level's page, or None if the level has no page."""
         return self._usage.read(cgroup, devices)
 
     def limit(self, cgroup: int, device: int) -> int | None:
@@ -161,11 +162,11 @@ class Ledger:
         """Put limits in force, and create the pages of levels without a page. Existing pages keep their charges.
 
         Args:
-            over: called, usually in another thread, once for each batch of at most PAGES_AT_ONCE new levels, with
-                their cgroups, when every BPF program that found no page for them has ended.
+            over: called, usually in another thread, once for each batch of at most PAGES_AT_ONCE new levels, with the
+                cgroups of the batch, when every BPF program that found no page for these cgroups has ended.
 
         Raises:
-            OSError: E2BIG: there are too few pages for so many levels. No level is changed then.
+            OSError: E2BIG: too few pages for so many levels; no level is changed.
         """
         levels = list(levels)
         new = [level for level in levels if self.page_missing(level.cgroup)]
@@ -231,7 +232,7 @@ class Ledger:
         return None if raw is None else int(_U32.unpack(raw)[0])
 
     def enter_file(self, dev: int, ino: int, check: int = 1) -> None:
-        """Record a file as probed. `check` is the file offset of a probed instruction; 1: it is unknown."""
+        """Record a file as probed. `check` is the file offset of a probed instruction; 1: unknown."""
         bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(check))
 
     def forget_file(self, dev: int, ino: int) -> None:
@@ -297,7 +298,8 @@ class Ledger:
             changes: Process.changes of the reading from which the overhead was computed.
 
         Returns:
-            False if the process has been charged or has exited since that reading. The caller must read it again.
+            False if the process has been charged or has exited since that reading. The caller must read the process
+            again.
         """
         return self._run(abi.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
 
@@ -309,8 +311,8 @@ class Ledger:
         """Move a process and its charges to other levels, innermost first.
 
         Generation 0 adopts a process that has no entry. A move to the same levels moves charges that were late for the
-        last move. If the process has just been moved, the method tries again, for at most 0.2 s. Returns False if it
-        was not moved. A parked process is entered in `parked.unmoved` then.
+        last move. If the process has just been moved, the method tries again, for at most 0.2 s. Returns False if the
+        process was not moved. A parked process that was not moved is entered in `parked.unmoved`.
         """
         for _ in range(MOVE_TRIES):
             with self._moving:
@@ -331,10 +333,10 @@ class Ledger:
         return self._run(abi.Adjust.MARK, tgid, generation, device) == 0
 
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
-        """Return the tag in the verdicts for a process, and create the process's entry if it has none.
+        """Return the tag in the verdicts for a process. Create the process's entry if the process has no entry.
 
-        The result 0 means that the requests of the process have no tag: its level or bound owner has too many entries,
-        or the calling process runs in a pid namespace whose pids are not the kernel's.
+        The result 0 means that the requests of the process have no tag. The process's level or bound owner has too many
+        entries, or the calling process runs in a pid namespace whose pids are not the kernel's.
         """
         if not has_host_pids():
             return 0

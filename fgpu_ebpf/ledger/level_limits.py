@@ -1,6 +1,6 @@
 """The limits of a level, and the first contents of its usage page.
 
-Runs in the agent, which decides the limits. The ledger puts them in force.
+Runs in the agent, which decides the limits. The ledger puts the limits in force.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _MIB = 1 << 20
 class LevelLimits:
     """The limits of a level in bytes by ledger index. The level may not use a device whose index is missing.
 
-    `flags`: abi.LimitFlag. `owner`: the slot of its bound owner. `uncommitted`: devices on which the limit does not
-    count yet. `orphaned`: orphaned bytes by device, for a new page. `outside`: the part of the limits that views do not
-    show, in whole MiB.
+    `flags`: abi.LimitFlag. `owner`: the slot of the level's bound owner. `uncommitted`: devices on which the limit does
+    not count yet. `orphaned`: orphaned bytes by device, for a new page. `outside`: the part of the limits that views do
+    not show, in whole MiB.
     """
 
     cgroup: int

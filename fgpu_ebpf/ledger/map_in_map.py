@@ -1,10 +1,11 @@
 """Updates of BPF maps of maps.
 
-An update is visible at once, but its system call blocks for an RCU grace period, 10 to 30 ms, until no BPF program uses
-the old entry. Therefore a worker thread makes the system call, and the caller returns as soon as the entry is visible.
+An update is visible at once, but its system call blocks for an RCU grace period (10 to 30 ms), until no BPF program
+uses the old entry. Therefore a worker thread makes the system call, and the caller returns as soon as the entry is
+visible.
 
-Before Linux 6.8 a batch blocks once for each entry, so several threads each update a part. A lookup blocks too, so the
-caller waits for the end of the update.
+Before Linux 6.8 a batch blocks once for each entry, so several threads update one part each. A lookup also blocks, so
+the caller waits for the end of the update.
 
 Callers run in the agent's main thread. Errors are OSError of bpf(2). A failed update may have changed some entries.
 """
@@ -17,7 +18,7 @@ from functools import partial
 
 from fgpu_ebpf.linux import bpf
 
-MOST_THREADS = 32  # an update that needs another thread waits until one of them ends
+MOST_THREADS = 32  # an update that needs another thread waits until one of these threads ends
 LOOK_SECONDS = 0.0002
 _ID_BYTES = 4
 
@@ -52,7 +53,7 @@ class MapInMapUpdates:
     """Updates of maps of maps, which are passed as descriptors.
 
     `over` is called once no BPF program uses the old entries: usually in another thread, and in the caller's thread if
-    there is nothing to delete or no thread can be started. It is not called after a failed update.
+    there is nothing to delete or no thread can be started. `over` is not called after a failed update.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class MapInMapUpdates:
         self._threads: set[threading.Thread] = set()
 
     def put(self, fd: int, entries: Mapping[bytes, bytes], over: Callable[[], object] = _nothing) -> None:
-        """Insert or replace inner maps, which are passed as descriptors. All are visible on return. Raises OSError."""
+        """Insert or replace inner maps, passed as descriptors. All entries are visible on return. Raises OSError."""
         if not entries:
             return
         *_, last = entries  # the kernel updates the entries in this order
@@ -70,7 +71,7 @@ class MapInMapUpdates:
         self._change([partial(bpf.update_all, fd, part) for part in parts], is_there, over)
 
     def delete(self, fd: int, keys: Sequence[bytes], over: Callable[[], object] = _nothing) -> None:
-        """Delete entries. None of them exists on return. A missing entry is not an error. Raises OSError."""
+        """Delete entries. No deleted entry exists on return. A missing entry is not an error. Raises OSError."""
         there = [key for key in keys if bpf.inner_id(fd, key) is not None]
         if not there:
             over()
@@ -93,7 +94,7 @@ class MapInMapUpdates:
             self._threads.add(thread)
             try:
                 thread.start()
-            except RuntimeError:  # no more threads are allowed: the caller makes the update, and blocks
+            except RuntimeError:  # no more threads are allowed: the caller makes the update and blocks
                 self._threads.discard(thread)
                 self._make(make, change, over)
         while not change.ended.wait(None if bpf.HOLDS_LOOKERS else LOOK_SECONDS) and not is_made():
@@ -105,7 +106,7 @@ class MapInMapUpdates:
         error = None
         try:
             make()
-        except Exception as raised:  # _change() raises it
+        except Exception as raised:  # _change() raises this error
             error = raised
         try:
             if change.end_part(error):

@@ -17,14 +17,14 @@ _U32 = struct.Struct("I")
 
 
 class Opens(NamedTuple):
-    """Number of opens by processes of a level: `denied` were refused, `would_deny` were not, for lack of a policy."""
+    """Opens by processes of a level: `denied` is the number of refusals; `would_deny` lacked a policy to be refused."""
 
     denied: int
     would_deny: int
 
 
 class NodeOpens:
-    """The part of the ledger about opens of the driver's device nodes. `run` runs the BPF program `adjust`."""
+    """The ledger's part for opens of the driver's device nodes. `run` runs the BPF program `adjust`."""
 
     def __init__(self, maps: Mapping[str, int], run: Callable[..., int], pages: UsagePages) -> None:
         self._maps, self._run, self._pages = maps, run, pages
@@ -38,9 +38,9 @@ class NodeOpens:
                 bpf.delete(fd, major)
 
     def exempt(self, tgid: int, generation: int) -> None:
-        """Let a process open nodes, because it has memory: it opened the devices before."""
+        """Let a process open nodes, because a process with memory has opened the devices before."""
         self._run(abi.Adjust.EXEMPT, tgid, generation)
 
     def of(self, cgroup: int) -> Opens:
-        """Return the numbers of a level since its page was created. They are 0 if it has no page."""
+        """Return the numbers of a level since its page was created. The numbers are 0 if the level has no page."""
         return Opens(*self._pages.opens(cgroup))

@@ -1,7 +1,7 @@
 """Orphaned bytes: charges that remain after their process has exited, or has exported and freed the memory.
 
-The map `orphans` has one entry for each process, device and move of the process. Only BPF programs change it. The
-agent's reconcile thread reads it and decides which bytes are released.
+The map `orphans` has one entry for each process, device and move of the process. Only BPF programs change the map. The
+agent's reconcile thread reads the map and decides which bytes are released.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _U32 = struct.Struct("I")
 class Orphan:
     """Orphaned bytes on one device.
 
-    `tgid` and `generation` name the process that had them. `turn` is the number of its moves until they were orphaned.
-    `since_ns`: when the first of the bytes were orphaned. `ended_ns`: when the process exited or executed another
-    program; 0: neither has happened. `levels`: the cgroups that are charged, innermost first. Times are
-    CLOCK_MONOTONIC.
+    `tgid` and `generation` name the process that had the bytes. `turn` is the number of moves of this process until the
+    bytes were orphaned. `since_ns`: when the first of the bytes were orphaned. `ended_ns`: when the process exited or
+    executed another program; 0: the process still runs the program. `levels`: the cgroups that are charged, innermost
+    first. Times are CLOCK_MONOTONIC.
     """
 
     tgid: int
@@ -66,7 +66,7 @@ class OrphanMap:
     def _all(self) -> list[Orphan]:
         """Return all entries.
 
-        An empty map takes as long to read as a full one, so it is read only after entries were created.
+        An empty map takes as long to read as a full map, so an empty map is read only after entries were created.
         """
         so_far = bpf.number(self._maps["orphans_made"], 0)
         if so_far == self._empty_as_of:
@@ -86,15 +86,15 @@ class OrphanMap:
                 self.let_go(orphan, 0)
 
     def let_go(self, orphan: Orphan, bytes_: int) -> bool:
-        """Release bytes of an orphan at its levels; 0 bytes: delete its entry if it has no bytes.
+        """Release bytes of an orphan at its levels; 0 bytes: delete the orphan's entry if the entry has no bytes.
 
-        Returns False if the entry has changed or no longer exists. The caller must read it again.
+        Returns False if the entry has changed or no longer exists. The caller must read the entry again.
         """
         key = orphan.tgid, orphan.device, orphan.generation, orphan.turn
         return self._run(abi.Adjust.LET_GO, *key, bytes_) == 0
 
     def of_level(self, cgroup: int) -> list[int]:
-        """Return the orphaned bytes of a level by device, including bytes without an entry; empty if it has no page."""
+        """Return the orphaned bytes of a level by device, including bytes without an entry; empty: no page."""
         fd = self._open_page(cgroup)
         if fd is None:
             return []
@@ -105,7 +105,7 @@ class OrphanMap:
         return list(abi.UsagePage.from_buffer_copy(raw).orphaned) if raw else []
 
     def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
-        """Release orphaned bytes of a level that have no entry. Returns whether that was possible."""
+        """Release orphaned bytes of a level that have no entry. Returns whether the bytes were released."""
         return self._run(abi.Adjust.DISOWN, cgroup, device, bytes_) == 0
 
     def looked(self, cgroup: int, device: int, since_ns: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-PARTS = 4  # one owner gets at most 1/4 of the map `allocations`, as one level does by maps.bpf.h
+PARTS = 4  # one owner gets at most 1/4 of the map `allocations`, as one level (maps.bpf.h)
 KEYS = ("levels", "allocations", "threads", "processes", "orphans", "files", "unmanaged")
 
 

@@ -1,4 +1,4 @@
-"""The map `owners`: how many entries each bound owner has in the maps that all tenants share, and how many it may have.
+"""The map `owners`: the number of entries of each bound owner in the maps that all tenants share, and its maximum.
 
 Runs in the agent's main thread, which assigns the slots. BPF programs count the entries. A slot is assigned to another
 owner only after its counts have become zero. Errors are OSError; E2BIG: all slots are in use.
@@ -54,7 +54,7 @@ class OwnerTable:
         return slot
 
     def share(self, owner: int) -> Share | None:
-        """Return the entries of an owner, or None if it has no slot."""
+        """Return the entries of an owner, or None if the owner has no slot."""
         slot = self._look().get(owner)
         return None if slot is None else self._share(slot)
 

@@ -1,8 +1,8 @@
 """Parked processes: processes that the agent parks or has parked, and their bytes that no device holds.
 
 The map `parked` has an entry of each such process, from before the first call of the driver until the process runs
-again or has exited. An agent that starts finds here the processes that have to be woken. Only BPF programs change the
-map. This module runs in the agent's main thread. Errors are OSError of bpf(2).
+again or has exited. An agent that starts finds in this map the processes that have to be woken. Only BPF programs
+change the map. This module runs in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fgpu_ebpf.linux import bpf
 
 _KEY = struct.Struct("IIQ")
 _VALUE = ctypes.sizeof(abi.Parked)
-_TRIES, _PAUSE_SECONDS = 20, 0.001  # a step that a program of the process has disturbed is repeated
+_TRIES, _PAUSE_SECONDS = 20, 0.001  # a step that a thread of the process has disturbed is repeated
 
 Life = tuple[int, int]  # pid and generation of a process in the ledger
 
 
 class Parked(NamedTuple):
-    """An entry of the map. `bytes`: by ledger index. `level`: the cgroup that stays charged; 0: none."""
+    """An entry of the map. `bytes`: by ledger index. `level`: the cgroup that stays charged; 0: no level."""
 
     since_ns: int
     level: int
@@ -61,19 +61,19 @@ class ParkedMap:
         return found
 
     def begin(self, life: Life) -> int:
-        """Record that the agent is about to park a process. Returns 0 or an errno: E2BIG: there is no room."""
+        """Record that the agent is about to park a process. Returns 0 or an errno: E2BIG: the map is full."""
         return self._run(abi.Adjust.BEGIN_PARK, *life)
 
     def park(self, life: Life) -> int:
-        """Record that no device holds memory of the process any more. Returns 0 or an errno: ESRCH: it has exited."""
+        """Record that no device holds memory of the process any more. Returns 0 or an errno: ESRCH: exited."""
         return self._each_device(abi.Adjust.PARK, life)
 
     def wake(self, life: Life, force: bool = False) -> int:
-        """Charge the parked bytes of a process again. The caller parks them again if only some devices have room.
+        """Charge the parked bytes of a process again. The caller parks the bytes again if only some devices have room.
 
         Args:
             life: the process.
-            force: whatever the limits, because the driver has restored the memory.
+            force: charge the bytes whatever the limits, because the driver has restored the memory.
 
         Returns:
             0 or an errno: ENOSPC: a level around the process's own level has no room. ESRCH: the process has exited.
@@ -84,15 +84,16 @@ class ParkedMap:
         """Write the decision about a level's requests that lack room on a full device to the level's page.
 
         Args:
-            cgroup: the level. It may be gone.
+            cgroup: the level, which may have been removed.
             device: the full device.
-            seconds: for how long the requests wait before they are repeated, at most ROOM_NS; None: they fail now.
+            seconds: for how long the requests wait before they are repeated, at most ROOM_NS; None: the requests fail
+                now.
         """
         until_ns = 0 if seconds is None else time.monotonic_ns() + round(seconds * 1e9)
         self._adjust(abi.Adjust.ROOM, cgroup, device, until_ns)
 
     def end(self, life: Life) -> int:
-        """Delete the entry of a process that runs again. Returns 0 or an errno: EBUSY: it has parked bytes."""
+        """Delete the entry of a process that runs again. Returns 0 or an errno: EBUSY: the process has parked bytes."""
         return self._run(abi.Adjust.END_PARK, *life)
 
     def _each_device(self, verb: abi.Adjust, life: Life, *more: int) -> int:

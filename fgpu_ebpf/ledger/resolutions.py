@@ -34,12 +34,12 @@ class Resolutions:
         self._maps, self._new_epoch = maps, new_epoch
 
     def resolution(self, cgroup: int) -> Resolution | None:
-        """Return the decision about a cgroup, or None if there is none yet."""
+        """Return the decision about a cgroup, or None if no decision exists yet."""
         raw = bpf.lookup(self._maps["resolved"], _U64.pack(cgroup), _U32.size)
         return None if raw is None else Resolution(_U32.unpack(raw)[0])
 
     def resolved(self, cgroup: int) -> bool | None:
-        """Return whether a cgroup is managed; None: there is no decision yet, or the cgroup is refused."""
+        """Return whether a cgroup is managed; None: no decision yet, or the cgroup is refused."""
         found = self.resolution(cgroup)
         return None if found is None or found is Resolution.REFUSED else found is Resolution.MANAGED
 

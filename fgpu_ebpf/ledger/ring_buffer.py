@@ -37,10 +37,10 @@ class Event(NamedTuple):
 
 
 class Events:
-    """A reader of one ring buffer. Its descriptor is readable when there is an event."""
+    """A reader of one ring buffer. The descriptor is readable when an event is available."""
 
     def __init__(self, fd: int) -> None:
-        """Take ownership of `fd`, the descriptor of a ring buffer map. Raises OSError: it is not such a map."""
+        """Take ownership of `fd`, the descriptor of a ring buffer map. Raises OSError: not a ring buffer."""
         self._fd = fd
         size = bpf.form(fd).max_entries
         self._mask = size - 1

@@ -2,8 +2,8 @@
 
 Contexts, modules and imports explain a part of such memory. The driver allocates contexts and modules by itself.
 Imports are memory of other processes: NVML shows exported memory in the row of the exporter and, after the exporter has
-freed it or exited, in the row of an importer. If a tenant's process has more memory than that, the process uses a
-driver library that is not probed, with or without the shim.
+freed it or exited, in the row of an importer. If a tenant's process has more memory than these parts explain, the
+process uses a driver library that is not probed, with or without the shim.
 
 Runs in the agent's main thread.
 """
@@ -25,7 +25,8 @@ class Unwitnessed:
 
     Args:
         contexts: bytes of one context by ledger index.
-        modules: bytes that a process's code and data may take on a device: NVML shows them, but no probed call does.
+        modules: bytes that a process's code and data may take on a device; NVML shows these bytes, and no probed call
+            allocates them.
     """
 
     def __init__(self, contexts: Mapping[int, int], modules: int) -> None:
@@ -38,10 +39,11 @@ class Unwitnessed:
         self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): bytes that an importer keeps
 
     def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> Mapping[tuple[int, int], int]:
-        """Return the unexplained bytes by (pid, device) of all processes that have any.
+        """Return the unexplained bytes by (pid, device) of all processes that have unexplained bytes.
 
-        A process that has imported memory may hold all memory that other processes export, that exited processes have
-        exported, and that exporters have freed while it had the memory open.
+        A process that has imported memory may hold three kinds of memory: memory that other processes export, memory
+        that exited processes have exported, and memory that exporters have freed while this process had the memory
+        open.
 
         Args:
             processes: the ledger's processes, a new mapping for each pass.
@@ -68,7 +70,7 @@ class Unwitnessed:
         return found
 
     def _look(self, processes: Mapping[int, Process], exported: Counter[tuple[int, int, int]]) -> None:
-        """Record the memory that exporters have freed since the last pass, and assign it to importers."""
+        """Record the memory that exporters have freed since the last pass, and assign this memory to importers."""
         is_first = self._last is None
         freed: Counter[int] = Counter()
         for (_, _, device), bytes_ in (self._exported - exported).items():
@@ -89,7 +91,7 @@ class Unwitnessed:
     def _take(self, device: int, bytes_: int) -> int:
         """Return how many of these bytes exporters have freed, and subtract them from the freed bytes.
 
-        So the bytes are assigned to one importer only.
+        Therefore the bytes are assigned to one importer only.
         """
         taken = 0
         for freed in self._freed:
@@ -113,6 +115,6 @@ class Unwitnessed:
 
 def _exported(process: Process, device: int) -> int:
     """Return how many bytes of a process's memory other processes may have open."""
-    if process.flags & abi.Seen.EXPORT:  # it has exported memory that has no entry
+    if process.flags & abi.Seen.EXPORT:  # the process has exported memory that has no entry
         return process.bytes[device]
     return process.exported[device] + (process.pool[device] if process.flags & abi.Seen.POOL_EXPORT else 0)

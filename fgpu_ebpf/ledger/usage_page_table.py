@@ -38,13 +38,13 @@ class UsagePageTable:
     def make(self, new: Sequence[abi.UsagePage], over: Callable[[set[int]], object] | None = None) -> None:
         """Create pages and enter them in the maps `shelf` and `pages`. Raises OSError.
 
-        A page is frozen before it is visible. So a process that gets its descriptor can never write it, even if the
-        agent is killed during this call.
+        A page is frozen before it is visible. Therefore a process that gets the page's descriptor can never write the
+        page, even if the agent is killed during this call.
 
         Args:
             new: the contents of the pages. Their `place` is set.
-            over: called with their cgroups, usually in another thread, when every BPF program that found no page for
-                them has ended.
+            over: called with the cgroups of the pages, usually in another thread, when every BPF program that found no
+                page for these cgroups has ended.
         """
         made: dict[int, int] = {}
         cgroups = [page.cgroup for page in new]
@@ -63,7 +63,7 @@ class UsagePageTable:
                 os.close(fd)
 
     def take_away(self, cgroups: Collection[int], over: Callable[[set[int]], object]) -> None:
-        """Remove the pages of these cgroups, if they have any.
+        """Remove the pages of these cgroups. Cgroups without a page are skipped.
 
         `over` is called with the cgroups, usually in another thread, when no BPF program uses their pages any more.
         """
@@ -91,7 +91,7 @@ class UsagePageTable:
         if self._places is None:
             found = bpf.items(self._maps["pages"], _U64.size, _U32.size, PLACES)
             self._places = {_U64.unpack(cgroup)[0]: _place(_U32.unpack(page)[0]) for cgroup, page in found}
-            self._free = sorted({*range(PLACES)} - {*self._places.values()})  # a heap
+            self._free = sorted({*range(PLACES)} - {*self._places.values()})  # a sorted list, which is a heap
         return self._places
 
 

@@ -22,9 +22,9 @@ _U64, _OPENS = struct.Struct("Q"), struct.Struct(f"{abi.OPENS}Q")
 class Usage(NamedTuple):
     """The numbers of one level on one device, in bytes; `refused` is a count.
 
-    `used`: bytes that count as held by the device. `parked`: bytes of parked processes, which the level's limit has to
-    cover too, and the limits around it have not. `called_ns`: when a program of the level last reported a call of the
-    driver, on whichever device; 0: never.
+    `used`: bytes that count as held by the device. `parked`: bytes of parked processes, which the level's own limit has
+    to cover too, unlike the limits of the levels around this level. `called_ns`: when a program of the level last
+    reported a call of the driver, on whichever device; 0: never.
     """
 
     limit: int

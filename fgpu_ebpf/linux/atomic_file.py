@@ -1,7 +1,7 @@
-"""Replace a file as a whole: a reader gets all of the old text or all of the new, even if the writer is killed.
+"""Replacement of a file as a whole: a reader gets the whole old or the whole new text, even if the writer is killed.
 
 Runs in any thread of the agent, the gatekeeper and the commands. Each file has one writer at a time. After an error the
-old file still exists, and the temporary file beside it is removed.
+old file still exists, and the temporary file is removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fgpu_ebpf.linux.clear_path import make_way
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a text to a temporary file in the same folder, and rename it to the path.
+    """Write a text to a temporary file in the same folder, and rename this file to the path.
 
     Args:
         path: the file to replace. A folder at this path is removed or renamed first.

@@ -1,7 +1,7 @@
-"""The bpf(2) and perf_event_open(2) system calls that fgpu needs, and no others.
+"""The bpf(2) and perf_event_open(2) system calls that fgpu needs.
 
-Runs in any thread of the agent, the gatekeeper and the commands. It has no state. Errors are OSError with the kernel's
-errno and the name of the call. For a missing map entry the result is None.
+Runs in any thread of the agent, the gatekeeper and the commands. The module has no state. Errors are OSError with the
+kernel's errno and the name of the call. For a missing map entry the result is None.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 
 _UPDATE_BATCH, _DELETE_BATCH, _ANY, _NOEXIST, _EXIST = 26, 27, 0, 1, 2
 _OF_CGROUP_DEVICE, _PERF_EVENT, _TRACE_UPROBE_MULTI = 6, 41, 48
 KPROBE, CGROUP_DEVICE, RAW_TRACEPOINT = 2, 15, 17  # types of programs
-_MULTI_FROM = (6, 6)  # since this version, one link attaches a program to all offsets of a file
+_MULTI_FROM = (6, 6)  # from this version on, one link attaches a program to all offsets of a file
 _ID_BYTES, _PERF_FLAG_FD_CLOEXEC, _MOST_LOADS = 4, 8, 5
 ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
 MMAPABLE, MOST_INNER = 1 << 10, 4096  # MOST_INNER: maximum of inner maps in a map of maps
@@ -36,7 +36,7 @@ UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
 
 def kernel_release() -> tuple[int, int]:
-    """Return (major, minor) of the running kernel. driver/compiler.py has a copy, because it may not import fgpu."""
+    """Return (major, minor) of the running kernel. driver/compiler.py, which may not import fgpu, has a copy."""
     major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in os.uname().release.split(".")[:2])
     return major, minor
 
@@ -58,7 +58,8 @@ def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
 def _bytes(length: int) -> type[ctypes.Array[ctypes.c_char]]:
     """Return the ctypes array type of this length.
 
-    The types are cached. Otherwise each call would create garbage: a type takes some KiB and has reference cycles.
+    The types are cached, because each call would otherwise create garbage: a type takes some KiB and has reference
+    cycles.
     """
     return ctypes.c_char * length
 
@@ -195,7 +196,7 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
     An entry that changes during the call is yielded at most once. The caller may delete entries that were yielded.
 
     Args:
-        chunk: how many entries are read at a time. It grows if one bucket has more.
+        chunk: how many entries are read at a time. The number grows if one bucket has more entries.
 
     Raises:
         OSError: the kernel cannot read the map.
@@ -225,7 +226,8 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
     """Insert or replace many entries at once. Raises OSError.
 
-    If the map is a map of maps, the kernel waits for one RCU grace period; before Linux 6.8, for one for each entry.
+    If the map is a map of maps, the kernel waits for one RCU grace period, or before Linux 6.8 for one grace period per
+    entry.
     """
     if entries:
         k, v = _buffer(b"".join(entries)), _buffer(b"".join(entries.values()))
@@ -255,7 +257,7 @@ def freeze(fd: int) -> None:
 
 
 def frozen(fd: int) -> bool:
-    """Return whether the map is frozen. (A read-only descriptor is no substitute: it cannot be mapped as shared.)"""
+    """Return whether the map is frozen. A read-only descriptor, which cannot be mapped as shared, is no substitute."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
         return "frozen:\t1" in file.read()
 
@@ -319,7 +321,7 @@ def attach_raw_tracepoint(program: int, name: str) -> int:
 def attach_to_cgroup(program: int, folder: int) -> int:
     """Attach a program of the type CGROUP_DEVICE to an open cgroup folder, and return the link. Raises OSError.
 
-    The program decides about processes in this cgroup and below it, besides all other programs there.
+    The program decides about processes in this cgroup and below, in addition to all other programs of the cgroup.
     """
     return _bpf("LINK_CREATE", _LINK_CREATE, attributes.LinkCreateAttr(program, folder, _OF_CGROUP_DEVICE))
 

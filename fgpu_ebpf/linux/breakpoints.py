@@ -1,8 +1,8 @@
-"""Check whether the processes that map a probed file have its breakpoints in their memory.
+"""Check whether the processes that map a probed file have the file's breakpoints in their memory.
 
 A probe is attached to an inode. Another inode can have the same (dev, ino) in /proc/PID/maps: after overlayfs has
 copied a file up, new processes map the copy, which has no probe. A shared or a writable mapping has no breakpoints
-either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
+either. Therefore a file counts as probed for a process only if the process's own memory holds the breakpoint.
 
 of_process() and is_set() run in worker threads of the gatekeeper and the agent, because reading the memory of another
 process can block on that process. The other functions also run in the agent's main thread. Mapped pages of foreign
@@ -41,7 +41,7 @@ def choose(fd: int, offsets: Iterable[int]) -> int | None:
 
 
 def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[File, int]:
-    """Return the libcuda and shim files that a process maps, each with the offset where its breakpoint was found, or 0.
+    """Return the libcuda and shim files that a process maps, with the offset at which a breakpoint was found, or 0.
 
     Args:
         pid: the process.
@@ -63,7 +63,7 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
 
 
 def is_set(pid: int, file: File, offset: int) -> bool | None:
-    """Return whether a process has the breakpoint of a file; None: it does not map the file, or is unreadable."""
+    """Return whether a process has the breakpoint of a file; None: file not mapped, or unreadable process."""
     try:
         with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
             found = [one for one in procmaps.each(maps, procmaps.NEXT_EXECUTABLE) if (one.dev, one.ino) == file]
@@ -82,7 +82,7 @@ def is_set_in_new_mappings(fd: int, offset: int) -> bool:
 
 
 def _in_all(memory: int, found: Iterable[Mapped], file: File, offset: int) -> bool:
-    """Return whether mappings of this file cover the offset, and all of these hold the breakpoint."""
+    """Return whether mappings of this file cover the offset, and all of these mappings hold the breakpoint."""
     if offset == UNCHECKED:
         return True
     places = [

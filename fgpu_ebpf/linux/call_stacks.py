@@ -1,13 +1,13 @@
-"""Threads that sleep inside a driver library: which function called the system call in which a thread waits.
+"""Threads that sleep inside a driver library, by the function that called the system call in which a thread waits.
 
-A thread's stack pointer and its next instruction are in /proc/PID/task/TID/syscall while it sleeps. Above the stack
-pointer lie the return addresses of all functions that have not returned. A word of the stack is taken for a return
-address if it points into executable memory and follows a call instruction.
+A thread's stack pointer and its next instruction are in /proc/PID/task/TID/syscall while the thread sleeps. Above the
+stack pointer lie the return addresses of all functions that have not returned. A word of the stack is taken for a
+return address if it points into executable memory and follows a call instruction.
 
-A thread that a library of the driver has created has no frame of another library above the driver's frames, so it does
-not count: such threads always sleep there. A word may also be the rest of an earlier call, in a frame that has not
-overwritten it. So a thread certainly is in the driver only if the innermost frame outside libc is the driver's;
-otherwise it *may* be.
+A thread that a library of the driver has created has no frame of another library above the driver's frames. Such a
+thread does not count, because it always sleeps in the driver. A word may also be the rest of an earlier call, in a
+frame that has not overwritten this word. Therefore a thread certainly is in the driver only if the innermost frame
+outside libc is the driver's. Otherwise the thread *may* be in the driver.
 
 Reading a process can block on the process. Errors are OSError: the process has ended, or must not be read.
 """
@@ -24,16 +24,16 @@ from typing import NamedTuple
 
 from fgpu_ebpf.linux import procfs, procmaps
 
-FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 18  # of a stack: the driver's frames lie in the first part
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 18  # bytes of a stack that are read; the driver's frames lie in the first part
 _LIBCUDA = b"libcuda.so"
-_DRIVER = (_LIBCUDA, b"libnvidia-", b"libfgpu.so")  # the shim holds calls back that the driver must not get
+_DRIVER = (_LIBCUDA, b"libnvidia-", b"libfgpu.so")  # the shim delays calls that the driver must not get
 _LIBC = (b"libc.so", b"libc-", b"ld-", b"libpthread", b"[vdso]", b"[uprobes]", b"[vsyscall]")
 _LONGEST_CALL = 7  # bytes of a call instruction of x86-64
 _ANY_MAPPING = 0  # of procmaps.find()
 
 
 class Where(IntEnum):
-    """Says whether a thread sleeps in a call of the driver that another library has made."""
+    """The answer to whether a thread sleeps in a call of the driver that another library has made."""
 
     ELSEWHERE = 0
     PERHAPS_IN_DRIVER = 1
@@ -57,7 +57,7 @@ class Sleep(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The executable mappings of a process, by ascending address. `has_libcuda`: libcuda is one, by its name."""
+    """The executable mappings of a process, by ascending address. `has_libcuda`: a mapping has libcuda's name."""
 
     starts: tuple[int, ...]
     ends: tuple[int, ...]
@@ -65,7 +65,7 @@ class Code(NamedTuple):
     has_libcuda: bool
 
     def kind(self, address: int) -> Kind | None:
-        """Return the kind of the module at an address; None: there is no executable mapping."""
+        """Return the kind of the module at an address; None: no executable mapping."""
         at = bisect.bisect_right(self.starts, address) - 1
         return self.kinds[at] if at >= 0 and address < self.ends[at] else None
 
@@ -83,14 +83,14 @@ def code_of(pid: int) -> Code:
 
 
 def sleepers(pid: int) -> Iterator[tuple[int, Sleep]]:
-    """Yield each thread of a process that sleeps, and the place. Raises OSError."""
+    """Yield each sleeping thread of a process with the place at which the thread sleeps. Raises OSError."""
     folder = f"/proc/{pid}/task"
     for name in os.listdir(folder):
         try:
             words = procfs.read(f"{folder}/{name}/syscall").split()
         except (FileNotFoundError, ProcessLookupError):  # the thread has ended
             continue
-        if len(words) >= 3:  # otherwise it is running
+        if len(words) >= 3:  # otherwise the thread is running
             yield int(name), Sleep(int(words[-2], 16), int(words[-1], 16), b" ".join(words[:-2]))
 
 
@@ -112,7 +112,7 @@ class Stacks:
 
     def where(self, sleep: Sleep, code: Code) -> Where:
         """Return where a thread sleeps. Raises OSError: its stack cannot be read."""
-        kinds = self._frames(sleep, code)  # each search below goes on where the search before it has stopped
+        kinds = self._frames(sleep, code)  # each search below continues where the previous search has stopped
         innermost = next((kind for kind in kinds if kind is not Kind.LIBC), None)
         if innermost is Kind.DRIVER:
             return Where.IN_DRIVER if Kind.OTHER in kinds else Where.ELSEWHERE

@@ -1,6 +1,6 @@
 """The capabilities that the agent and the gatekeeper keep after their start, and those that the parker needs.
 
-Agent and gatekeeper drop all others.
+Agent and gatekeeper drop all other capabilities.
 
 Runs in the main thread of each process, before it starts other threads.
 """
@@ -23,7 +23,7 @@ class Capability(enum.IntEnum):
     """Capabilities with their numbers in linux/capability.h."""
 
     CHOWN = 0  # set the group of the control socket
-    DAC_OVERRIDE = 1  # reach a process of any user through its folder in /proc, as the driver does
+    DAC_OVERRIDE = 1  # access a process of any user through its folder in /proc, as the driver does
     DAC_READ_SEARCH = 2  # read files and folders of tenants that any user may own
     KILL = 5  # kill processes that allocate memory without a probe, under onBypass: kill
     SYS_PTRACE = 19  # read the mappings, the root and the namespaces of a process of any user

@@ -20,7 +20,7 @@ HOST_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO: the inode of the first cgro
 
 @cache
 def root_path() -> str:
-    """Return the path of this namespace's root in the hierarchy; empty: it is the host's namespace, or unknown.
+    """Return the path of this namespace's root in the hierarchy; empty: the host's namespace, or an unknown path.
 
     The path is read in the namespace of process 2, a kernel thread in the host's namespaces. Inside a pid namespace
     this kernel thread is not visible, so the path is unknown.

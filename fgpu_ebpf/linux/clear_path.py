@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def make_way(path: str) -> None:
-    """Remove the folder at this path if it is empty, and rename it to `PATH.moved-TIME` otherwise. Raises OSError.
+    """Remove an empty folder at this path, or rename a folder with contents to `PATH.moved-TIME`. Raises OSError.
 
-    Does nothing if there is no folder. Docker creates a folder for the missing source of a bind mount, for example for
-    a container that starts before the agent.
+    Does nothing if the path is not a folder. Docker creates a folder for the missing source of a bind mount, for
+    example for a container that starts before the agent.
     """
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -28,7 +28,7 @@ def remove_moved(path: Path) -> None:
     """Remove the folders that make_way() has renamed at a path, except those with a mount inside."""
     for folder in path.parent.glob(f"{path.name}.moved-*"):
         if not _has_mounts(folder):
-            import shutil  # here, because there is rarely such a folder, and shutil imports libraries for compression
+            import shutil  # imported when needed: such folders are rare, and shutil imports libraries for compression
 
             shutil.rmtree(folder, ignore_errors=True)
 

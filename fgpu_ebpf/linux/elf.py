@@ -79,12 +79,12 @@ class Library:
 
     @property
     def name(self) -> str:
-        """DT_SONAME, the name by which programs request the library; empty if it has none."""
+        """DT_SONAME, the name by which programs request the library; empty: no such name."""
         at = self._entries.get(_SONAME)
         return "" if at is None else self._text(at).decode(errors="replace")
 
     def offset(self, name: str) -> int | None:
-        """Return the file offset of a function; None: it is not exported. Raises ElfError: its address is not code."""
+        """Return the file offset of a function; None: not exported. Raises ElfError: its address is not code."""
         for address in map(self._defined_at, self._candidates(name.encode())):
             if address:
                 return self._code_offset(name, address)

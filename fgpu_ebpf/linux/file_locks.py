@@ -1,7 +1,7 @@
 """Files of the run folder that one process at a time locks (flock).
 
-Runs in the main threads of the agent, the gatekeeper and the commands. A process that may read the file can lock it.
-Therefore only root may read it. Otherwise any local user could prevent the start of the agent.
+Runs in the main threads of the agent, the gatekeeper and the commands. A process that may read a file can lock the
+file. Therefore only root may read these files; otherwise any local user could prevent the start of the agent.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FileLock:
 
 
 def is_locked(path: str | Path) -> bool:
-    """Return whether a process holds the file's lock; False if there is no such file. Raises OSError."""
+    """Return whether a process holds the file's lock; False if the file does not exist. Raises OSError."""
     # Frequent callers pass a string: a Path interns its parts, and the table of interned strings grows by a megabyte.
     try:
         with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def is_locked(path: str | Path) -> bool:
 
 
 def holder(path: Path) -> int | None:
-    """Return the pid that the last holder wrote, which is valid in the holder's pid namespace; None: there is none."""
+    """Return the pid that the last holder wrote, which is valid in the holder's pid namespace; None: no pid."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"))
     return None

@@ -1,7 +1,7 @@
 """Futexes: waiting for changes of 32-bit words that two processes share.
 
-The gatekeeper's time slicer thread waits for many words at once, and any thread may wake it. A woken thread must read
-the words again, because a wake-up does not prove a change. futex_waitv needs Linux 5.16.
+The gatekeeper's time slicer thread waits for many words at once, and any thread may wake this thread. A woken thread
+must read the words again, because a wake-up does not prove a change. futex_waitv needs Linux 5.16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fence() -> None:
 
 
 class FutexWords:
-    """Words for which one thread waits, until one of them differs from its expected value or wake() is called."""
+    """Words for which one thread waits, until a word differs from its expected value or wake() is called."""
 
     def __init__(self) -> None:
         self._own = Word(0)
@@ -41,7 +41,7 @@ class FutexWords:
         self.watch(())
 
     def watch(self, addresses: Sequence[int]) -> None:
-        """Replace the words by those at `addresses`, at most MOST_WORDS. Afterwards, call expect() for each of them."""
+        """Replace the words by those at `addresses`, at most MOST_WORDS. Afterwards, call expect() for each word."""
         every = (ctypes.addressof(self._own), *addresses[:MOST_WORDS])
         self._count = len(every)
         self._waiters = _Waiters()

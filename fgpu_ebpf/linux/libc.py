@@ -1,7 +1,7 @@
 """The C library of this process, for functions that Python's os module lacks.
 
-fgpu calls its functions for capabilities, mounts, namespaces, mmap, inotify and malloc, and its syscall() for bpf,
-perf_event_open, futex, openat2 and pidfd_getfd. Safe in any thread, because each thread has its own errno.
+fgpu calls the library's functions for capabilities, mounts, namespaces, mmap, inotify and malloc, and syscall() for
+bpf, perf_event_open, futex, openat2 and pidfd_getfd. Safe in any thread, because each thread has its own errno.
 """
 
 from __future__ import annotations

@@ -54,18 +54,18 @@ class Sink(Protocol):
 
 
 class Descriptor:
-    """A file, pipe, terminal or socket that other processes may share. Its blocking mode does not change for them."""
+    """A file, pipe, terminal or socket that other processes may share. Their blocking mode does not change."""
 
     def __init__(self, fd: int) -> None:
         mode = os.fstat(fd).st_mode
         self._socket = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(mode) else None
         self._fd = fd
         if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            with contextlib.suppress(OSError):  # O_NONBLOCK belongs to the open file description: open a new one
+            with contextlib.suppress(OSError):  # O_NONBLOCK belongs to the open file description: open a new file
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
     def write(self, line: bytes) -> None:
-        """Write a line in one call. Raises OSError: the line, or a part of it, is not accepted at once."""
+        """Write a line in one call. Raises OSError: the whole line is not accepted at once."""
         if self._socket:
             self._socket.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             return
@@ -85,7 +85,7 @@ class Journal:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def write(self, line: bytes) -> None:
-        """Send one entry to the journal. Raises OSError: the journal does not accept it at once."""
+        """Send one entry to the journal. Raises OSError: the journal does not accept the entry at once."""
         self._socket.sendto(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._path)
 
 
@@ -112,7 +112,7 @@ class Json(Text):
     """Formats each record as one line with a JSON object: time, level, logger, message, then the fields."""
 
     def encode(self, record: logging.LogRecord) -> bytes:
-        """Return the line. If it is too long, its fields are left out, and then the end of its message."""
+        """Return the line. The fields, and then the end of the message, of a line that is too long are left out."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         entry = {"time": when, "level": record.levelname.lower(), "logger": record.name}
         entry["message"] = _message(self, record)
@@ -156,7 +156,7 @@ class Handler(logging.Handler):
     """Writes a line at once or drops it.
 
     `dropped`: number of lines that could not be written. `left_out`: number of lines beyond the maximum of lines or of
-    statements in ten seconds. Both only grow.
+    statements in ten seconds. Both counters only grow.
     """
 
     def __init__(self, sink: Sink, form: Text, now: Callable[[], float] = time.monotonic) -> None:
@@ -180,13 +180,13 @@ class Handler(logging.Handler):
                 self._sink.write(self._form.encode(_line(text, dropped - self._reported)))
                 self._reported = dropped
             if more:
-                self._sink.write(self._form.encode(_line("%d more lines like the next one were left out", more)))
+                self._sink.write(self._form.encode(_line("%d more lines like the next line were left out", more)))
             self._sink.write(self._form.encode(record))
         except Exception:  # any exception, because a log line must never stop the service
             self.dropped += 1
 
     def _too_many(self, record: logging.LogRecord) -> int | None:
-        """Return how many lines of the statement's last window were left out; None: this line must be left out too."""
+        """Return how many lines of the statement's last window were left out; None: omit this line too."""
         more = record.__dict__
         statement, now = (record.name, str(record.msg), more.get("what"), more.get("tenant")), self._now()
         begun, count = self._windows.get(statement, (now, 0))

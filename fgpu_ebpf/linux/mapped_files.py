@@ -1,4 +1,4 @@
-"""Files that processes map: their names in /proc/PID/maps, and how to open such a file safely.
+"""Files that processes map: their names in /proc/PID/maps, and functions that open such a file safely.
 
 Runs in the agent's main thread and worker threads, and in the commands.
 """
@@ -39,7 +39,7 @@ class MappedFile:
 
 
 def open_regular(path: str, follow: bool = False) -> int:
-    """Open for reading a file that a tenant may have created. Raises OSError if it is not a regular file.
+    """Open for reading a file that a tenant may have created. Raises OSError if the file is not a regular file.
 
     The type is checked before the file is opened for reading, because open() of a fifo would block, and open() of a
     device can have side effects. With O_NONBLOCK, a lease on the file does not block either.

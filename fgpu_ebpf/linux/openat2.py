@@ -20,7 +20,7 @@ def find(root: int, path: str, resolve: int) -> int:
 
     Args:
         root: a descriptor of the root folder.
-        path: the path inside it.
+        path: the path inside the root folder.
         resolve: flags of openat2(2) in addition to IN_ROOT, for example NO_SYMLINKS.
 
     Raises:
@@ -33,7 +33,7 @@ def find(root: int, path: str, resolve: int) -> int:
 def find_mapped(root: str, path: str) -> int:
     """Open a path that the kernel has reported, and return the descriptor. Raises OSError.
 
-    Such a path contains no symbolic links, so the function refuses links that were created since.
+    Such a path contains no symbolic links, so the function refuses links that were created after the report.
     """
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

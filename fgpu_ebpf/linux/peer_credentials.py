@@ -1,4 +1,4 @@
-"""The process at the other end of a Unix socket, as the kernel recorded it when the process connected (SO_PEERCRED)."""
+"""The process at the other end of a Unix socket, as recorded by the kernel when the process connected (SO_PEERCRED)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 
 from fgpu_ebpf.linux.libc import LIBC, check
 
-_PIDFD_GETFD = 438  # the same on all architectures; Python's os module has no function for it
+_PIDFD_GETFD = 438  # identical on all architectures; Python's os module has no function for this system call
 
 
 def copy_from(pidfd: int, descriptor: int) -> int:

@@ -15,8 +15,8 @@ NICE = -10
 def raise_priority() -> None:
     """Raise the priority of this thread and of the threads that it starts.
 
-    Otherwise it gets a 300th of a processor while 300 programs start. Without CAP_SYS_NICE the priority stays as the
-    systemd unit has set it.
+    Without a raised priority, the thread gets a 300th of a processor while 300 programs start. Without CAP_SYS_NICE,
+    the priority that the systemd unit has set stays.
     """
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)

@@ -1,7 +1,7 @@
 """Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
 
-Runs in all threads of the agent, the gatekeeper and the commands. Reads of files that a process can make long have a
-maximum. Facts come from the kernel, never from the process itself. If the process has exited, the result is None or
+Runs in all threads of the agent, the gatekeeper and the commands. Reads of files whose length a process determines have
+a maximum. Facts come from the kernel, never from the process itself. If the process has exited, the result is None or
 empty, or the function raises OSError if its docstring says so.
 """
 
@@ -31,7 +31,7 @@ _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: str
 _INFO_PID_AND_CGROUP = 0b101
 _UNKNOWN_TO_PIDFDS = (errno.ENOTTY, errno.EINVAL)
 _TRIES = 10
-_PF_EXITING = 0x4  # a flag of a task, set before the kernel reports its exit
+_PF_EXITING = 0x4  # a flag of a task, set before the kernel reports the exit
 
 
 def read(path: str) -> bytes:
@@ -63,10 +63,10 @@ def alive(pidfd: int) -> bool:
 
 
 def ended(pid: int) -> bool:
-    """Return whether all threads of a process have ended or are exiting, even if its parent has not waited for it.
+    """Return whether all threads of a process have ended or are exiting, even if its parent has not waited for its end.
 
-    The kernel frees the device memory of a process during its exit. That can take seconds, and the pidfd reports the
-    exit only afterwards. All threads are checked, because the first thread may end before the others.
+    The kernel frees the device memory of a process during its exit. The release can take seconds, and the pidfd reports
+    the exit only afterwards. All threads are checked, because the first thread may exit before the other threads.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -102,7 +102,7 @@ def _threads(pid: int) -> list[str]:
 
 
 def _is_exiting(pid: int, thread: int | str) -> bool:
-    """Return whether a thread is exiting or has ended, so that it runs no more code of its program."""
+    """Return whether a thread is exiting or has ended, so that the thread runs no more code of its program."""
     try:
         text = read(f"/proc/{pid}/task/{thread}/stat")
     except OSError:
@@ -111,7 +111,7 @@ def _is_exiting(pid: int, thread: int | str) -> bool:
 
 
 def started(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks since boot; None: it has ended.
+    """Return the start time of a process in clock ticks since boot; None: the process has ended.
 
     The pid and the start time together identify a process.
     """
@@ -123,7 +123,7 @@ def started(pid: int) -> int | None:
 
 
 def and_above(path: str) -> Iterator[str]:
-    """Yield the path of a cgroup and of all cgroups around it, innermost first."""
+    """Yield the path of a cgroup and of all enclosing cgroups, innermost first."""
     while path.strip("/"):
         yield path
         path = path.rpartition("/")[0]
@@ -131,7 +131,7 @@ def and_above(path: str) -> Iterator[str]:
 
 
 def identity(pidfd: int) -> tuple[int, int]:
-    """Return a process's pid in the caller's pid namespace, and the id of its cgroup. Raises OSError: it has exited."""
+    """Return a process's pid in the caller's pid namespace, and the id of its cgroup. Raises OSError: exited."""
     try:
         info = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
     except OSError as error:
@@ -145,12 +145,12 @@ def identity(pidfd: int) -> tuple[int, int]:
 def _identity_by_name(pidfd: int) -> tuple[int, int]:
     """Return identity() from /proc, for kernels before 6.13.
 
-    The values belong to the process only if it still lives after they were read.
+    The values belong to the process only if the process is still alive after they were read.
     """
     pid, root = _pid_of(pidfd), cgroup2_root()
     for _ in range(_TRIES):
         path = _cgroup(pid)
-        with contextlib.suppress(FileNotFoundError):  # the process has moved, and the old cgroup is gone
+        with contextlib.suppress(FileNotFoundError):  # the process has moved, and the old cgroup was removed
             cgroup = os.stat(f"{root}{path}").st_ino
             if path == _cgroup(pid) and alive(pidfd):
                 return pid, cgroup
@@ -182,7 +182,7 @@ def pid_space(pidfd: int) -> int:
 
 
 def pid_names(tgid: int) -> dict[int, int]:
-    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty: it has exited."""
+    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty: exited."""
     names: dict[int, int] = {}
     try:
         pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
@@ -201,7 +201,7 @@ def pid_names(tgid: int) -> dict[int, int]:
 
 
 def clock_ahead_ns(pid: int) -> int:
-    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0: it is gone."""
+    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0: exited."""
     try:
         if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
             return 0
@@ -247,7 +247,7 @@ def has_mount(pid: int, path: str) -> bool:
 
 
 def has_memory(pid: int) -> bool:
-    """Return whether a process has an address space. Kernel threads and ended processes have none."""
+    """Return whether a process has an address space. Kernel threads and ended processes have no address space."""
     try:
         return not read(f"/proc/{pid}/statm").startswith(b"0 ")
     except OSError:
@@ -268,7 +268,7 @@ def cgroup2_root() -> Path | None:
 
 
 def cgroup_path(pid: int) -> str | None:
-    """Return the path of a process's v2 cgroup below the hierarchy's root, e.g. `/fgpu/run-1`; None: it has exited."""
+    """Return the path of a process's v2 cgroup below the hierarchy's root, e.g. `/fgpu/run-1`; None: exited."""
     try:
         return _cgroup(pid).removesuffix(" (deleted)") or None
     except OSError:
@@ -311,6 +311,6 @@ def _folders(root: Path, inside: list[str]) -> list[str]:
 
 @functools.cache
 def possible_processors() -> int:
-    """Return the number of possible processors: a per-processor map has this many values for each entry."""
+    """Return the number of possible processors, which is the number of values per entry of a per-processor map."""
     spans = [span.split("-") for span in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")]
     return 1 + max(int(span[-1]) for span in spans)

@@ -1,10 +1,10 @@
 """The mappings of a process.
 
-The functions query one mapping at a time (PROCMAP_QUERY, Linux 6.11). On older kernels they parse /proc/PID/maps. Both
-ways have a maximum, because a process can have any number of mappings. A read can block on the process. Therefore the
-agent and the gatekeeper read in worker threads, except for the reason of a bypass (`driver.bypass_reason`) and for
-preexisting processes at the agent's start. The functions raise OSError with ENOENT if there is no such mapping, and
-with E2BIG if there are too many.
+The functions query one mapping at a time (PROCMAP_QUERY, Linux 6.11). On older kernels the functions parse
+/proc/PID/maps. Both methods have a maximum, because a process can have any number of mappings. A read can block on the
+process. Therefore the agent and the gatekeeper read in worker threads, except for the reason of a bypass
+(`driver.bypass_reason`) and for preexisting processes at the agent's start. The functions raise OSError with ENOENT if
+no such mapping exists, and with E2BIG if there are too many mappings.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MOST = 1 << 15
 MOST_BYTES = 1 << 24  # of /proc/PID/maps: about 100,000 lines
 File = tuple[int, int]  # (dev, ino) as in /proc/PID/maps
 # The mapping to find. AT: the mapping that contains the address. NEXT_EXECUTABLE and NEXT_SHARED: the first mapping at
-# or after the address that is executable, or shared and writable. These three find mappings of files only. NEXT_CODE:
-# the first executable mapping at or after the address, with or without a file.
+# or after the address that is executable, or shared and writable. These three constants find mappings of files only.
+# NEXT_CODE: the first executable mapping at or after the address, with or without a file.
 AT, NEXT_EXECUTABLE, NEXT_SHARED, NEXT_CODE = 0x20, 0x34, 0x3A, 0x14
 _OR_NEXT, _OF_FILES = 0x10, 0x20
 _MODES = {0x02: b"w", 0x04: b"x", 0x08: b"s"}
@@ -69,7 +69,7 @@ def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
         maps: the open /proc/PID/maps.
         at: an address.
         which: AT or one of the NEXT constants.
-        named: report the path too.
+        named: whether to report the path too.
     """
     try:
         return _ask(maps, at, which, named)

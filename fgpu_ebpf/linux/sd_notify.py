@@ -41,7 +41,7 @@ def stopping() -> bool:
 
 
 class Watchdog:
-    """Pings of the manager's watchdog, twice in the interval that the manager requests; none without a request."""
+    """Pings of the manager's watchdog, twice in the interval that the manager requests; no pings without a request."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ, now: Callable[[], float] = time.monotonic) -> None:
         self._environment, self._now = environment, now
@@ -57,7 +57,7 @@ class Watchdog:
 
 
 def _asked_microseconds(environment: Mapping[str, str]) -> int:
-    """Return the interval in microseconds, or 0 if there is no watchdog for this process."""
+    """Return the interval in microseconds, or 0 if this process has no watchdog."""
     try:
         is_own = int(environment.get("WATCHDOG_PID", os.getpid())) == os.getpid()
         return max(0, int(environment.get("WATCHDOG_USEC", 0))) if is_own else 0

@@ -1,10 +1,10 @@
-"""Worker threads for jobs that can block on a process or a file of a tenant, so that the main loop never blocks.
+"""Worker threads for jobs that can block on a process or a file of a tenant, so that no main loop blocks.
 
 Each job has an owner. Jobs of one owner are done one after the other, so a job that hangs blocks one thread and the
-queue of its owner. Jobs of other owners get another thread. A few threads run as long as jobs finish. More threads are
+owner's queue. Jobs of other owners get other threads. A few threads run as long as jobs finish. More threads are
 started only if no job has finished for STALLED_NS.
 
-In the gatekeeper the jobs read mappings of processes. In the agent they examine files of libcuda. `want`, `due_ns`,
+The jobs of the gatekeeper read mappings of processes. The jobs of the agent examine files of libcuda. `want`, `due_ns`,
 `go` and `take` are called in the main loop. `work` runs in the worker threads and must not raise.
 """
 
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[Owner, Job, Result]):
-    """A finished job with its result. `took_ns`: the processor time that it used, in nanoseconds."""
+    """A finished job with its result. `took_ns`: the processor time that the job used, in nanoseconds."""
 
     owner: Owner
     job: Job
@@ -70,7 +70,7 @@ class Workers(Generic[Owner, Job, Result]):
     # -- in the loop
 
     def want(self, owner: Owner, job: Job) -> bool:
-        """Queue a job, which a later go() starts. Returns False if the queue is full: the job is not queued."""
+        """Queue a job, which a later go() starts. Returns False if a full queue rejects the job."""
         wanted = self._wanted.setdefault(owner, deque())
         if len(wanted) >= self._most:
             self._leave_out_unwanted(wanted)
@@ -142,7 +142,7 @@ class Workers(Generic[Owner, Job, Result]):
         woken_ns = monotonic_ns()
         try:
             while self._jobs:
-                with contextlib.suppress(IndexError):  # another thread has taken it
+                with contextlib.suppress(IndexError):  # another thread has taken the job
                     self._do(*self._jobs.popleft())
                 if monotonic_ns() - woken_ns > WAKE_NS:
                     woken_ns = monotonic_ns()

@@ -1,7 +1,7 @@
 """Claims of processes for a job: locks of single bytes of a file, each at the position of a pid.
 
-The lock belongs to the open file, which the process of the job has inherited. So it ends with that process, also if the
-parker has ended before, and the next parker finds it.
+A lock belongs to the open file, which the process of the job has inherited. Therefore the lock ends with that process,
+even if the parker has exited before, and the next parker finds the lock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MODE = 0o600
 def claim(run_dir: Path, pids: Iterable[int]) -> int:
     """Lock these processes for a job, and return the descriptor that holds the locks.
 
-    Raises RequestError (a process has a job already) and OSError.
+    Raises OSError, and RequestError if a process has a job already.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.open(run_dir / FILE, flags, _MODE)

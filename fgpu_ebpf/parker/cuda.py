@@ -18,7 +18,7 @@ _NAMES = ("GetState", "Lock", "Checkpoint", "Restore", "Unlock")
 
 
 class State(enum.IntEnum):
-    """The state of a process (CUprocessState). UNKNOWN: the driver does not know the process."""
+    """The state of a process (CUprocessState). UNKNOWN: the driver has no record of the process."""
 
     UNKNOWN = -1
     RUNNING = 0
@@ -39,26 +39,26 @@ class DriverError(Exception):
 
 
 class Checkpoints(Protocol):
-    """The driver's functions for one process each. All but state() raise DriverError."""
+    """The driver's functions for one process. Each function raises DriverError."""
 
     def state(self, pid: int) -> State:
         """Return the state of a process. Raises DriverError."""
 
     def lock(self, pid: int, milliseconds: int) -> None:
-        """Let the process's calls wait, when its work is done. Fails with NOT_READY if that takes longer."""
+        """Block the process's calls when its work is done. Fails with NOT_READY if the work takes longer."""
 
     def checkpoint(self, pid: int) -> None:
         """Move the memory of a locked process to the host."""
 
     def restore(self, pid: int) -> None:
-        """Move it back. The process stays locked."""
+        """Move a process's memory back to the device. The process stays locked."""
 
     def unlock(self, pid: int) -> None:
-        """Let the process's calls go on."""
+        """Unblock the process's calls."""
 
 
 class Libcuda:
-    """The driver of this host. Raises DriverError: it cannot be loaded or initialised, or is older than 570."""
+    """The driver of this host. Raises DriverError: the driver cannot be loaded or initialised, or is older than 570."""
 
     def __init__(self, library: Path) -> None:
         try:
@@ -81,7 +81,7 @@ class Libcuda:
         return _STATES.get(found.value, State.FAILED)
 
     def lock(self, pid: int, milliseconds: int) -> None:
-        """Let the process's calls wait, when its work is done. Raises DriverError."""
+        """Block the process's calls when its work is done. Raises DriverError."""
         # The first 4 bytes are the time-out. The processors that NVIDIA supports are little-endian.
         self._call("Lock", pid, milliseconds)
 
@@ -90,11 +90,11 @@ class Libcuda:
         self._call("Checkpoint", pid)
 
     def restore(self, pid: int) -> None:
-        """Move it back. The process stays locked. Raises DriverError."""
+        """Move a process's memory back to the device. The process stays locked. Raises DriverError."""
         self._call("Restore", pid)
 
     def unlock(self, pid: int) -> None:
-        """Let the process's calls go on. Raises DriverError."""
+        """Unblock the process's calls. Raises DriverError."""
         self._call("Unlock", pid)
 
     def _call(self, name: str, pid: int, first: int = 0) -> None:

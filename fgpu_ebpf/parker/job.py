@@ -1,7 +1,8 @@
-"""One job: what the driver is told, in which order, and what is undone after a failure.
+"""One job: the order of the driver's calls, and the recovery after a failure.
 
-All processes of a job are locked under one deadline. All are unlocked at the first failure. All are restored before any
-is unlocked, so that no process of a tenant runs while another is parked. Runs in a process of its own.
+All processes of a job are locked under one deadline, and all processes are unlocked at the first failure. All processes
+are restored before any process is unlocked, so that no process of a tenant runs while another process is parked. The
+job runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ class Target(Protocol):
     pid: int
 
     def is_there(self) -> bool:
-        """Return whether the process lives."""
+        """Return whether the process is alive."""
 
     def check(self) -> None:
-        """Check that the process lives. Raises RequestError."""
+        """Check that the process is alive. Raises RequestError."""
 
     def check_runs(self) -> None:
-        """Check that nothing keeps the process from executing. Raises RequestError."""
+        """Check that the process is not stopped, traced or frozen. Raises RequestError."""
 
     def is_quiet(self, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
-        """Wait until no thread is in a call that it began before. Return False if that is not certain by `until`."""
+        """Wait until no thread is in an earlier call. Return False if such a call cannot be excluded by `until`."""
 
 
 class Job:
     """The processes of a request, and the driver.
 
-    `check_room` raises RequestError if the host has no room for the copy. `now` and `sleep` are for seconds.
+    `check_room` raises RequestError if the host has no room for the copy. `now` and `sleep` use seconds.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Job:
     # -- park
 
     def park(self) -> Outcome:
-        """Lock all processes and checkpoint them. If that fails, all run again."""
+        """Lock and checkpoint all processes. After a failure, all processes run again."""
         try:
             for target in self._targets:
                 target.check_runs()
@@ -130,7 +131,7 @@ class Job:
     # -- wake
 
     def wake(self) -> Outcome:
-        """Restore all processes that are parked, and then unlock all. If one cannot be restored, all stay parked."""
+        """Restore all parked processes, and then unlock them. If a process cannot be restored, all stay parked."""
         try:
             for target in self._there():
                 target.check_runs()
@@ -139,7 +140,7 @@ class Job:
         return self._restore_all("", 0)
 
     def recover(self, why: str) -> Outcome:
-        """Let all processes run again after a job that has ended halfway. `why`: what has happened."""
+        """Let all processes run again after a job that has ended halfway. `why`: the reason of that end."""
         try:
             states = ", ".join(f"{pid} {state}" for pid, state in self.states().items())
             return self._restore_all(f"{why} (processes: {states})", PATIENCE_SECONDS)
@@ -150,7 +151,7 @@ class Job:
         return [target for target in self._targets if target.is_there()]
 
     def _restore_all(self, why: str, patience: float) -> Outcome:
-        """Restore and unlock all processes that live. `why` is the error of the outcome.
+        """Restore and unlock all processes that are alive. `why` is the error of the outcome.
 
         `patience`: for how many seconds a call is repeated while another call is in progress for its process.
         """
@@ -175,7 +176,7 @@ class Job:
         return Outcome("running", why)
 
     def _settle(self, target: Target, state: State, call: Callable[[int], None], until: float) -> None:
-        """Make a call for a process that is in this state. A process that ends meanwhile needs no call."""
+        """Make a call for a process that is in this state. A process that exits meanwhile needs no call."""
         while True:
             try:
                 found = self._driver.state(target.pid)
@@ -193,7 +194,7 @@ class Job:
                 return
 
     def _put_back(self, why: str) -> Outcome:
-        """Park the processes that have been restored, because another one cannot be."""
+        """Park the processes that have been restored, because another process cannot be restored."""
         try:
             for target in self._there():
                 state = self._driver.state(target.pid)

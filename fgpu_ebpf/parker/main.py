@@ -1,8 +1,8 @@
-"""The parker's main loop: it accepts requests of root, and starts a process for each job.
+"""The parker's main loop, which accepts requests of root and starts a process for each job.
 
 Run as `python -m fgpu_ebpf.parker`. The loop never calls the driver. A connection has one request, and gets the replies
-of its job. A job goes on if its client closes the connection. If the process of a job ends without a result, or hangs,
-a second process brings the job's processes back.
+of its job. A job continues if its client closes the connection. If the process of a job exits without a result, or
+hangs, a second process restores the job's processes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from fgpu_ebpf.parker.room import Copy
 SOCKET = "parker.sock"
 MOST_JOBS = 64
 LINE_SECONDS = 2.0
-IDLE_SECONDS = 60.0  # after which a parker that systemd starts on demand exits
-LOOK_SECONDS = 5.0  # how often a parker looks whether the file of its socket is still there
+IDLE_SECONDS = 60.0  # a parker that systemd starts on demand exits after this idle time
+LOOK_SECONDS = 5.0  # period at which a parker checks that the file of its socket exists
 _FIRST_PASSED = 3  # the descriptor of the socket that systemd passes
-SLOWEST = 256 << 20  # bytes per second; measured: 2 GB/s. A job that takes longer than this and its deadline hangs
+SLOWEST = 256 << 20  # bytes per second (measured: 2 GB/s); a job hangs beyond this copying time plus its deadline
 RECOVERY_SECONDS = 20.0
 
 
 class Running:
-    """A request, its connection, and the process that works on it."""
+    """A request, its connection, and the process that executes the request."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock: socket.socket | None = sock
@@ -58,9 +58,9 @@ class Parker:
         self, listener: socket.socket, run_dir: Path, open_driver: Callable[[], Checkpoints], is_lasting: bool,
         waits_for_jobs: bool,
     ) -> None:  # fmt: skip
-        """`is_lasting`: the parker has made its socket itself, and goes on when it has no job.
+        """Set the parts. `is_lasting`: the parker has created its own socket, and continues to run without jobs.
 
-        `waits_for_jobs`: end() waits for the jobs, because their processes would end with this one.
+        `waits_for_jobs`: end() waits for the jobs, because their processes would be killed with the parker's process.
         """
         self._made = _file_at(run_dir / SOCKET) if is_lasting else None
         self._listener, self._run_dir, self._open_driver = listener, run_dir, open_driver
@@ -73,15 +73,16 @@ class Parker:
         self._used = time.monotonic()
 
     def end(self, *_: object) -> None:
-        """Make run() return, and accept nothing more. Also the handler of SIGTERM and SIGINT."""
+        """Make run() return, and accept no more connections. This method is also the handler of SIGTERM and SIGINT."""
         self._ended = True
         self._wakeup.wake()
 
     def run(self) -> None:
         """Serve until end() is called, or until the parker has no job and no client can need it.
 
-        That is the case if the file of its socket is gone (`fgpu detach`), or if systemd starts another one at the next
-        request and there has been no job for IDLE_SECONDS.
+        No client can need a parker if the file of its socket was removed (`fgpu detach`). A parker that systemd starts
+        on demand is not needed after IDLE_SECONDS without a job, because systemd starts another parker at the next
+        request.
         """
         while not self._ended or (self._waits_for_jobs and self._jobs):
             for key, _ in self._selector.select(self._leisure()):
@@ -117,7 +118,7 @@ class Parker:
             self._selector.register(sock, selectors.EVENT_READ, partial(self._receive, job))
 
     def _receive(self, job: Running) -> None:
-        if not job.sock:  # closed by the end of the job, which the selector has reported together with this event
+        if not job.sock:  # the end of the job, reported together with this event, has closed the connection
             return
         try:
             more = job.sock.recv(MOST_LINE_BYTES)
@@ -128,7 +129,7 @@ class Parker:
         if not more:
             self._hang_up(job)
             return
-        if job.request:  # a client has nothing more to say
+        if job.request:  # a client sends nothing after its request
             return
         job.received += more
         if b"\n" in job.received or len(job.received) > MOST_LINE_BYTES:
@@ -139,7 +140,7 @@ class Parker:
         try:
             request = parse(job.received)
             op = request.op
-            # Also for the states: during a job they are those of a moment.
+            # A request for states needs the claim too, because states change during a job.
             job.claimed = claims.claim(self._run_dir, [process.pid for process in request.processes])
             job.request = request
             self._start(job)
@@ -171,11 +172,11 @@ class Parker:
         for one in lines:
             if one.startswith(b'{"at"'):
                 self._send(job, one + b"\n")
-            else:  # it is sent when the processes may have another job
+            else:  # the result is sent when the processes may have another job
                 job.has_result, job.unsent = True, one + b"\n"
 
     def _ended_worker(self, job: Running) -> None:
-        """Act on the end of a job's process: it has given a result, or its processes have to be brought back."""
+        """Handle the end of a job's process, which has returned a result, or whose processes have to be restored."""
         assert job.worker
         assert job.request
         self._selector.unregister(job.worker.output)
@@ -199,7 +200,7 @@ class Parker:
             self._give_up(job, f"{why}; {error}")
 
     def _overdue(self, job: Running) -> None:
-        """Act on a connection without a request, or on a job that hangs. A killed process may hang in the driver."""
+        """Handle a connection without a request, or a job that hangs. A killed process may hang in the driver."""
         if job.worker is None:
             self._finish(job)
         elif not job.is_killed:
@@ -216,7 +217,7 @@ class Parker:
         self._finish(job)
 
     def _send(self, job: Running, text: bytes) -> None:
-        """Send replies. A client that does not read them loses its connection."""
+        """Send replies. A client that does not read its replies loses its connection."""
         if job.sock:
             try:
                 if job.sock.send(text, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(text):
@@ -226,7 +227,7 @@ class Parker:
             self._hang_up(job)
 
     def _hang_up(self, job: Running) -> None:
-        """Close the connection. The job goes on."""
+        """Close the connection. The job continues."""
         if job.sock:
             self._selector.unregister(job.sock)
             job.sock.close()

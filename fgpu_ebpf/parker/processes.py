@@ -1,7 +1,7 @@
-"""The processes of a job: each is still the one that the request names, and can execute the driver's orders.
+"""The processes of a job, with checks that each process is the requested process and can execute the driver's calls.
 
-A thread of the process itself copies its memory. So a process that is stopped, traced or frozen would make a call of
-the driver hang.
+A thread of a process copies the process's memory. Therefore a process that is stopped, traced or frozen would make a
+call of the driver hang.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Process:
     """A process, held by its pidfd from the start of the job."""
 
     def __init__(self, named: Named) -> None:
-        """Raises RequestError: the process has ended."""
+        """Open the pidfd of the process. Raises RequestError: the process has exited."""
         self.pid = named.pid
         self._started = named.started
         try:
@@ -39,16 +39,16 @@ class Process:
             self._pidfd = -1
 
     def is_there(self) -> bool:
-        """Return whether the process lives, so that its pid cannot name another process."""
+        """Return whether the process is alive, so that its pid cannot name another process."""
         return self._pidfd >= 0 and procfs.alive(self._pidfd) and procfs.started(self.pid) == self._started
 
     def check(self) -> None:
-        """Check that the process lives. Raises RequestError."""
+        """Check that the process is alive. Raises RequestError."""
         if not self.is_there():
             raise RequestError(f"process {self.pid} has ended")
 
     def check_runs(self) -> None:
-        """Check that nothing keeps the process from executing. Raises RequestError."""
+        """Check that the process is not stopped, traced or frozen. Raises RequestError."""
         self.check()
         for thread in self._threads():
             state, tracer = _state_and_tracer(self.pid, thread)
@@ -61,7 +61,7 @@ class Process:
                 raise RequestError(f"process {self.pid} is in the frozen cgroup {path}")
 
     def is_quiet(self, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
-        """Wait until no thread is in a call that it began before. Return False if that is not certain by `until`."""
+        """Wait until no thread is in an earlier call. Return False if such a call cannot be excluded by `until`."""
         return threads.are_past(self.pid, until, now, sleep)
 
     def _threads(self) -> list[str]:
@@ -71,7 +71,7 @@ class Process:
 
 
 def _state_and_tracer(pid: int, thread: str) -> tuple[str, int]:
-    """Return the state of a thread, as in /proc, and the pid of its tracer; 0: it has none, or has ended."""
+    """Return the state of a thread, as in /proc, and the pid of its tracer; 0: no tracer, or the thread has exited."""
     state, tracer = "", 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in procfs.read(f"/proc/{pid}/task/{thread}/status").decode(errors="replace").splitlines():
@@ -83,7 +83,7 @@ def _state_and_tracer(pid: int, thread: str) -> tuple[str, int]:
 
 
 def _is_frozen(folder: Path) -> bool:
-    """Return whether a cgroup of version 2 or 1 is frozen, or will be."""
+    """Return whether a cgroup of version 2 or 1 is frozen or is being frozen."""
     for name, frozen in (("cgroup.events", "frozen 1"), ("cgroup.freeze", "1"), ("freezer.state", "FROZEN")):
         with contextlib.suppress(OSError):
             if frozen in (folder / name).read_text(encoding="ascii").split("\n"):
@@ -92,10 +92,10 @@ def _is_frozen(folder: Path) -> bool:
 
 
 def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
-    """Yield the path and the folder of a process's cgroup and of all cgroups around it, innermost first.
+    """Yield the path and the folder of a process's cgroup and of all enclosing cgroups, innermost first.
 
-    Both hierarchies are included: version 2, and the one of version 1 that has the controller, if there is one. Raises
-    RequestError: a cgroup lies outside the cgroup namespace of this process.
+    The result includes the hierarchy of version 2, and the hierarchy of version 1 with the controller if that hierarchy
+    exists. Raises RequestError: a cgroup lies outside the cgroup namespace of this process.
     """
     roots = _roots(controller)
     try:
@@ -114,7 +114,7 @@ def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
 
 
 def _roots(controller: str) -> dict[str | None, Path]:
-    """Return the mount points of the hierarchies: of version 2 by an empty name, of version 1 by its controller."""
+    """Return the mount points of the hierarchies. The key is empty for version 2, and the controller for version 1."""
     found: dict[str | None, Path] = {}
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:

@@ -1,6 +1,6 @@
 """The requests and replies of the parker's socket: one JSON object in a line.
 
-A request names processes by their pid and their start time in clock ticks since boot, as `procfs.started` returns it.
+A request names processes by their pid and their start time in clock ticks since boot, as returned by `procfs.started`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST_MS = 3_600_000
 MOST_BYTES = 1 << 50
 LOCK_MS, DEADLINE_MS = 5_000, 30_000
 OPS = ("park", "wake", "state")
-UNCHANGED = {"park": "running", "wake": "parked"}  # what a refused request leaves
+UNCHANGED = {"park": "running", "wake": "parked"}  # the state after a refused request
 
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -34,8 +34,8 @@ class Named(NamedTuple):
 class Request(NamedTuple):
     """A request.
 
-    `size`: the most bytes of device memory that the processes hold together. `lock_ms`: the time for locking all of
-    them. `deadline_ms`: no process is checkpointed later than this after the start.
+    `size`: the most bytes of device memory that the processes hold together. `lock_ms`: the time for locking all
+    processes. `deadline_ms`: no process is checkpointed later than this time after the start.
     """
 
     op: str
@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The end of a job: `running`, `parked` or `lost`, with the reason if that is not what was requested."""
+    """The end of a job: `running`, `parked` or `lost`, with the reason if another state was requested."""
 
     result: str
     error: str = ""
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def line(reply: Mapping[str, Any]) -> bytes:
-    """Return a reply as a line."""
+    """Return a reply as one line of JSON."""
     return json.dumps(reply, separators=(",", ":")).encode() + b"\n"
 
 

@@ -1,7 +1,7 @@
-"""Check that the host and every memory cgroup of the processes have room for the copy of their device memory.
+"""Check that the host and every memory cgroup of the processes have room for the copy of the device memory.
 
-The kernel charges the copy to the memory cgroup of the process, and kills a process there if the cgroup is full. Pages
-of files that were not used lately make room by themselves, so they count as room.
+The kernel charges the copy to the memory cgroup of the process, and kills a process of the cgroup if the cgroup is
+full. The kernel reclaims pages of files that were not used recently, so such pages count as room.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Copy(NamedTuple):
 def check(copy: Copy, others: Iterable[Copy] = ()) -> None:
     """Check that a copy and a margin fit in each memory cgroup and in the host. Raises RequestError.
 
-    `others`: the copies that began before and may not be complete. What they have copied already counts twice.
+    `others`: copies that began before and may not be complete. Bytes that these copies have copied already count twice.
     """
     around = [(other.size, _folders_of_some(other.pids)) for other in others]
     for path, folder in dict.fromkeys(found for pid in copy.pids for found in cgroups(pid, "memory")):
@@ -48,7 +48,7 @@ def check(copy: Copy, others: Iterable[Copy] = ()) -> None:
 
 
 def _folders_of_some(pids: Iterable[int]) -> set[Path]:
-    """Return the cgroups of the processes that have not ended."""
+    """Return the cgroups of the processes that have not exited."""
     found: set[Path] = set()
     for pid in pids:
         with contextlib.suppress(RequestError):
@@ -70,7 +70,7 @@ def _check_cgroup(path: str, folder: Path, needed: int) -> None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None: there is no such file, or it says `max`."""
+    """Return the number in a file; None: the file does not exist, or contains `max`."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"))
     return None

@@ -1,10 +1,11 @@
-"""Threads that may execute a call of the driver that they began before the process was locked.
+"""Threads that may still execute a driver call that began before the process was locked.
 
-A locked process begins no such call: calls that need the device wait in the driver, and those that read whether work is
-done wait in the shim (`shim/link/hold.c`). But a thread may have passed the shim just before. If it goes on after the
-checkpoint, it reads memory that is not mapped any more, and the process ends. Such a call takes microseconds once no
-work is in flight. So a thread is past it when it has used much more processor time than that, or when it has not run at
-all between two looks, because then it sleeps elsewhere. A thread that is ready to run and gets no processor is neither.
+A locked process begins no such call. Calls that need the device wait in the driver, and calls that query whether work
+is done wait in the shim (`shim/link/hold.c`). However, a thread may have passed the shim just before the lock. If this
+thread continues after the checkpoint, the thread reads memory that is no longer mapped, and the process crashes. Such a
+call takes microseconds when no work is in flight. A thread is past the call if the thread has used much more processor
+time than the call takes. A thread is also past the call if the thread has not run at all between two checks, because
+the thread then sleeps elsewhere. Neither condition holds for a thread that is ready to run and gets no processor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Look = dict[str, tuple[bytes, int]]  # the state and the processor time in nanos
 
 
 def look(pid: int) -> Look:
-    """Return the threads of a process. The result is empty if the process has ended."""
+    """Return the threads of a process. The result is empty if the process has exited."""
     found: Look = {}
     folder = f"/proc/{pid}/task"
     try:
@@ -39,16 +40,16 @@ def look(pid: int) -> Look:
 
 
 def are_past(pid: int, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
-    """Wait until no thread is in a call that it began before this function was called.
+    """Wait until no thread is in a call that began before this function was called.
 
     Args:
         pid: the process, which is locked.
-        until: when to give up, by `now`.
+        until: the time of the timeout, by `now`.
         now: returns the time in seconds.
-        sleep: sleeps for seconds.
+        sleep: sleeps for a number of seconds.
 
     Returns:
-        False if this was not certain in time.
+        False if such a call could not be excluded before the timeout.
     """
     first = before = look(pid)
     left = set(first)

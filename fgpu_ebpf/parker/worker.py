@@ -1,6 +1,7 @@
-"""The process of one job. The parker forks it before it has loaded any library of the driver.
+"""The process of one job. The parker, which never loads a library of the driver, forks this process.
 
-A call of the driver that hangs blocks only this process. It goes on when the parker and the client have ended.
+A call of the driver that hangs blocks only this process. The process continues after the parker and the client have
+exited.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def start(
     """Fork the process of a job. Raises OSError.
 
     Args:
-        request: what to do.
+        request: the request of the job.
         claimed: the descriptor with the locks of the processes, or -1.
-        why: not empty: the processes are brought back after another job has ended halfway, for this reason.
+        why: if not empty, the processes are restored after another job has ended halfway, for this reason.
         others: the copies of jobs that began before.
         open_driver: loads the driver.
     """
@@ -62,7 +63,7 @@ def _run(
     _close_all_but(end, claimed)
 
     def say(reply: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # without a parker the job goes on
+        with contextlib.suppress(OSError):  # the job continues without a parker
             os.write(end, line(reply))
 
     targets: list[Process] = []
@@ -84,7 +85,7 @@ def _run(
 
 
 def _close_all_but(*kept: int) -> None:
-    """Close the connections of other jobs, which would otherwise stay open as long as this job."""
+    """Close the connections of other jobs, which would otherwise stay open until the end of this job."""
     first = _LAST_INHERITED + 1
     for descriptor in sorted(fd for fd in kept if fd >= first):
         os.closerange(first, descriptor)
@@ -93,7 +94,7 @@ def _close_all_but(*kept: int) -> None:
 
 
 def host_driver(root: Path | None) -> Checkpoints:
-    """Load libcuda of the host, of the driver root that the agent uses too. Raises DriverError."""
+    """Load the host's libcuda from the driver root that the agent uses too. Raises DriverError."""
     # Imported here, so that only the processes of jobs need their memory.
     from fgpu_ebpf.agent import host_config
     from fgpu_ebpf.driver.library_files import driver_libraries

@@ -1,1 +1,1 @@
-"""Policy files: how they are read and checked, and which limits a workload gets."""
+"""Policy files: the reading and checks of the files, and the limits that a workload gets."""

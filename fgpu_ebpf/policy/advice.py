@@ -1,6 +1,6 @@
-"""Warnings about valid policies: patterns that match nothing, and devices that are not read as the author expects.
+"""Warnings about valid policies: patterns that match nothing, and devices with an unexpected meaning.
 
-The module runs in `fgpu policy check`. It does no I/O and uses no property of the host, so that each warning holds on
+The module runs in `fgpu policy check`, does no I/O, and uses no property of the host, so that each warning holds on
 every host.
 """
 
@@ -49,7 +49,8 @@ def wants_parking(policy: Policy) -> bool:
 def _may_be_unit(text: str) -> bool:
     """Return whether a pattern can match the name of a service or scope.
 
-    The pattern must have no slash, and the pattern's end after the last wildcard must fit a suffix of such names.
+    The pattern must have no slash, and the pattern's end after the last wildcard must fit a suffix of the names of
+    services or scopes.
     """
     end = re.split(r"[*?]", text)[-1]
     return "/" not in text and any(end.endswith(suffix) or suffix.endswith(end) for suffix in UNIT_SUFFIXES)

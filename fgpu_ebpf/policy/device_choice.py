@@ -1,4 +1,4 @@
-"""Parses an item of `devices:`, in policies and profiles and for the DRA driver. The function has no state."""
+"""The parser of an item of `devices:`, in policies and profiles and for the DRA driver. The function has no state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _UUID = re.compile(r"gpu-[0-9a-f-]{1,36}")
 
 
 def device_choice(value: Any) -> DeviceChoice:
-    """Return the devices that an index, a UUID or its beginning, or a model with wildcards names. Raises ValueError."""
+    """Return the devices of an index, a UUID or its beginning, or a model with wildcards.
+
+    Raise ValueError if invalid.
+    """
     text = str(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError("is not a device: write an index, a UUID or a model, as in [0, GPU-1f3a, '*H200*']")

@@ -1,7 +1,8 @@
-"""Types of the fields of configuration files: the permitted values of each field, and their checks.
+"""The types of the fields of configuration files: the permitted values of each field, and the checks of values.
 
-The checks run in the thread that reads the file. A wrong value raises ValueError with the correct form in its text, and
-pydantic turns that into a ValidationError. The types also contain the patterns of the JSON Schema, which editors use.
+The checks run in the thread that reads the file. A wrong value raises ValueError with the correct form in its text,
+which pydantic converts into a ValidationError. The types also contain the patterns of the JSON Schema, which editors
+use.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, million
 
 MOST_METRIC_LABELS = 8
 MOST_ITEMS = 64
-# Labels that fgpu's metrics already have, and labels that Prometheus adds.
+# The labels that fgpu's metrics already have, and the labels that Prometheus adds.
 RESERVED_LABELS = frozenset(
     (
         *("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path", "gpu"),
@@ -47,13 +48,16 @@ _LONG = r"^\s*[0-9]+(\.[0-9]+)?\s*(s|m|min|h)\s*$"
 
 
 class Model(BaseModel):
-    """Base of all mappings in configuration files. Unknown keys are errors. Files have the field names in camelCase."""
+    """The base of all mappings in configuration files.
+
+    Unknown keys are errors. Files have the field names in camelCase.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel)
 
 
 class _OrOne:
-    """Annotation of a list: the JSON Schema also accepts a single item in place of the list."""
+    """The annotation of a list for which the JSON Schema also accepts a single item."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler(core)
@@ -85,10 +89,10 @@ def _device_listed(value: Any) -> Any:
 
 
 def _written(value: Any, example: str) -> str:
-    """Return the text of a quantity. Raises ValueError if the value is neither text nor a number.
+    """Return the text of a quantity. Raise ValueError if the value is neither text nor a number.
 
-    YAML reads a quantity without a unit as a number. The number is accepted here, so that the parser of quantities can
-    report the missing unit.
+    YAML reads a quantity without a unit as a number. The function accepts the number, so that the parser of quantities
+    can report the missing unit.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"is not a quantity: write it as {example}")
@@ -112,7 +116,10 @@ def _ceiling(value: Any) -> float:
 
 
 def _duration(example: str, least: str, most: str) -> PlainValidator:
-    """Return a validator of durations between two durations, which returns nanoseconds. `example`: for its error."""
+    """Return a validator of durations between two durations, which returns nanoseconds.
+
+    `example`: for the error text.
+    """
     bounds_ns = duration_ns(least), duration_ns(most)
 
     def validated(value: Any) -> int:
@@ -181,7 +188,7 @@ Size = Annotated[int, PlainValidator(_size), WithJsonSchema({**_TEXT, "pattern":
 Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
 _SHORT_TEXT, _LONG_TEXT = (WithJsonSchema({**_TEXT, "pattern": pattern}) for pattern in (_DURATION, _LONG))
 Quantum = Annotated[int, _duration("20ms", "1ms", "1s"), _SHORT_TEXT]
-IdleTime = Annotated[int, _duration("10m", "10s", "720h"), _LONG_TEXT]  # a shorter time costs more than it frees
+IdleTime = Annotated[int, _duration("10m", "10s", "720h"), _LONG_TEXT]  # a shorter time has more cost than benefit
 WaitTime = Annotated[int, _duration("30s", "1s", "2m"), _LONG_TEXT]  # a program waits no longer in one call
 PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
 LabelKey = Annotated[str, AfterValidator(_label_key)]

@@ -1,8 +1,8 @@
 """The folder of policy files, read as a whole.
 
 The module runs in the policy thread and the main thread of the agent, and in commands. The result is always one
-complete state of the folder, never a mixture of two. If a file has an error, the result has no policies, and the caller
-keeps those of the previous reading.
+complete state of the folder, never a mixture of two states. If a file has an error, the result has no policies, and the
+caller keeps the policies of the previous reading.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDER = Path("/etc/fgpu/policy.d")
 MOST_FILES = 256
 MOST_POLICIES = 1_000
 SETTLE_SECONDS = 0.04  # a file with a more recent change may be incomplete
-EMPTY_TIMES = 10  # wait this many times longer for an empty file: most programs truncate a file before writing
+EMPTY_TIMES = 10  # multiple of the wait for an empty file, because most programs truncate a file before writing
 TRIES = 20
 SUFFIXES = (".yaml", ".yml")
 CHANGING = "changes all the time: wait until its files are written"
@@ -33,7 +33,7 @@ _GONE = "does not exist: the last policies stay in force; create the folder agai
 
 
 class State(NamedTuple):
-    """A state of the folder: the stamps of its files, and inode, mode and owner of the folder and its parents."""
+    """A state of the folder: the stamps of the files, and the inode, mode and owner of the folder and its parents."""
 
     path_stats: tuple[tuple[int, int, int], ...]
     files: tuple[tuple[str, Stamp | None], ...]
@@ -46,7 +46,7 @@ class Reading:
     Attributes:
         policies: the set, or None if there are errors.
         errors: the errors, at most MOST_ERRORS.
-        state: the state of the folder when it was read, or None if there was no folder.
+        state: the state of the folder at the time of the reading, or None if there was no folder.
     """
 
     policies: PolicySet | None
@@ -55,7 +55,7 @@ class Reading:
 
 
 def check(folder: Path) -> Check:
-    """Return the result for `fgpu doctor`: whether an agent that starts now would find the folder free of errors."""
+    """Return the check for `fgpu doctor` of whether the folder has errors for an agent that starts now."""
     reading = PolicyFolder(folder).read()
     if reading.policies is None:
         return Check("policies", False, "; ".join(map(str, reading.errors[:3])), f"fgpu policy check {folder}")
@@ -67,7 +67,7 @@ class PolicyFolder:
     """The files `*.yaml` and `*.yml` of a folder, in lexical order. Hidden files (often of editors) are ignored.
 
     `root_only`: refuse files and folders that users other than root can write. `settle_seconds`: the minimum age of the
-    last change of a file when it is read.
+    last change of a file at the time of the reading.
     """
 
     def __init__(self, path: Path, root_only: bool = True, settle_seconds: float = SETTLE_SECONDS) -> None:
@@ -76,9 +76,11 @@ class PolicyFolder:
         self._settle_seconds = settle_seconds
 
     def read(self, may_be_missing: bool = True) -> Reading:
-        """Return all policies, or the errors. Waits until no file has a recent change, and tries up to TRIES times.
+        """Return all policies, or the errors.
 
-        If the folder is missing, there are no policies; without `may_be_missing`, this is an error.
+        The method waits until no file has a recent change, and tries up to TRIES times.
+
+        If the folder is missing, there are no policies. Without `may_be_missing`, a missing folder is an error.
         """
         for _ in range(TRIES):
             before = self.state()
@@ -93,7 +95,7 @@ class PolicyFolder:
         return self._failed(CHANGING)
 
     def state(self) -> State | None:
-        """Return the state of the folder now, or None if it does not exist."""
+        """Return the present state of the folder, or None if the folder does not exist."""
         try:
             stats = trusted_file.path_stats(str(self.path))
             names = sorted(n for n in os.listdir(self.path) if n.endswith(SUFFIXES) and not n.startswith("."))
@@ -110,9 +112,9 @@ class PolicyFolder:
             return None
 
     def _unsettled_seconds(self, state: State) -> float:
-        """Return how long to wait until the last change of each file is old enough, in seconds; 0: do not wait.
+        """Return the seconds to wait until the last change of each file is old enough. The result is 0 for no wait.
 
-        A time of change in the future is ignored, because then the clock was set back.
+        A time of change in the future is ignored, because such a time means that the clock was set back.
         """
         left = [self._settle_seconds * (1 if stamp.size else EMPTY_TIMES) - age
                 for _, stamp in state.files
@@ -145,14 +147,14 @@ class PolicyFolder:
             if len(errors) >= MOST_ERRORS or len(policies) > MOST_POLICIES:
                 break
         errors += whole(policies)
-        re.purge()  # the cache of `re` still has hundreds of patterns of earlier policies
+        re.purge()  # without the purge, the cache of `re` keeps hundreds of patterns of earlier policies
         read = State(state.path_stats, tuple(stamps.items()))
         return Reading(None if errors else PolicySet(tuple(policies), tuple(files)), tuple(errors[:MOST_ERRORS]), read)
 
     def _read_file(
         self, name: str, policies: list[Policy], errors: list[ConfigError], files: list[tuple[str, bytes]]
     ) -> Stamp | None:
-        """Read a file and add its policies or errors to the lists. Return its stamp, or None if it is unreadable."""
+        """Read a file and add its policies or errors to the lists. Return the stamp, or None for an unreadable file."""
         path = f"{self.path}/{name}"
         try:
             data, stamp = trusted_file.load(path, path, self._root_only)
@@ -171,14 +173,15 @@ class PolicyFolder:
 
 def parse(name: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
     """Return the policies or the errors of one file."""
-    # Imported here, because it imports pydantic: 11 MiB of memory that a host without policy files does not need.
+    # The schema is imported only now, because it imports pydantic, which takes 11 MiB. A host without policy files
+    # does not need pydantic.
     from fgpu_ebpf.policy import schema
 
     return schema.read(name, data)
 
 
 def whole(policies: list[Policy]) -> list[ConfigError]:
-    """Return the errors of the set as a whole: a name that two policies have, or too many policies."""
+    """Return the errors of the whole set: a name that two policies have, or too many policies."""
     first: dict[str, Policy] = {}
     wrong = []
     for policy in policies:

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MOST_CHARACTERS = 512
-SETS = "[]{}"  # special in patterns of shells, refused in these patterns
+SETS = "[]{}"  # characters that are special in shell patterns and are refused in these patterns
 _WILD = re.compile(r"(\*+)")
 
 
 class GlobError(ValueError):
-    """The text is not a valid pattern. The message contains the correct form."""
+    """The error of a text that is not a valid pattern. The message contains the correct form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Globs:
-    """A list of patterns. A text matches the list if at least one pattern matches it."""
+    """A list of patterns. A text matches the list if at least one pattern matches the text."""
 
     texts: tuple[str, ...]
     _compiled: re.Pattern[str] = field(repr=False)
@@ -34,15 +34,15 @@ class Globs:
 
 
 def path_globs(texts: Sequence[str]) -> Globs:
-    """Return patterns of paths without a leading slash. Raises GlobError.
+    """Return patterns of paths without a leading slash. Raise GlobError if a pattern is invalid.
 
-    `*` and `?` stand for characters of one name, `**` for any number of folders.
+    `*` and `?` match characters of one name, and `**` matches any number of folders.
     """
     return Globs(tuple(texts), re.compile("|".join(_path(_checked(text, SETS)) for text in texts), re.S))
 
 
 def name_globs(texts: Sequence[str], forbidden: str = SETS) -> Globs:
-    """Return patterns of names: `*` stands for any characters, `?` for any single one. Raises GlobError."""
+    """Return patterns of names: `*` matches any characters, `?` any single character. Raise GlobError if invalid."""
     return Globs(tuple(texts), re.compile("|".join(_pieces(_checked(text, forbidden), ".") for text in texts), re.S))
 
 
@@ -84,12 +84,12 @@ def _path(text: str) -> str:
 
 
 def _below(before: str) -> str:
-    """Return the expression of a `**` at the end: all paths below `before`, or all paths if `before` is empty."""
+    """Return the expression of a final `**`, for all paths below `before`, or for all paths if `before` is empty."""
     return "[^/].*+" if before else ".*+"
 
 
 def _pieces(text: str, any_: str) -> str:
-    """Return the expression of a pattern without folders. Each piece between stars matches at its first occurrence."""
+    """Return the expression of a pattern without folders. A piece between stars matches at its first occurrence."""
     parts = [part for part in _WILD.split(text) if part]
     regex, starred = [], False
     for at, part in enumerate(parts):

@@ -1,6 +1,6 @@
 """The last valid set of policies, stored on disk.
 
-The agent starts with this set if the policy files have an error or are gone. The module runs in the agent's main
+The agent starts with the stored set if the policy files have an error or are gone. The module runs in the agent's main
 thread. Only root may write the file, and each write replaces it as a whole. If the file is invalid, an error is logged
 and there is no last valid set.
 """
@@ -24,10 +24,10 @@ MOST_BYTES = 300 << 20  # more than the maximum number of policy files, each of 
 
 
 def write(file: Path, folder: Path, policies: PolicySet) -> None:
-    """Store the files that this set was read from, and the name of their folder.
+    """Store the files from which a set was read, and the name of their folder.
 
     Raises:
-        OSError: the new file could not be written, and the old one stays.
+        OSError: the new file could not be written, and the old file stays.
     """
     files = [[name, data.decode("utf-8", "surrogateescape")] for name, data in policies.files]
     text = json.dumps({"version": VERSION, "folder": str(folder), "files": files})
@@ -36,7 +36,7 @@ def write(file: Path, folder: Path, policies: PolicySet) -> None:
 
 
 def read(file: Path, folder: Path) -> PolicySet | None:
-    """Return the set that was last written for this folder, or None if there is none or this version cannot read it."""
+    """Return the set that was last written for this folder, or None if no set is stored or the set is unreadable."""
     try:
         data, _ = trusted_file.load(str(file), str(file), root_only=True, most_bytes=MOST_BYTES)
         found = json.loads(data)
@@ -53,7 +53,7 @@ def read(file: Path, folder: Path) -> PolicySet | None:
 
 
 def _parsed(files: list[tuple[str, bytes]]) -> PolicySet:
-    """Return the policies in these files. Raises ValueError if this version of fgpu finds an error in them."""
+    """Return the policies in these files. Raise ValueError if this version of fgpu finds an error in a file."""
     policies: list[Policy] = []
     errors: list[ConfigError] = []
     for name, data in files:

@@ -1,6 +1,6 @@
-"""Requests for limits in the labels and annotations of a workload: fgpu's own, and those of schedulers.
+"""Requests for limits in the labels and annotations of a workload, in the formats of fgpu and of schedulers.
 
-Schedulers record in annotations of a pod what they have booked for it. A request is a wish: the policy bounds it. The
+A scheduler records the amounts that are booked for a pod in the pod's annotations. The policy bounds every request. The
 functions do no I/O, and run in the agent and in `fgpu policy`.
 """
 
@@ -57,10 +57,12 @@ class Source(Generic[_Value]):
 
 
 def _booked(text: str) -> list[list[tuple[int, int]]]:
-    """Return (MiB, percent) of each device, for each container with devices. Raises QuantityError.
+    """Return (MiB, percent) of each device, for each container with devices.
 
-    Sources: HAMi's `EncodeContainerDevices` (pkg/device/devices.go), Volcano's `encodeContainerDevices`
-    (pkg/scheduler/api/devices/nvidia/vgpu/utils.go).
+    Raise QuantityError if the text is invalid.
+
+    The sources of the format are HAMi's `EncodeContainerDevices` (pkg/device/devices.go) and Volcano's
+    `encodeContainerDevices` (pkg/scheduler/api/devices/nvidia/vgpu/utils.go).
     """
     containers = []
     for container in filter(None, text.split(";")):
@@ -74,10 +76,10 @@ def _booked(text: str) -> list[list[tuple[int, int]]]:
 
 
 def _sum_or_most(containers: Sequence[Sequence[int]], is_pod: bool) -> int:
-    """Return what the pod needs on one device, or what its largest container needs.
+    """Return the amount that a pod needs on one device, or the amount of the pod's largest container.
 
     The annotation lists the containers by their position in the pod, which the engine does not report. The limit of the
-    pod's own cgroup holds all of them together.
+    pod's own cgroup is for all containers together.
     """
     return (sum if is_pod else max)([max(devices) for devices in containers])
 
@@ -88,7 +90,7 @@ def _booked_memory(text: str, around: Around) -> Amount | None:
 
 
 def _booked_compute(text: str, around: Around) -> int | None:
-    """A device with 0 percent has no ceiling."""
+    """Return the booked ceiling in millionths, or None without a ceiling. A device with 0 percent has no ceiling."""
     parts = [[percent for _, percent in devices] for devices in _booked(text)]
     if not parts or not all(percent for devices in parts for percent in devices):
         return None
@@ -99,7 +101,10 @@ def _booked_compute(text: str, around: Around) -> int | None:
 
 
 def _part_of_device(text: str, around: Around) -> Amount:
-    """Source: `GetUpdatedPodAnnotationSpec` (pkg/utils/pod.go of gpushare-scheduler-extender)."""
+    """Return the requested part of a device's memory, in the format of gpushare-scheduler-extender.
+
+    The source of the format is `GetUpdatedPodAnnotationSpec` (pkg/utils/pod.go of gpushare-scheduler-extender).
+    """
     if not (_NUMBER.fullmatch(text) and _NUMBER.fullmatch(around.needed)) or not 0 < int(text) <= int(around.needed):
         raise QuantityError(f"{shown(text)} of {shown(around.needed)} is not a part of a device's memory")
     return Amount(millionths=int(text) * MILLION // int(around.needed) or 1)
@@ -107,7 +112,7 @@ def _part_of_device(text: str, around: Around) -> Amount:
 
 # -- the adapters: by name in `adapters:` of agent.yaml, the labels that only this adapter reads -----------------------
 
-NVIDIA_DRA = "nvidia-dra"  # reads no label: see `kubernetes.nvidia_claims`
+NVIDIA_DRA = "nvidia-dra"  # this adapter reads no label: see `kubernetes.nvidia_claims`
 ADAPTERS: Mapping[str, Collection[str]] = {
     NVIDIA_DRA: (),
     "kai": (KAI_MEMORY, KAI_FRACTION, KAI_PRIORITY),
@@ -119,7 +124,7 @@ ADAPTERS: Mapping[str, Collection[str]] = {
 
 
 def of_adapters(labels: Mapping[str, str], adapters: Collection[str]) -> Mapping[str, str]:
-    """Return the labels without those of other adapters than these."""
+    """Return the labels without the labels of all adapters that are not in `adapters`."""
     ignored = {label for name, own in ADAPTERS.items() if name not in adapters for label in own}
     return {key: value for key, value in labels.items() if key not in ignored} if ignored else labels
 
@@ -145,14 +150,14 @@ _COMPUTE: tuple[Source[int], ...] = (
 def memory(
     labels: Mapping[str, str], is_pod: bool, obstacle: str, prefix: str, notes: list[str]
 ) -> tuple[str, Amount] | None:
-    """Return the request for memory that has precedence, with its label: the first that is there and valid.
+    """Return the request for memory that has precedence, with its label. The first valid request has precedence.
 
     Args:
-        labels: the workload's labels and annotations, or those of its image.
+        labels: the labels and annotations of the workload or of its image.
         is_pod: whether the workload is a whole pod.
         obstacle: why the policy allows no request, or an empty text.
-        prefix: text before a label's name in the notes.
-        notes: gets a line for each request that is ignored.
+        prefix: the text before a label's name in the notes.
+        notes: the list to which a line is added for each request that is ignored.
     """
     return _first(_MEMORY, labels, is_pod, obstacle, prefix, notes)
 
@@ -160,15 +165,15 @@ def memory(
 def compute(
     labels: Mapping[str, str], is_pod: bool, obstacle: str, prefix: str, notes: list[str]
 ) -> tuple[str, int] | None:
-    """Return the request for a ceiling of device time in millionths. The arguments are those of memory()."""
+    """Return the request for a ceiling of device time in millionths. The arguments are the arguments of memory()."""
     return _first(_COMPUTE, labels, is_pod, obstacle, prefix, notes)
 
 
 def priority_classes(labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each label that names a priority class, with the name: fgpu's own, and KAI's on a pod that KAI places.
+    """Yield each label with a priority class, and the class: fgpu's label, and KAI's label on a pod that KAI places.
 
-    Source of KAI's label: `calcPodGroupPriorityClass` (default_grouper.go of KAI's pod grouper). KAI prefers the label
-    of the pod's owner, which no engine reports.
+    The source of KAI's label is `calcPodGroupPriorityClass` (default_grouper.go of KAI's pod grouper). KAI prefers the
+    label of the pod's owner, which no engine reports.
     """
     for label, needed in ((PRIORITY_LABEL, PRIORITY_LABEL), (KAI_PRIORITY, KAI_QUEUE)):
         if label in labels and needed in labels:

@@ -1,8 +1,8 @@
-"""Policies in force: which limits a workload gets.
+"""The policies in force, and the limits that a workload gets.
 
 The first policy that matches a workload applies. The workload's own labels can change its limits within the bounds of
-the policy. A label or device that cannot be applied becomes a note in the decision. The functions do no I/O. They run
-in the agent and in `fgpu policy`.
+the policy. A label or device that cannot be applied becomes a note in the decision. The functions do no I/O, and run in
+the agent and in `fgpu policy`.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class Selector(NamedTuple):
     labels: tuple[LabelTest, ...] = ()
 
     def miss(self, workload: Workload) -> str:
-        """Return why this workload does not match, or an empty text if it does.
+        """Return why a workload does not match, or an empty text if the workload matches.
 
         A workload can create cgroups below its own. Such a cgroup has the namespace, image and unit of its container,
-        but only a selector with a path matches it.
+        but only a selector with a path matches the cgroup.
         """
         if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
             return f"the workload's cgroup matches none of {self.cgroup}"
@@ -121,7 +121,7 @@ class Selector(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """Devices by index, by UUID or its beginning, or by model. Exactly one of `index`, `uuid` and `model` is set."""
+    """The devices with an index, UUID, beginning of a UUID, or model. One of `index`, `uuid` and `model` is set."""
 
     text: str
     index: int | None = None
@@ -140,9 +140,9 @@ class DeviceChoice:
 class Compute(NamedTuple):
     """A share of a device's time.
 
-    `limit_ratio` 1.0: there is no ceiling. `priority_by`: the priority class from which the priority comes, and what
-    names the class; an empty text: the priority is that of the policy or of `fgpu set`. `isolated`: on a concurrent
-    device the workload's programs run without MPS.
+    `limit_ratio`: 1.0 without a ceiling. `priority_by`: the priority class from which the priority comes, and the label
+    or setting with the class; an empty text if the priority is from the policy or `fgpu set`. `isolated`: on a
+    concurrent device the workload's programs run without MPS.
     """
 
     limit_ratio: float = 1.0
@@ -156,9 +156,9 @@ class Compute(NamedTuple):
 class Park(NamedTuple):
     """Rules for parking a workload.
 
-    `after_ns`: the time for which it must be idle before it is parked by itself; 0: never. `most_bytes`: the most
-    device memory with which it is parked; 0: any. `deadline_ns`: the longest time for which its own requests wait while
-    other workloads are parked for them; 0: the longest time that programs wait.
+    `after_ns`: the idle time before automatic parking, or 0 for never. `most_bytes`: the most device memory with which
+    the workload is parked, or 0 for any. `deadline_ns`: how long the workload's requests wait at most while other
+    workloads are parked for them, or 0 for the longest time that programs wait.
     """
 
     after_ns: int = 0
@@ -172,7 +172,7 @@ NEVER_PARKED = Park()
 class Memory(NamedTuple):
     """A limit, and the highest limit that the workload's own label can request (`most`).
 
-    `contexts`: how many contexts the workload may have besides the limit.
+    `contexts`: the number of contexts that the workload may have besides the limit.
     """
 
     limit: Amount
@@ -182,7 +182,7 @@ class Memory(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """One policy. `source`: the file and line that it was read from, such as `10-team.yaml:3`."""
+    """One policy. `source`: the file and line of the policy, such as `10-team.yaml:3`."""
 
     name: str
     source: str
@@ -204,8 +204,8 @@ class Limits(NamedTuple):
     """The limits of a workload.
 
     `devices` has the ledger indices of the devices that the workload may use. `memory` has the limit in bytes by ledger
-    index, and is empty if the policy sets no limit. `contexts`: how many contexts are not part of the limit. `compute`
-    is None if the workload is not gated. No label can change `park`.
+    index, and is empty if the policy sets no limit. `contexts`: the number of contexts that are not part of the limit.
+    `compute` is None if the workload is not gated. No label can change `park`.
     """
 
     policy: str
@@ -224,8 +224,8 @@ class Limits(NamedTuple):
 class Decision(NamedTuple):
     """The decision about a workload: its policy and limits, or None if no policy matches.
 
-    `tried` has the names of the policies that were tried before, each with the reason why it does not match. `notes`
-    has one line for each label or device that was not applied as written.
+    `tried` has the names of the policies that were tried before, with the reasons why these policies do not match.
+    `notes` has one line for each label or device that was not applied as written.
     """
 
     workload: Workload
@@ -292,7 +292,7 @@ def _limits(
 
 
 def booked(booking: Booking, device: Device) -> int | None:
-    """Return what a booking allows on a device, in bytes; None: the booking says nothing about the device."""
+    """Return the bytes that a booking allows on a device, or None if the booking does not contain the device."""
     if booking.unknown:
         return 0
     size = booking.bytes.get(device.uuid_text)
@@ -300,8 +300,8 @@ def booked(booking: Booking, device: Device) -> int | None:
 
 
 def booking_notes(workload: Workload, devices: Iterable[Device]) -> Iterator[str]:
-    """Yield what has been booked for the workload."""
-    if workload.booking and not workload.booking.unknown:  # the Namer reports what is unknown
+    """Yield texts with the amounts that have been booked for the workload."""
+    if workload.booking and not workload.booking.unknown:  # the Namer reports an unknown booking
         for device in devices:
             if (size := booked(workload.booking, device)) is not None:
                 yield f"{workload.booking.source}: {memory_text(size)} of device {device.index}"
@@ -310,7 +310,7 @@ def booking_notes(workload: Workload, devices: Iterable[Device]) -> Iterator[str
 def _memory(memory: Memory | None, workload: Workload, devices: Sequence[Device], notes: list[str]) -> dict[int, int]:
     """Return the limits by ledger index. A booking has precedence over labels and, up to its `max`, over the policy.
 
-    The booking is the pod's: a container in the pod gets less if it asks for less.
+    The booking is for the pod. A container in the pod gets less if the container requests less.
     """
     is_pod, booking, obstacle = workload.is_pod, workload.booking, "" if memory else "the policy sets no memory limit"
     asked = requests.memory(workload.labels, is_pod, obstacle, "", notes)
@@ -343,7 +343,7 @@ def _bytes(memory: Memory, asked: _Asked, image: _Asked, device: Device, notes: 
         limit = min(wanted, most)
         if wanted > most:
             sizes = f"{memory_text(wanted)} of device {device.index}, the policy allows {memory_text(most)}"
-            notes.append(f"{label} asks for {sizes}")
+            notes.append(f"{label} requests {sizes}")
     if image is not None:
         limit = min(limit, image[1].of(device.usable_bytes))
     if limit > device.usable_bytes:
@@ -367,7 +367,7 @@ def _asked_compute(
     label, ratio = asked[0], asked[1] / MILLION
     if ratio > compute.limit_ratio and not prefix:
         most = millionths_text(round(compute.limit_ratio * MILLION))
-        notes.append(f"{label} asks for {millionths_text(asked[1])}, the policy allows {most}")
+        notes.append(f"{label} requests {millionths_text(asked[1])}, the policy allows {most}")
     return compute._replace(limit_ratio=min(ratio, compute.limit_ratio))
 
 
@@ -384,14 +384,14 @@ def _with_priority(
     for prefix, label, name in asked:
         wanted = classes.get(name)
         if wanted is None:
-            if label == PRIORITY_LABEL:  # KAI's label also has classes that matter to KAI alone
+            if label == PRIORITY_LABEL:  # KAI's label also has classes that only KAI uses
                 notes.append(f"{prefix}{label} is ignored: `priorities` in agent.yaml has no {shown(name)}")
         elif compute is None:
             notes.append(f"{prefix}{label} is ignored: the policy gives no compute time")
         elif _lower(wanted, compute.priority):
             compute = compute._replace(priority=wanted, priority_by=f"{prefix}{label}: {name}")
         elif _lower(most, wanted):
-            notes.append(f"{prefix}{label} asks for {wanted} priority by {name}, the policy allows {most}")
+            notes.append(f"{prefix}{label} requests {wanted} priority by {name}, the policy allows {most}")
     return compute
 
 

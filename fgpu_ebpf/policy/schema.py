@@ -1,8 +1,8 @@
-"""The document `kind: GpuPolicy`: its keys, the permitted values of each key, its JSON Schema, and how a file is read.
+"""The document `kind: GpuPolicy`: the keys, the permitted values, the JSON Schema, and the reading of a file.
 
-The module runs in the thread that reads policy files, and in `fgpu policy schema`. It imports pydantic, so it is
-imported only when there is a file to read. A key without a value is an error and does not mean the default, because the
-author may have forgotten the value. A file with an error gives no policy at all.
+The module runs in the thread that reads policy files, and in `fgpu policy schema`. The module imports pydantic, so it
+is imported only if there is a file to read. A key without a value is an error and does not mean the default, because
+the author may have forgotten the value. A file with an error gives no policy at all.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class Selector(Model):
 
 
 class Park(Model):
-    """Rules for parking the workload, and its longest wait for others. Only with `parking: on` in agent.yaml."""
+    """Rules for parking the workload, and the longest wait for other workloads.
+
+    Requires `parking: on` in agent.yaml.
+    """
 
     after: IdleTime = Field(
         description="The workload is parked when it has been idle for this time, from 10s to 720h. Its next call of the"
@@ -97,8 +100,8 @@ class Park(Model):
         examples=["10m"],
     )
     host_memory: Size = absent(
-        "The most device memory that is copied to the host for the workload. It is not parked while it holds more, also"
-        " not by `fgpu park`.",
+        "The most device memory that is copied to the host for the workload. A workload that holds"
+        " more is not parked, not even by `fgpu park`.",
         "64GiB",
     )
     deadline: WaitTime = absent(
@@ -119,11 +122,12 @@ class Memory(Model):
     contexts: Annotated[int, Field(ge=0, le=64)] = Field(
         0,
         description="How many CUDA contexts (one for each process) the workload may have on each device besides the"
-        " limit. Programs see the limit without them. They count against the device.",
+        " limit. Programs see the limit without these contexts, which count against the device.",
     )
     park: Park = absent(
-        "When an idle workload is parked by itself; without it, only `fgpu park` parks it. With `overcommit: park` in"
-        " agent.yaml it is also parked after 10 s without work, if another workload needs its room."
+        "When an idle workload is parked automatically; if absent, only `fgpu park` parks the workload. With"
+        " `overcommit: park` in agent.yaml the workload is also parked after 10 s without work, if another workload"
+        " needs the room."
     )
 
     @model_validator(mode="after")
@@ -205,7 +209,10 @@ class GpuPolicy(Model):
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of one document, for editors. It does not contain the rules that relate two values."""
+    """Return the JSON Schema of one document, for editors.
+
+    The schema does not contain the rules that relate two values.
+    """
     schema = GpuPolicy.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -264,7 +271,7 @@ def _compute(model: Compute) -> rules.Compute:
 
 
 def read(file: str, data: bytes) -> tuple[list[rules.Policy], list[ConfigError]]:
-    """Return the policies of a file in the order of its documents, and its errors. At least one list is empty."""
+    """Return the policies of a file in the order of the documents, and the errors. At least one list is empty."""
     policies: list[rules.Policy] = []
     wrong: list[ConfigError] = []
     try:

@@ -1,7 +1,7 @@
-"""Names of shares, as in `--device fgpu.dev/share=8gib-50pct`.
+"""The names of shares, as in `--device fgpu.dev/share=8gib-50pct`.
 
 A share of a single device has the UUID of the device in its name: `--device fgpu.dev/share=8gib-50pct:GPU-…`. A name
-contains the whole definition of its share, so there is no table of shares. The functions have no state. They run in the
+contains the whole definition of its share, so there is no table of shares. The functions have no state, and run in the
 agent, the device plugin and the commands.
 """
 
@@ -23,7 +23,7 @@ USUAL = ("2gib", "4gib", "8gib", "12gib", "25pct-25pct", "50pct-50pct")
 
 
 class Share(NamedTuple):
-    """A limit of memory and a ceiling of compute time, as texts. An empty text: the share does not set this limit.
+    """A limit of memory and a ceiling of compute time, as texts. A text is empty if the share does not set this limit.
 
     `device`: the UUID of the only device that the share applies to, or an empty text for all devices.
     """
@@ -35,22 +35,22 @@ class Share(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The name that a container requests. It ends with the UUID of the device if the share is for one device."""
+        """The name that a container requests, which ends with the UUID of the device if the share is for one device."""
         return bound(self.name, self.device) if self.device else self.name
 
     @property
     def amount(self) -> Amount | None:
-        """The limit of memory, or None if the share sets none."""
+        """The limit of memory, or None if the share sets no limit of memory."""
         return units.amount(self.memory) if self.memory else None
 
     @property
     def limit_millionths(self) -> int | None:
-        """The ceiling in millionths of a device's time, or None if the share sets none."""
+        """The ceiling in millionths of a device's time, or None if the share sets no ceiling."""
         return units.millionths(self.compute) if self.compute else None
 
 
 def parse(name: str) -> Share:
-    """Parse the name of a share. Raises QuantityError, whose message contains the correct form.
+    """Parse the name of a share. Raise QuantityError, whose message contains the correct form, if the name is invalid.
 
     `8gib` sets memory, `1536mib-25pct` and `50pct-50pct` set memory and compute time, `all-50pct` sets compute time.
     A share with `:GPU-…` at the end of its name applies to that device only.

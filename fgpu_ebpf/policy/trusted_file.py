@@ -1,7 +1,7 @@
-"""Reading of configuration files, and the check that only root can have written them.
+"""The reading of configuration files, and the check that only root can have written a file.
 
-The functions run in the thread of the agent or command that reads the file. They read only regular files, up to a
-maximum size. The message of InvalidFileError contains the commands that correct the permissions.
+The functions run in the thread of the agent or command that reads the file. Only regular files up to a maximum size are
+read. The message of InvalidFileError contains the commands that correct the permissions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Stamp(NamedTuple):
-    """The identity of a file's content, by its stat result. The content has changed only if the stamp has changed."""
+    """The identity of a file's content, from the stat result. The content has changed only if the stamp has changed."""
 
     dev: int
     ino: int
@@ -37,7 +37,8 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
         path: the path of the file.
         name: the name of the file in errors.
         root_only: refuse a file that users other than root can write.
-        most_bytes: the maximum size. A larger file is cut after one byte more, so that the caller can detect it.
+        most_bytes: the maximum size. A larger file is truncated after one additional byte, so that the caller can
+            detect the size.
 
     Raises:
         InvalidFileError: the file is not a regular file, or users other than root can write it.
@@ -57,7 +58,7 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
 
 
 def path_stats(path: str) -> tuple[tuple[int, int, int], ...]:
-    """Return (inode, mode, owner) of a folder and of each folder around it. Raises OSError.
+    """Return (inode, mode, owner) of a folder and of each folder around it. Raise OSError if a folder does not exist.
 
     The result of check_folder() depends only on these values, and on whether the folder's mount is read-only.
     """
@@ -78,7 +79,7 @@ def check_folder(path: str, root_only: bool) -> None:
 
 
 def read_only(path: str | int) -> bool:
-    """Return whether the path is on a read-only mount. Then no process here can write it, and its mode is irrelevant.
+    """Return whether the path is on a read-only mount, so that no process can write it and the mode is irrelevant.
 
     For example, the folder of a Kubernetes ConfigMap has mode 0777 and is mounted read-only.
     """
@@ -95,7 +96,7 @@ def _check_owner(name: str, real: str, found: os.stat_result, safe: bool) -> Non
     while True:  # a user that can write a folder around the file could replace the file, unless the folder is sticky
         found = os.stat(around)
         if found.st_uid or (found.st_mode & _OTHERS and not found.st_mode & stat.S_ISVTX):
-            text = f"lies in {around}, which users other than root may write: chown root {around}; chmod go-w {around}"
+            text = f"is in {around}, which users other than root may write: chown root {around}; chmod go-w {around}"
             raise InvalidFileError(ConfigError(name, 0, "", text))
         if around == "/":
             return

@@ -22,11 +22,14 @@ _SHOWN = 40
 
 
 class QuantityError(ValueError):
-    """The text is not a valid quantity. The message contains the correct form."""
+    """The error of a text that is not a valid quantity. The message contains the correct form."""
 
 
 class Amount(NamedTuple):
-    """An amount of memory: a number of bytes, or millionths of the usable memory of a device. The other field is 0."""
+    """An amount of memory, in bytes or in millionths of the usable memory of a device.
+
+    The field of the other unit is 0.
+    """
 
     bytes: int = 0
     millionths: int = 0
@@ -43,7 +46,7 @@ class Amount(NamedTuple):
 
 
 def shown(text: str) -> str:
-    """Return untrusted text in a form for messages: quoted, escaped, and cut after 40 characters."""
+    """Return untrusted text in a form for messages: quoted, escaped, and truncated after 40 characters."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
@@ -54,7 +57,7 @@ def amount(text: str) -> Amount:
     """Parse `8GiB`, `1.5GiB`, `8Gi`, `8192MiB`, `8589934592B` or `50%`, in files, labels and on the command line.
 
     A number needs a binary unit. Decimal units are refused, because 8GB would be 7.45GiB. The minimum is 2MiB, the
-    driver's unit of allocation. Raises QuantityError.
+    driver's unit of allocation. An invalid text raises QuantityError.
     """
     if text.rstrip().endswith("%"):
         return Amount(millionths=millionths(text))
@@ -117,7 +120,7 @@ def amount_text(amount: Amount) -> str:
 
 
 def millionths(text: str) -> int:
-    """Parse `50%` or `12.5%` and return millionths, from 1 to 1,000,000. Raises QuantityError."""
+    """Parse `50%` or `12.5%` and return millionths, from 1 to 1,000,000. Raise QuantityError if the text is invalid."""
     match = _PERCENT.fullmatch(text.strip())
     if match is None:
         raise QuantityError(f"{shown(text)} is not a share: write it as 50%")
@@ -128,7 +131,7 @@ def millionths(text: str) -> int:
 
 
 def fraction(text: str) -> Amount:
-    """Parse `0.25` or `0.500`, the format of ClearML's label. Raises QuantityError.
+    """Parse `0.25` or `0.500`, the format of ClearML's label. Raise QuantityError if the text is invalid.
 
     A number of whole GPUs, such as `1` or `2.0`, is read as the whole memory of each device.
     """
@@ -142,19 +145,19 @@ def fraction(text: str) -> Amount:
 
 
 def mebibytes(text: str) -> Amount:
-    """Parse `2000`, the format of KAI's annotation `gpu-memory`. Raises QuantityError."""
+    """Parse `2000`, the format of KAI's annotation `gpu-memory`. Raise QuantityError if the text is invalid."""
     if not (text.isascii() and text.isdigit()):
         raise QuantityError(f"{shown(text)} is not a number of MiB: write it as 2000")
     return amount(f"{text}MiB")
 
 
 def millionths_text(millionths: int) -> str:
-    """Return millionths as text: `50%`, `12.5%`."""
+    """Return millionths as text, such as `50%` or `12.5%`."""
     return f"{millionths / 10_000:.4f}".rstrip("0").rstrip(".") + "%"
 
 
 def duration_ns(text: str) -> int:
-    """Parse `20ms`, `500us`, `0.5s`, `15min`, `15m` or `2h` and return nanoseconds. Raises QuantityError."""
+    """Parse `20ms`, `500us`, `0.5s`, `15min`, `15m` or `2h` and return nanoseconds. Raise QuantityError if invalid."""
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match["unit"] not in _TIMES:
         raise QuantityError(f"{shown(text)} is not a length of time: write it as 20ms")
@@ -162,5 +165,5 @@ def duration_ns(text: str) -> int:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a length of time as text for messages, in whole seconds, or in minutes if it is ten or more: `95 s`."""
+    """Return a length of time as text for messages, in whole seconds, or in minutes from ten minutes on: `95 s`."""
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"

@@ -74,7 +74,7 @@ def _text(detail: ErrorDetails) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value in the form that it has in a YAML file; for a list or mapping, only the name of its type."""
+    """Return a value in its YAML form. For a list or mapping, return only the name of the type."""
     return str(value).lower() if isinstance(value, (bool, int, float)) else type(value).__name__
 
 
@@ -104,7 +104,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _example(model: type[BaseModel], place: Place) -> str:
-    """Return an example of a missing key with a value, such as `limit: 8GiB`, or the key alone if there is none."""
+    """Return an example of a missing key with a value, such as `limit: 8GiB`, or the key alone without an example."""
     key = str(place[-1])
     field = _fields(model, place[:-1]).get(key)
     choices = getattr(field.annotation, "__args__", ()) if field else ()
@@ -115,7 +115,7 @@ def _example(model: type[BaseModel], place: Place) -> str:
 
 
 def _fields(model: type[BaseModel], place: Place) -> dict[str, FieldInfo]:
-    """Return the keys that a mapping of the document may have, with their fields. `place`: the path to the mapping."""
+    """Return the keys that a mapping of the document may have, and the fields. `place`: the path to the mapping."""
     for part in place:
         if isinstance(part, int):
             continue
@@ -128,7 +128,7 @@ def _fields(model: type[BaseModel], place: Place) -> dict[str, FieldInfo]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the model of a field: the annotation itself or the model of a list's items. None if it has no model."""
+    """Return the model of a field, which is the annotation or the model of a list's items, or None without a model."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for a in getattr(annotation, "__args__", ()) if (m := _model_in(a))), None)

@@ -1,7 +1,7 @@
 """The agent's thread `policy`, which watches the folder of policies.
 
-The thread sleeps until the kernel (inotify) reports a change. It also checks the folder every five seconds, for changes
-that the kernel does not report. An exception of the callback is logged, and the thread continues.
+The thread sleeps until the kernel (inotify) reports a change. The thread also checks the folder every five seconds, for
+changes that the kernel does not report. An exception of the callback is logged, and the thread continues.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ Callback = Callable[[Reading], None]
 
 
 class PolicyWatch:
-    """Watch of the folder: a thread that reads the folder again whenever it has changed.
+    """The watch of the folder: a thread that reads the folder again after every change.
 
     `changed` is called with each new reading, in the order of the readings. A reading has either a set to put in force,
-    or errors, and then the last set stays in force. A folder that existed before and is gone counts as an error.
+    or errors, with which the last set stays in force. A folder that existed before and is gone counts as an error.
     """
 
     def __init__(self, folder: PolicyFolder, last: Reading, changed: Callback) -> None:
-        """Prepare the watch. `last`: a reading that is already in force. Only changes after it are reported."""
+        """Prepare the watch.
+
+        `last`: a reading that is already in force. Only changes after this reading are reported.
+        """
         self._folder = folder
         self._last = last
-        self._had = last.state is not None or last.policies is None  # the folder exists, or did so before
+        self._had = last.state is not None or last.policies is None  # the folder exists or existed before
         self._changed = changed
         self._lock = threading.Lock()  # held from the start of a reading until `changed` has returned
         self._end = threading.Event()
@@ -48,7 +51,7 @@ class PolicyWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread, if it was started, and wait for its end. The thread calls `changed` no more after that."""
+        """Stop a started thread, and wait for its end. After the end, the thread no longer calls `changed`."""
         self._end.set()
         self._end_wakeup.wake()
         if self._thread.is_alive():
@@ -69,7 +72,10 @@ class PolicyWatch:
                 self._end.wait(LOOK_SECONDS)
 
     def _await_change(self) -> None:
-        """Wait for a change in a watched folder, and for the end of the changes that follow. Raises OSError."""
+        """Wait for a change in a watched folder, and for the end of subsequent changes.
+
+        Raise OSError if no watch is possible.
+        """
         folders = watched(self._folder.path)
         with FolderWatch(folders) as notifications:
             woken = select.poll()  # select(2) accepts only descriptors below 1024, and the agent may have more
@@ -92,7 +98,8 @@ class PolicyWatch:
     def look(self, always: bool = False) -> None:
         """Read the folder if its state has changed, and call `changed` unless the errors are the same as before.
 
-        Any thread may call this method. With `always`, the folder is read and `changed` is called in any case.
+        Any thread may call this method. With `always`, the folder is read and `changed` is called even without a
+        change.
         """
         with self._lock:
             if not always and self._folder.state() == self._last.state:
@@ -105,7 +112,7 @@ class PolicyWatch:
 
 
 def watched(folder: Path) -> list[Path]:
-    """Return the folders to watch: `folder`, if it exists, and the innermost existing folder around it."""
+    """Return the folders to watch: `folder` if it exists, and the innermost existing folder around `folder`."""
     places = []
     for path in (folder, *folder.parents):
         if path.exists():

@@ -1,4 +1,4 @@
-"""Reading of YAML files: each value with its line, and without the features of YAML that often cause errors.
+"""The reader of YAML files, which returns values with their lines and refuses error-prone features of YAML.
 
 Aliases, tags and merges are refused, and `no` is a text instead of false. The module runs in the thread that reads the
 file. Size, depth and number of values are bounded, so that no file takes long to read.
@@ -32,7 +32,7 @@ Place = tuple[str | int, ...]  # the path to a value: keys and positions
 
 
 class ConfigError(NamedTuple):
-    """An error in a file. `text` contains the correction. `line` 0: the error concerns the file as a whole."""
+    """An error in a file. `text` contains the correction. `line` is 0 if the error concerns the file as a whole."""
 
     file: str
     line: int
@@ -45,7 +45,7 @@ class ConfigError(NamedTuple):
 
 
 class InvalidFileError(Exception):
-    """The file cannot be read as configuration. `error` has the file, the line and the field."""
+    """The error of a file that is not a valid configuration. `error` has the file, the line and the field."""
 
     def __init__(self, error: ConfigError) -> None:
         super().__init__(str(error))
@@ -53,13 +53,13 @@ class InvalidFileError(Exception):
 
 
 class Document(NamedTuple):
-    """One YAML document, and the line of each of its values. The line of a value in a mapping is that of its key."""
+    """One YAML document, and the line of each value. A value in a mapping has the line of its key."""
 
     value: Any
     lines: Mapping[Place, int]
 
     def line(self, place: Place) -> int:
-        """Return the line of the value at `place`. If there is none, return that of the innermost value around it."""
+        """Return the line of the value at `place`, or of the innermost value around a missing value."""
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines[place]
@@ -77,7 +77,7 @@ def _cut(text: str) -> str:
 
 
 def documents(file: str, data: bytes) -> Iterator[Document]:
-    """Yield the documents of a file, except empty documents. Raises InvalidFileError."""
+    """Yield the documents of a file, except empty documents. Raise InvalidFileError if the file is invalid."""
     if len(data) > MOST_BYTES:
         raise InvalidFileError(ConfigError(file, 0, "", "is larger than 1 MiB: split it"))
     try:
@@ -92,7 +92,7 @@ def documents(file: str, data: bytes) -> Iterator[Document]:
 
 
 def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> ConfigError:
-    """Return the parser's error. Its line is that of the unclosed construct if the parser failed at the file's end."""
+    """Return the parser's error, with the line of the unclosed construct if the parser failed at the file's end."""
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "broken")
     last = len(data.splitlines()) or 1
     marks = [getattr(error, name, None) for name in ("problem_mark", "context_mark")]
@@ -104,7 +104,7 @@ def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> ConfigError:
 
 
 class _Reader:
-    """Converts the events of the YAML parser to documents. Raises InvalidFileError at a feature that is refused."""
+    """The conversion of YAML parser events to documents. A refused feature raises InvalidFileError."""
 
     def __init__(self, file: str, data: bytes) -> None:
         self._file = file
@@ -113,7 +113,7 @@ class _Reader:
         self._lines: dict[Place, int] = {}
 
     def documents(self) -> Iterator[Document]:
-        """Yield the documents. Raises InvalidFileError."""
+        """Yield the documents. Raise InvalidFileError at a refused feature."""
         for event in self._events:
             self._count(event)
             if isinstance(event, yaml.DocumentStartEvent):

@@ -1,11 +1,11 @@
 """The time for which other tenants wait for work that a tenant reports to be in flight.
 
 A *claim* is the time that a tenant's work in flight will take, by the tenant's own report. The *bound* is the longest
-time for which other tenants wait for this work. At first, it is UNPROVEN_NS. It rises to MOST_FLIGHT_NS once work with
-a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed, the bound falls to
-BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles at regular intervals, which
-become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the same `Standing`, so
-that a new cgroup gets no more trust than the previous one.
+time for which other tenants wait for this work. At first, the bound is UNPROVEN_NS. The bound rises to MOST_FLIGHT_NS
+as soon as work with a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed,
+the bound falls to BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles at regular
+intervals, which become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the
+same `Standing`, so that a new cgroup gets no more trust than the previous cgroup.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock. It does not charge tenants. Times are
 CLOCK_MONOTONIC nanoseconds.
@@ -22,7 +22,7 @@ UNPROVEN_NS = 250_000_000  # the cost of a first false claim: an eighth of a dev
 MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs other tenants no more than a tenant that claims nothing
 PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the first and the longest time in which the bound doubles
 FORGET_NS = 3600 * 1_000_000_000  # after this time without a wait in vain, the bound doubles in PACE_NS again
-_TRUE_PARTS = 4  # work ended as claimed if it was late by at most 1/4 of its claimed length
+_TRUE_PARTS = 4  # work ended as claimed if the delay was at most 1/4 of the claimed length
 _MOST_DOUBLINGS = 16
 
 
@@ -31,7 +31,7 @@ class Standing:
     """The trust in the claims of one tenant, or of all tenants inside one unit."""
 
     lowered_ns: int = 0
-    pace_ns: int = 0  # 0: there was no wait in vain yet
+    pace_ns: int = 0  # 0: no wait in vain yet
     proven: bool = False  # work with a claim beyond UNPROVEN_NS has ended as claimed
 
     def believed_ns(self, now_ns: int) -> int:
@@ -99,20 +99,20 @@ class Trust:
         standing.lower(now_ns, is_much)
 
     def lost_process(self, now_ns: int) -> None:
-        """Record that a process with a claim has exited while other tenants wait. So the claim can never prove true."""
+        """Record that a process with a claim has exited while other tenants wait. This claim can never prove true."""
         self.overran(now_ns)
         self.forget_overrun()
-        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is due to other work: the wait for it begins now
+        self._closed_ns, self._claim_ns = now_ns, 0  # a later overrun is due to other work, whose wait begins now
 
     def forget_overrun(self) -> None:
         """Discard an overrun whose claim may still prove true, because a process with this claim has exited."""
         self._before, self._proves_ns = None, (0, 0)
 
     def ended(self, ended_ns: int, now_ns: int) -> None:
-        """Record the end of work that overran, and compare it with the claim.
+        """Record the end of work that overran, and compare this end with the claim.
 
-        `ended_ns` is the end that the tenant reports. If it is not between the closing of the gates and now, `now_ns`
-        is taken as the end.
+        `ended_ns` is the end that the tenant reports. If `ended_ns` is not between the closing of the gates and now,
+        `now_ns` is taken as the end.
         """
         at_ns = ended_ns if self._closed_ns < ended_ns < now_ns else now_ns
         first_ns, last_ns = self._proof()
@@ -120,7 +120,7 @@ class Trust:
         self._restore(at_ns <= last_ns)
 
     def drained(self, now_ns: int) -> None:
-        """Record that a turn has ended and that nothing of it or of an earlier turn is in flight."""
+        """Record that a turn has ended and that no work of this or an earlier turn is in flight."""
         self.standing.proven |= self._proves_ns[0] < now_ns <= self._proves_ns[1]
         self._proves_ns = (0, 0)
 
@@ -128,7 +128,7 @@ class Trust:
         """Record that the next turn begins while work may be in flight until `until_ns`, by the tenant's report.
 
         If the claimed end of the last work is still in the future, the claim may prove true, unless the tenant has
-        prolonged it.
+        prolonged the claim.
         """
         end_ns = self._closed_ns + self._claim_ns
         may_be_true = now_ns <= end_ns and until_ns <= end_ns + BUDGET_NS
@@ -139,7 +139,7 @@ class Trust:
     def _proof(self) -> tuple[int, int]:
         """Return (first, last): work that ends after `first` and not after `last` proves the claim.
 
-        An end before `first` proves nothing, because the wait for it was not longer than for an unproven claim.
+        An end before `first` proves nothing, because the wait for this end was not longer than for an unproven claim.
         """
         return self._closed_ns + UNPROVEN_NS, self._closed_ns + self._claim_ns + self._claim_ns // _TRUE_PARTS
 

@@ -1,19 +1,20 @@
 """Concurrent devices: all tenants launch at the same time, and a tenant that is ahead of its share waits.
 
-The *progress* of a tenant is the number of its launches times what a launch costs while the tenant has the device
-alone, and at most the time that passes. A tenant is charged its progress, not the time for which its gate is open. So
-two tenants can together progress by more than a second in a second. The cost of a launch is measured whenever all other
-tenants are held or idle. If the cost of a tenant's launches is not known, or was measured long ago, all others are held
-for a short *window*.
+The *progress* of a tenant is the number of its launches times the cost of a launch while the tenant has the device
+alone, and at most the time that passes. A tenant is charged its progress, not the time for which its gate is open.
+Therefore two tenants can together progress by more than one second in one second. The cost of a launch is measured
+whenever all other tenants are held or idle. If the cost of a tenant's launches is unknown, or was measured long ago,
+all other tenants are held for a short *window*.
 
 A tenant is *slowed* if the time for which it had work in flight exceeds its progress. *Virtual time* is progress
 divided by the weight. A tenant is held if it is ahead of a slowed tenant by more than LAG_NS of virtual time. A tenant
-that is behind and not slowed does not need its share: its virtual time is moved up. A tenant is also held at its
+that is behind and not slowed does not need its share, so its virtual time is moved up. A tenant is also held at its
 ceiling, and while a tenant of higher priority is slowed. If slowed tenants together progress no faster than under
-turns, all take turns, and the next trial follows after a pause.
+turns, all tenants take turns, and the next trial follows after a pause.
 
-A tenant that reports false launches changes its own progress. The tenant can gain a part of the time for which others
-are held. This gain is bounded: while others are held for a tenant, the time that passes is charged to that tenant.
+A tenant that reports false launches changes its own progress. The tenant can gain a part of the time for which other
+tenants are held. This gain is bounded, because the time for which other tenants are held for a tenant is charged to
+that tenant.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock, does no I/O and reads no clock. Times are
 CLOCK_MONOTONIC nanoseconds.
@@ -30,40 +31,40 @@ from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS, SECOND = 1_000_000, 1_000_000_000
-MEASURE_NS, MEASURE_LAUNCHES = 80 * MS, 4  # a measurement of the cost of a launch has this time, and so many launches
-MOST_MEASURE_NS = 400 * MS  # the end of a window: a tenant may launch nothing
-FIRST_PARTS, PARTS = 10, 100  # windows of a tenant take at most this part of the time, if its cost is unknown or known
-REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: after holding, and if no tenant was held
+MEASURE_NS, MEASURE_LAUNCHES = 80 * MS, 4  # the minimum time and launches of a measurement of the cost of a launch
+MOST_MEASURE_NS = 400 * MS  # the end of a window, because a tenant may launch nothing
+FIRST_PARTS, PARTS = 10, 100  # windows of a tenant take at most 1/10 of the time if its cost is unknown, else 1/100
+REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: after holding, or if no tenant was held
 STALE_NS = 5 * SECOND  # a tenant that was idle for this time may do other work now, so its cost is measured again
-LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between looks: less if a tenant may soon be held
-IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are looked at
+LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between checks: less if a tenant may soon be held
+IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are checked
 LAG_NS, NEAR_NS = 10 * MS, 6 * MS  # a tenant that is ahead by LAG_NS waits until it is ahead by less than NEAR_NS
-IDLE_NS = 50 * MS  # a tenant that had no work for this time has no share to catch up with
-SLOW_NS = 100 * MS  # the time over which it is measured whether a tenant is slowed
-SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost alone
+IDLE_NS = 50 * MS  # a tenant without work for this time has no missed share
+SLOW_NS = 100 * MS  # the time over which the slowing of a tenant is measured
+SLOWED = 1.05  # a tenant is slowed if its launches take this many times their cost while alone
 CARRY_NS = 20 * MS  # progress that is reported in one moment may have taken this time
 CHECK_NS = 500 * MS  # the period of the comparison with turns
 MOST_CLAIM = 1.1  # a cost is wrong if launches cost this many times the time that passes
 LEAST_GAIN = 0.97  # tenants take turns if all progress together falls below this part of the time that passes
-FIRST_PAUSE_NS, MOST_PAUSE_NS, LONGER = SECOND, 16 * SECOND, 4  # a pause is this many times as long as the last one
+FIRST_PAUSE_NS, MOST_PAUSE_NS, LONGER = SECOND, 16 * SECOND, 4  # a pause is this many times as long as the last pause
 
 
 @dataclass(eq=False, slots=True)
 class _Runner:
-    """A tenant on a concurrent device. `busy_ns`, `done_ns`: its time with work and its progress, lately."""
+    """A tenant on a concurrent device. `busy_ns`, `done_ns`: the recent time with work, and the recent progress."""
 
     place: Place
     seen: Seen = NOTHING  # the last observation that was counted
-    launched: int = 0  # launches in the time that was counted last
-    took_ns: int = 0  # the part of this time in which it had work
-    active_ns: int = 0  # when it last had work
+    launched: int = 0  # launches in the time of the last count
+    took_ns: int = 0  # the part of this time in which the tenant had work
+    active_ns: int = 0  # when the tenant last had work
     carried_ns: float = 0.0  # reported progress that was not charged yet
     resting_ns: int = 0  # the time without work since the last work
     busy_ns: float = 0.0
     done_ns: float = 0.0
     claimed_ns: float = 0.0  # reported progress since the last check
-    due_ns: int = 0  # when its cost should be measured again
-    measured_ns: int = -LATEST_NS  # when it was measured
+    due_ns: int = 0  # when the cost should be measured again
+    measured_ns: int = -LATEST_NS  # when the cost was measured
 
     def begin(self, now_ns: int) -> None:
         """Count the tenant's launches and times from now on."""
@@ -72,11 +73,11 @@ class _Runner:
         self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
 
     def is_active(self, now_ns: int) -> bool:
-        """Return whether the tenant has work, or had some a short time ago."""
+        """Return whether the tenant has work, or had work a short time ago."""
         return now_ns - self.active_ns < IDLE_NS
 
     def is_slowed(self) -> bool:
-        """Return whether the tenant progresses less than if it had the device alone."""
+        """Return whether the tenant progresses less than it would alone on the device."""
         return self.place.held or self.busy_ns > SLOWED * self.done_ns
 
     def is_measured(self) -> bool:
@@ -85,12 +86,12 @@ class _Runner:
         return cost.fresh_ns >= MEASURE_NS and cost.fresh_launches >= MEASURE_LAUNCHES
 
     def expire(self) -> None:
-        """Have the cost measured again, as soon as possible."""
+        """Request a new measurement of the cost, as soon as possible."""
         self.place.alone.begin()
         self.due_ns, self.measured_ns = 0, -LATEST_NS
 
     def is_due(self, now_ns: int, held_ns: int) -> bool:
-        """Return whether its cost has to be measured now. `held_ns`: when a tenant was last held for another one."""
+        """Return whether the cost has to be measured now. `held_ns`: when a tenant was last held for another tenant."""
         if self.is_measured():
             self.place.alone.renew()
             self.measured_ns, self.due_ns = now_ns, now_ns + REFRESH_NS
@@ -100,15 +101,15 @@ class _Runner:
 
     @property
     def has_work(self) -> bool:
-        """True if the tenant had work at the last observation: without work, nothing can slow it down."""
+        """True if the tenant had work at the last observation. A tenant without work cannot be slowed."""
         return not self.resting_ns
 
     def most_carried_ns(self) -> float:
-        """Return how long the work that was reported in one moment may take: at least one launch."""
+        """Return how long the work that was reported in one moment may take: at least the cost of one launch."""
         return max(CARRY_NS, min(SECOND, self.place.alone.of(1)))
 
     def is_stopped(self, now_ns: int) -> bool:
-        """Return whether the tenant's ceiling holds it."""
+        """Return whether the tenant is held by its ceiling."""
         place = self.place
         return place.is_spent() or (place.held and place.share.limited and place.limit_ready_ns() > now_ns)
 
@@ -148,7 +149,7 @@ class _Runner:
 
 @dataclass(slots=True)
 class _Device:
-    """A concurrent device with several tenants. `shared_ns`: since when all of them may launch; 0: they take turns."""
+    """A concurrent device with several tenants. `shared_ns`: since when all tenants may launch; 0: turns."""
 
     runners: list[_Runner] = field(default_factory=list)
     shared_ns: int = 0
@@ -157,14 +158,14 @@ class _Device:
     slowed_ns: int = 0  # the time since the last comparison with turns in which tenants slowed each other
     done_ns: int = 0  # the progress of all tenants in this time
     has_gained: bool = False  # at the last comparison
-    alone: _Runner | None = None  # it had the device alone at the last look
+    alone: _Runner | None = None  # the tenant that had the device alone at the last check
     alone_ns: int = 0  # since when
-    window: _Runner | None = None  # all others are held, to measure its cost
+    window: _Runner | None = None  # the tenant whose cost is measured while all others are held
     window_ns: int = 0  # since when
-    held_ns: int = 0  # when a tenant was last held for another one
-    due_ns: int = 0  # when to look again
-    idle_ns: int = 0  # when idle tenants were last looked at
-    watched: list[Place] = field(default_factory=list)  # the tenants that the next look must see
+    held_ns: int = 0  # when a tenant was last held for another tenant
+    due_ns: int = 0  # when the next check is due
+    idle_ns: int = 0  # when idle tenants were last checked
+    watched: list[Place] = field(default_factory=list)  # the tenants that the next check must observe
     pause_ns: int = FIRST_PAUSE_NS
     paused_ns: int = 0
 
@@ -181,14 +182,14 @@ class _Device:
         return True
 
     def is_over(self, now_ns: int) -> bool:
-        """Charge all progress since the last look. Return whether the tenants take turns from now on."""
+        """Charge all progress since the last check. Return whether the tenants take turns from now on."""
         passed_ns, self.looked_ns = now_ns - self.looked_ns, now_ns
         for runner in self.runners:
             runner.count(passed_ns, now_ns)
         working = [r for r in self.runners if (r.is_active(now_ns) and not r.place.held) or r.place.seen.in_flight]
         was_alone, self.alone = self.alone, working[0] if len(working) == 1 else None
-        is_settled = now_ns - passed_ns > self.alone_ns  # before, kernels ran that had begun beside those of others
-        is_settled &= len(self.watched) == len(self.runners)  # no other tenant launched unseen
+        is_settled = now_ns - passed_ns > self.alone_ns  # before, kernels ran that had begun beside other kernels
+        is_settled &= len(self.watched) == len(self.runners)  # no other tenant launched unobserved
         self.alone_ns = self.alone_ns if self.alone is was_alone else now_ns
         holds, done_ns = any(runner.place.held for runner in self.runners), 0
         for runner in self.runners:
@@ -213,14 +214,14 @@ class _Device:
             return False
         for runner in active:
             runner.expire()
-        if before:  # perhaps their work has changed, so the next comparison is with new costs
+        if before:  # the tenants' work may have changed, so the next comparison uses new costs
             return False
         self.shared_ns, self.paused_ns = 0, now_ns + self.pause_ns
         self.pause_ns = min(LONGER * self.pause_ns, MOST_PAUSE_NS)
         return True
 
     def _check_claims(self, now_ns: int) -> None:
-        """Forget the costs of tenants that cannot have done all that they have reported since the last check."""
+        """Discard the costs of tenants that have reported more since the last check than they can have done."""
         passed_ns, self.checked_ns = now_ns - self.checked_ns, now_ns
         for runner in self.runners:
             if runner.claimed_ns > MOST_CLAIM * passed_ns + runner.most_carried_ns():
@@ -274,7 +275,7 @@ class _Device:
         return found
 
     def _watch(self, now_ns: int) -> None:
-        """Set `watched`. Idle tenants are seen less often."""
+        """Set `watched`. Idle tenants are observed less often."""
         if now_ns - self.idle_ns >= IDLE_LOOK_NS:
             self.idle_ns, self.watched = now_ns, _places(self)
         else:
@@ -282,9 +283,10 @@ class _Device:
 
 
 def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
-    """Return the time until the next look: until the first tenant may have to be held or let go.
+    """Return the time until the next check, which is due when the first tenant may have to be held or released.
 
-    Progress is at most the time that passes, so it takes time until a tenant is ahead of a slowed one, or is not.
+    Progress is at most the time that passes, so some time passes before a tenant gets ahead of, or behind, a slowed
+    tenant.
     """
     if any(runner.place.share.limited for runner in free):
         return LOOK_NS
@@ -300,7 +302,7 @@ def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
 
 
 def _is_to_wait(runner: _Runner, free: Collection[_Runner]) -> bool:
-    """Return whether a tenant waits: at its ceiling, or for one of the tenants in `free`, which are below theirs."""
+    """Return whether a tenant waits: at its ceiling, or for one of the tenants in `free` (below their ceilings)."""
     if runner not in free:
         return True
     place, bound_ns = runner.place, NEAR_NS if runner.place.held else LAG_NS
@@ -324,7 +326,7 @@ class Concurrent:
     def restart(self, places: dict[int, list[Place]], now_ns: int) -> list[Place]:
         """Begin anew on devices with another set of tenants than before.
 
-        Take the tenants of all concurrent devices out of `places`, if they can run at the same time.
+        Remove the tenants of all concurrent devices from `places`, if these tenants can run at the same time.
 
         Returns:
             Tenants that ran at the same time until now.
@@ -342,11 +344,11 @@ class Concurrent:
             for place in its:
                 place.concurrent = True
             device.runners, device.shared_ns = [_Runner(place) for place in its], 0
-            device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain by what others did not
+            device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain, unlike the tenants before
         return ended
 
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
-        """Return tenants that may launch from now on, tenants that take turns, and tenants to hold or let go."""
+        """Return tenants that may launch from now on, tenants that take turns, and tenants to hold or release."""
         begin, end, change = list[Place](), list[Place](), list[Place]()
         for number, device in self._devices.items():
             if not device.runners:
@@ -360,23 +362,24 @@ class Concurrent:
                 end += _places(device)
                 continue
             held = device.held(now_ns)
-            for rank, virtual_ns in device.clocks().items():  # tenants that join later start here
+            for rank, virtual_ns in device.clocks().items():  # tenants that join later start at this virtual time
                 self._clocks.advance(number, rank, virtual_ns)
             change += [runner.place for runner in device.runners if runner.place.held != (runner in held)]
         return begin, end, change
 
     def to_see(self) -> list[Place]:
-        """Return the tenants that the next look must see."""
+        """Return the tenants that the next check must observe."""
         return [place for device in self._devices.values() if device.shared_ns for place in device.watched]
 
     def due_ns(self) -> int:
-        """Return when the next look is due; NEVER_NS: tenants take turns, which cause looks."""
+        """Return when the next check is due; NEVER_NS: tenants take turns, which cause checks."""
         return min((device.due_ns for device in self._devices.values() if device.shared_ns), default=NEVER_NS)
 
 
 def _may(places: Collection[Place]) -> bool:
-    """Return whether these tenants of a device can run at the same time: there are several, none of them has contexts
-    on another device, and none is inside another one.
+    """Return whether these tenants of a device can run at the same time.
+
+    There must be several tenants, no tenant may have contexts on another device, and no tenant may be inside another.
     """
     return len(places) > 1 and all(len(place.seen.devices) == 1 and not place.above for place in places)
 

@@ -13,7 +13,7 @@ BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 
 
 @dataclass(slots=True)
 class Counts:
-    """Counters of one tenant. They never decrease."""
+    """Counters of one tenant. The counters never decrease."""
 
     owned_ns: int = 0
     waits: int = 0
@@ -25,7 +25,7 @@ class Counts:
 
 @dataclass(slots=True)
 class DeviceCounts:
-    """Counters of one device. They never decrease.
+    """Counters of one device. The counters never decrease.
 
     `drains`: the number of drains in each bucket, then the number of longer drains. BUCKETS_NS has the buckets' upper
     bounds.

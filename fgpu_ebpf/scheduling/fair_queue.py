@@ -2,8 +2,9 @@
 
 The algorithm is that of start-time fair queueing (Goyal, Vin and Cheng, 1996). A turn adds its length, divided by the
 tenant's weight, to the tenant's virtual time. The tenant with the lowest virtual time is next. A tenant that was idle
-starts at the device's clock, the virtual time of the last turn: it gets no credit for idle time, and keeps its debts.
-If a tenant was behind the clock when its last turn ended, it may start as far behind for some quanta (`Leave`).
+starts at the device's clock, the virtual time of the last turn. Such a tenant gets no credit for idle time, and keeps
+its debts. A tenant that was behind the clock when its last turn ended may start as far behind for some quanta
+(`Leave`).
 
 The functions have no state, do no I/O and read no clock. They run in the gatekeeper. The agent uses only the class
 Share. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device's time.
@@ -15,9 +16,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 MILLION = 1_000_000
-PERIOD_NS = 40_000_000  # the period of a limit: a tenant cannot save up the unused time of a longer period
+PERIOD_NS = 40_000_000  # the period of a limit; a tenant cannot save the unused time of a longer period
 # A tenant that higher priorities have kept waiting for this time gets a turn by the floor. On each device, the floor
-# gives at most one turn in this time.
+# grants at most one turn in this time.
 FLOOR_NS = 100_000_000
 PLAIN_WEIGHT = 100
 CREDIT_QUANTA = 10  # after this many quanta without a turn, a tenant starts at the clock; also the maximum of its lag
@@ -38,7 +39,7 @@ class Share(NamedTuple):
 
     @property
     def limited(self) -> bool:
-        """True if there is a ceiling."""
+        """True if the share has a ceiling."""
         return self.limit_millionths < MILLION
 
     @property
@@ -83,7 +84,7 @@ class Account(NamedTuple):
         return Account(self.virtual_ns + ns * PLAIN_WEIGHT // share.weight, in_hand, self.at_ns)
 
     def joining(self, clock_ns: int) -> Account:
-        """Return the account of a tenant that requests a turn after idle time. It gets no credit for idle time."""
+        """Return the account of a tenant that requests a turn after idle time. Idle time gives no credit."""
         return self._replace(virtual_ns=max(self.virtual_ns, clock_ns))
 
     def ready_ns(self, share: Share) -> int:
@@ -100,7 +101,7 @@ class Account(NamedTuple):
 
 
 class Leave(NamedTuple):
-    """The end of the last turn of a tenant or unit: when it was, and how far behind the clock the tenant was then.
+    """The end of the last turn of a tenant or unit: its time, and how far behind the clock the tenant was at that time.
 
     A tenant that waits for its next turn without an idle gap also stays this far behind, so a gap is no advantage.
     """
@@ -147,7 +148,7 @@ class Waiter(NamedTuple):
 
 
 class Floor(NamedTuple):
-    """The floor of one device: the rule that gives turns to tenants that wait long because of higher priorities.
+    """The floor of one device: the rule that grants turns to tenants that wait long because of higher priorities.
 
     `lifted_ns` is the time of the last such turn, and `rank` the rank of the last other turn.
     """
@@ -170,12 +171,12 @@ def wanted(waiters: Iterable[Waiter]) -> set[int]:
 
 
 def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int) -> list[tuple[Waiter, bool]]:
-    """Return the waiters in the order of their turns, each with whether the floor lifted it to the front.
+    """Return the waiters in the order of their turns, with a flag: the floor lifted this waiter to the front.
 
-    On each device, the floor lifts the tenant that has waited longest, if two conditions hold: tenants of a higher
-    priority have kept it waiting for FLOOR_NS, and the floor has lifted no tenant there for as long. Several lifted
-    tenants (one for each device) are in the order of their waiting times. The floor counts all tenants inside a unit as
-    one tenant.
+    On each device, the floor lifts the tenant that has waited longest, if two conditions hold. First, tenants of a
+    higher priority have kept this tenant waiting for FLOOR_NS. Second, the floor has lifted no tenant on the device for
+    the same time. Several lifted tenants (one for each device) are in the order of their waiting times. The floor
+    counts all tenants inside a unit as one tenant.
     """
     by_turn = sorted(waiters, key=lambda w: (w.share.rank, w.virtual_ns, w.inner_ns, w.since_ns, w.tenant))
     lifted: set[int] = set()
@@ -198,9 +199,9 @@ def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int
 def next_turns(
     waiters: Iterable[Waiter], free: Collection[int], floors: Mapping[int, Floor], now_ns: int
 ) -> list[Grant]:
-    """Return the turns that begin now. A gang, which is a tenant on several devices, gets all of them or none.
+    """Return the turns that begin now. A gang, which is a tenant on several devices, gets all its devices or none.
 
-    Free devices are kept for a gang that is next, unless a higher priority keeps it waiting on another device.
+    Free devices are kept for a gang that is next, unless a higher priority keeps the gang waiting on another device.
     """
     left, found = set(free), []
     ranks = {device: floor.rank for device, floor in floors.items()}

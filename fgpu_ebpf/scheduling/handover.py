@@ -1,4 +1,4 @@
-"""Turns that still drain: whether their devices pass to the next turn, and the time from which that is charged.
+"""Turns that still drain: whether their devices pass to the next turn, and the time from which this turn is charged.
 
 The module runs in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -22,8 +22,8 @@ def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: i
         if turn and not turn.handed_ns and not turn.devices.isdisjoint(devices):
             turn.handed_ns = now_ns + place.flight_ns(now_ns)
             begins_ns = max(begins_ns, turn.handed_ns)
-            # The device divides its time between the last work of this turn and the first work of the next turn, so
-            # the drain may take longer. No other tenant waits for the end of the drain any more.
+            # The device divides its time between the last work of this turn and the first work of the next turn, so the
+            # drain may take longer. No other tenant waits for the end of the drain any more.
             turn.deadline_ns = max(turn.deadline_ns, turn.handed_ns + abi.BUDGET_NS)
     return begins_ns
 

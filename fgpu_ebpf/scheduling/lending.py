@@ -1,18 +1,18 @@
-"""Lending: all tenants of a device may launch at the same time, as long as each of them gains or loses nothing by it.
+"""Lending: all tenants of a device may launch at the same time, as long as each tenant gains or loses nothing.
 
-Turns are exclusive, so they waste a device if its tenants leave it idle in their own turns. The driver can run such
-tenants side by side, but for other pairs of programs its switches between contexts cost more than the idle time. No
-rule predicts which case it is, so it is measured. All gates of the device are opened for a trial, and the launches of
-each tenant in a second are compared with those under turns just before. Lending continues only while no tenant launches
-less than under turns, and all together launch more. There is no trial unless NVML reports that the device is idle for
-half of the time.
+Turns are exclusive, so turns waste a device if its tenants leave the device idle in their own turns. The driver can run
+such tenants side by side, but for other pairs of programs its switches between contexts cost more than the idle time.
+No rule predicts the better case, so the launches are measured. All gates of the device are opened for a trial, and the
+launches of each tenant in a second are compared with the launches under turns just before. Lending continues only while
+no tenant launches less than under turns, and all together launch more. There is no trial unless NVML reports that the
+device is idle for half of the time.
 
-A tenant that reports false launches can end the lending, which gives every tenant its turns back. It cannot make a
-neighbour continue that loses by it, because the neighbour's own launches decide that.
+A tenant that reports false launches can end the lending, which returns all tenants to turns. Such a tenant cannot
+prolong a lending by which a neighbour loses, because the neighbour's own launches end the lending.
 
-A tenant with a ceiling takes turns always, and so do tenants of different priorities, and tenants with contexts on
-several devices. The module runs in threads of the gatekeeper that hold the time slicer's lock, does no I/O and reads no
-clock. Times are CLOCK_MONOTONIC nanoseconds.
+Tenants with a ceiling, tenants of different priorities, and tenants with contexts on several devices always take turns.
+The module runs in threads of the gatekeeper that hold the time slicer's lock, does no I/O and reads no clock. Times are
+CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS, SECOND = 1_000_000, 1_000_000_000
 TURNS_NS, MOST_TURNS_NS = 500 * MS, 4 * SECOND  # the time for which launches under turns are counted, and its maximum
-LENT_NS, MOST_LENT_NS = 250 * MS, 2 * SECOND  # the same for launches while the device is lent
+LENT_NS, MOST_LENT_NS = 250 * MS, 2 * SECOND  # the time of counting while lent, and its maximum
 CHECK_NS = 50 * MS  # the period of checks while the device is lent
-ENOUGH, SOME = 32, 16  # launches under turns in that time that make a comparison exact, and those for a rough one
+ENOUGH, SOME = 32, 16  # launches under turns in that time for an exact comparison, and for a rough comparison
 KEEPS, ROUGHLY = 0.95, 0.75  # a tenant must have this part of its launches under turns
-GAINS = 1.1  # the mean of these parts
-GROWS = 1.5  # a tenant that launches this many times as often as in the windows before does other work now
-WINDOWS = 8  # the mean of so many windows, about, is compared: at first, programs catch up with their schedules
-MOST_USE = 0.5  # if kernels run for a larger part of the time, by NVML's report, too little can be gained
+GAINS = 1.1  # the minimum of the mean of these parts
+GROWS = 1.5  # a tenant that launches this many times as often as in earlier windows does other work now
+WINDOWS = 8  # the mean of about this many windows is compared, because programs first catch up with their schedules
+MOST_USE = 0.5  # if kernels run for a larger part of the time according to NVML, lending gains too little
 REFRESH_NS = 20 * SECOND  # after this time the launches under turns are counted again
 FIRST_PAUSE_NS, MOST_PAUSE_NS = SECOND, 64 * SECOND  # bounds of the time between a failed trial and the next
 
@@ -62,12 +62,12 @@ class _Count:
 
 @dataclass(slots=True)
 class _Device:
-    """A device with tenants that may be lent to each other. `lent_ns`: since when it is lent; 0: tenants take turns."""
+    """A device with tenants that may be lent to each other. `lent_ns`: since when the device is lent; 0: turns."""
 
     counts: list[_Count] = field(default_factory=list)
     since_ns: int = 0
     lent_ns: int = 0
-    counted_ns: int = 0  # until when the time is counted for which it was lent
+    counted_ns: int = 0  # until when lent time has been counted
     pause_ns: int = FIRST_PAUSE_NS
     paused_ns: int = 0
 
@@ -78,7 +78,7 @@ class _Device:
             count.begin()
 
     def may_be_lent(self, now_ns: int) -> bool:
-        """Look at the launches under turns. Return whether a trial can be made now."""
+        """Check the launches under turns. Return whether a trial can be made now."""
         passed_ns = now_ns - self.since_ns
         if now_ns < self.paused_ns and passed_ns >= MOST_TURNS_NS:  # launches just before the trial are compared
             self.begin(now_ns)
@@ -87,7 +87,7 @@ class _Device:
         active = [count for count in self.counts if count.launched() > 0]
         if min((count.launched() for count in active), default=0) < ENOUGH and passed_ns < MOST_TURNS_NS:
             return False
-        if any(count.place.observed.from_ns < self.since_ns for count in active):  # NVML's report is about other work
+        if any(count.place.observed.from_ns < self.since_ns for count in active):  # NVML's report covers earlier work
             return False
         uses = [count.place.observed.use for count in active]
         may = len(active) > 1 and None not in uses and sum(filter(None, uses)) <= MOST_USE
@@ -98,14 +98,14 @@ class _Device:
         return may
 
     def is_worth_it(self, now_ns: int) -> bool:
-        """Look at the launches while the device is lent. Return whether it stays lent.
+        """Check the launches while the device is lent. Return whether the device stays lent.
 
-        If not, `paused_ns` has the time of the next trial.
+        If the result is False, `paused_ns` has the time of the next trial.
         """
         passed_ns = now_ns - self.since_ns
         parts = [count.launched() / (count.rate * passed_ns) for count in self.counts if count.rate]
         least = min((count.rate * passed_ns for count in self.counts if count.rate), default=0)
-        if any(count.launched() for count in self.counts if not count.rate):  # it was idle, so nothing is known of it
+        if any(count.launched() for count in self.counts if not count.rate):  # the tenant was idle, so no rate is known
             return False
         is_early = least < SOME or (min(parts) >= ROUGHLY and (passed_ns < LENT_NS or least < ENOUGH))
         if is_early and passed_ns < MOST_LENT_NS:
@@ -124,9 +124,9 @@ class _Device:
         return now_ns - self.lent_ns < REFRESH_NS
 
     def _most(self, count: _Count) -> float:
-        """Return the launches in a nanosecond that a tenant can make beside others, if it does the work of before.
+        """Return the launches in a nanosecond that a tenant can make beside other tenants, if its work has not changed.
 
-        Under turns it had at least its part of the time whenever it had work.
+        Under turns, the tenant had at least its part of the time whenever it had work.
         """
         if not count.rate or any(each.place.above for each in self.counts):
             return math.inf
@@ -135,7 +135,7 @@ class _Device:
 
 
 class Lending:
-    """The devices that several tenants use. Tenants of concurrent devices run at the same time by other rules."""
+    """The devices that several tenants use, except concurrent devices, whose tenants run at the same time."""
 
     def __init__(self, clocks: Clocks) -> None:
         self._devices: dict[int, _Device] = {}
@@ -160,8 +160,10 @@ class Lending:
         return before
 
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
-        """Return the tenants to which a device is lent from now on, those to which it is lent no more, and those among
-        the others that are to be held or let go.
+        """Return three lists of tenants.
+
+        A device is lent to the first tenants from now on, and is no longer lent to the second tenants. The third list
+        has other tenants that are to be held or released.
         """
         begin, end, change = self.concurrent.look(now_ns)
         for number, device in self._devices.items():
@@ -181,7 +183,7 @@ class Lending:
         return begin, end, change
 
     def tenants(self) -> list[int]:
-        """Return the tenants that may launch at the same time as others. Checks must have observations of these."""
+        """Return the tenants that may launch at the same time as others. Checks must have their observations."""
         lent = [place for device in self._devices.values() for place in _lent(device)]
         return [place.tenant for place in (*lent, *self.concurrent.to_see())]
 
@@ -194,7 +196,7 @@ class Lending:
 def switch(
     begin: list[Place], end: list[Place], change: list[Place], number: Callable[[], int], now_ns: int
 ) -> set[int]:
-    """Open the gates of tenants in `begin`, close those in `end`, and hold or let go those in `change`, which are lent.
+    """Open the gates of tenants in `begin`, close those in `end`, and hold or release lent tenants in `change`.
 
     The launches of a lent tenant are counted as in a turn, and its work in flight has the same bound. A tenant in `end`
     requests a turn when it next launches, and its work in flight is charged until it has drained.
@@ -217,9 +219,9 @@ def switch(
 
 
 def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]]:
-    """Make each tenant free that has no ceiling and shares no device, and no other tenant.
+    """Make free exactly the tenants that have no ceiling and share no device.
 
-    Yields each tenant for which this is a change, with the devices on which it was free before.
+    Yields each tenant whose freedom changes, with the devices on which the tenant was free before.
     """
     users = Counter(device for place in places for device in place.seen.devices)
     for place in places:

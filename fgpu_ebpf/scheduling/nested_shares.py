@@ -2,8 +2,8 @@
 
 A *unit* is the outer level with everything inside it. The scheduler divides a device's time among units and other
 tenants by their virtual times. It divides the time of a unit among the tenants inside by their own virtual times. The
-ceilings of all enclosing units apply. The time that a unit has used stays charged to it, even if cgroups inside it are
-created and removed.
+ceilings of all enclosing units apply. The time that a unit has used stays charged to the unit, even if cgroups inside
+it are created and removed.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock. Times are in nanoseconds.
 """
@@ -30,7 +30,7 @@ class Unit:
         self.clock_ns = account.virtual_ns
         self.left = STAYED
         self._first, self._first_owned_ns = account, owned_ns
-        self._accounts: dict[int, Account] = {}  # by device, because tenants inside may use several at a time
+        self._accounts: dict[int, Account] = {}  # by device, because tenants inside may use several devices at a time
         self._owned_ns: dict[int, int] = {}  # by device; never decreases
         self._unlifted_ns: dict[int, int] = {}  # by device: the time from which on waiting for the floor counts
 
@@ -38,7 +38,7 @@ class Unit:
         return self._accounts.get(device, self._first)
 
     def change(self, share: Share, now_ns: int) -> None:
-        """Set another share from now on. The used time stays charged."""
+        """Replace the share from now on. The used time stays charged."""
         if share == self.share:
             return
         for device in self._accounts:

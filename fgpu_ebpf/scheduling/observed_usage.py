@@ -21,9 +21,9 @@ class Observed:
     ran_ns: int = -1
     owned_ns: int = 0
     at_ns: int = 0
-    from_ns: int = 0  # the beginning of the time that the last report is about
+    from_ns: int = 0  # the beginning of the time that the last report covers
     ahead_ns: int = 0
-    use: float | None = None  # the part of the time in which it ran, recently; None: unknown
+    use: float | None = None  # the recent part of the time in which the tenant ran; None: unknown
 
     def short_ns(self, ran_ns: int, owned_ns: int, now_ns: int) -> int:
         """Return the time that the tenant has to be charged in addition.

@@ -29,7 +29,7 @@ class Seen(NamedTuple):
     def was_found_on_arrival(self) -> bool:
         """Return whether the end of the work was observed by a thread that arrived at the closed gate after that end.
 
-        A thread that waits for its work reports the end, before it requests another launch.
+        A thread that waits for its work reports the end before the thread requests another launch.
         """
         return self.waiting and 0 <= self.ended_ns - self.wanted_ns <= ARRIVAL_NS
 

@@ -1,4 +1,4 @@
-"""Comparison of an owner with its rivals, the tenants that wait for its devices: which of them runs next.
+"""Comparison of an owner with its rivals, which are the tenants that wait for its devices: which tenant runs next.
 
 The functions change no state and run in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -45,7 +45,7 @@ def devices_of(places: Iterable[Place]) -> set[int]:
 
 
 def missing(running: Iterable[Place], but: Place | None = None) -> set[int]:
-    """Return the devices that owners use and that are not in their turns. Owners get these before other tenants."""
+    """Return the devices that owners use and that are not in their turns. Owners have precedence for these devices."""
     found: set[int] = set()
     for place in running:
         turn = place.turn

@@ -1,4 +1,4 @@
-"""All units of a host: levels with a share that have levels with shares inside (`nested_shares`).
+"""All units of a host: levels with a share that contain levels with shares (`nested_shares`).
 
 A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. The
 module runs in threads of the gatekeeper that hold the time slicer's lock.
@@ -61,7 +61,7 @@ def first_inside(place: Place, others: Iterable[Place]) -> bool:
 def leave(place: Place, clock_ns: int, now_ns: int) -> None:
     """Record that a tenant's turn has ended, and how far the tenant and its unit are behind the clock.
 
-    `clock_ns`: the device's clock. To be called at the end of a turn with work, and again when the next turn has begun.
+    `clock_ns`: the device's clock. To be called at the end of a turn with work, and again after the next turn's begin.
     """
     own_ns = clock_ns
     if place.above:

@@ -24,12 +24,12 @@ LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # the bounds of the time between 
 BUSY_PARTS = 16  # this time is 1/16 of the time for which the owner was busy without a pause
 GUESS_PARTS = 4  # the estimate of work in flight may be too low by 1/4
 FLOOR_TURN_NS = 4_000_000  # the length of a turn by the floor, before a higher priority may end it
-FLOOR_PARTS = fair_queue.FLOOR_NS // FLOOR_TURN_NS  # the floor's next turn waits this many times the last one's excess
+FLOOR_PARTS = fair_queue.FLOOR_NS // FLOOR_TURN_NS  # the floor's next turn waits this many times the last excess
 START_NS = 3_000_000  # the time that a thread at the gate has to launch after the gate has opened
 LATE_NS = 200_000  # work that should have ended this long ago may be waiting for other work
 LEAD_NS = 1_000_000  # the next turn may begin this long before the end of a drain
-MORE_NS = 250_000  # tolerance of LEAD_NS: launches may have moved the end, and another check would cost more than this
-SOON_NS = 1_000_000  # if something else is due within this time, no extra check is made
+MORE_NS = 250_000  # tolerance of LEAD_NS; launches may have moved the end, and another check costs more than this time
+SOON_NS = 1_000_000  # if another step is due within this time, no extra check is made
 OVERTAKEN_PARTS = 4  # a turn lasts 1/4 quantum if a tenant that would have been first was idle at its beginning
 LASTING_NS = 1_000_000_000  # turns may be longer among tenants that were busy for this long without a pause
 # The reported beginning and end of a turn shorten its charge by at most this time each, and at most 1/40 of a quantum.
@@ -61,14 +61,16 @@ class Turn:
     deadline_ns: int = 0
     handed_ns: int = 0  # the `begins_ns` of the next turn on some of these devices; 0: not handed over yet
     rested: bool = False  # the gates were closed because there was no work, while no tenant waited
-    rest_ns: int = 0  # how long the tenant had been without work at the last check; 0: it had work
+    rest_ns: int = 0  # how long the tenant had been without work at the last check; 0: the tenant had work
     cut: bool = False  # the gates were closed although the tenant has more work, or probably has
 
 
 @dataclass(slots=True)
 class Place:
-    """The state of a tenant with a share. `above`: the units that contain it, innermost first. `asked`: its share
-    without the limits of these units.
+    """The state of a tenant with a share.
+
+    `above`: the units that contain the tenant, innermost first. `asked`: the tenant's share without the limits of these
+    units.
     """
 
     tenant: int
@@ -76,31 +78,31 @@ class Place:
     account: Account
     seen: Seen = NOTHING
     free_on: frozenset[int] = frozenset()
-    lent: bool = False  # it is free on its device together with the other tenants there
-    held: bool = False  # it is lent, and must wait nevertheless
+    lent: bool = False  # the tenant is free on its device together with the device's other tenants
+    held: bool = False  # the tenant is lent, but must wait
     turn: Turn | None = None
-    since_ns: int | None = None  # since when the tenant has requested a turn; None: it requests none
+    since_ns: int | None = None  # since when the tenant has requested a turn; None: no request
     number: int = 0  # the number of its last turn
     late_ns: int = 0  # when its last turn ended with work in flight; 0: nothing is late
-    unlifted_ns: int = 0  # waiting for the floor counts from then on
+    unlifted_ns: int = 0  # waiting for the floor counts from this time on
     pause_ns: int = 0
     pause_until_ns: int = 0
-    cut: bool = False  # its last turn was cut, and the tenant was not checked after that
-    reports_ends: bool = True  # it reported the last end of work that outlasted its estimate in a closing turn
-    busy_ns: int = 0  # the time of its turns since it was last idle
-    held_back: bool = False  # its limit delays it, and this was counted
+    cut: bool = False  # the last turn was cut, and the tenant was not checked afterwards
+    reports_ends: bool = True  # the tenant reported the last end of work that outlasted its estimate in a closing turn
+    busy_ns: int = 0  # the time of the tenant's turns since it was last idle
+    held_back: bool = False  # the tenant's limit delays the tenant, and this delay was counted
     counts: Counts = field(default_factory=Counts)
     trust: Trust = field(default_factory=Trust)
     observed: Observed = field(default_factory=Observed)
     left: Leave = fair_queue.STAYED
     thinks: ThinkTimes = field(default_factory=ThinkTimes)
     alone: AloneCost = field(default_factory=AloneCost)
-    concurrent: bool = False  # its device is concurrent: turns must not overlap, because kernels would slow each other
+    concurrent: bool = False  # the device is concurrent; turns must not overlap, because kernels would slow each other
     asked: Share = field(default_factory=Share)
     above: tuple[Unit, ...] = ()
 
     def waiter(self, now_ns: int, ahead_ns: int = 0, unit_ahead_ns: int = 0) -> Waiter:
-        """Return the tenant as a waiter, from `now_ns` on if it requests no turn yet.
+        """Return the tenant as a waiter, from `now_ns` on if the tenant requests no turn yet.
 
         `ahead_ns` is charged in advance to the tenant, `unit_ahead_ns` to its unit.
         """
@@ -114,14 +116,14 @@ class Place:
         return Waiter(self.tenant, self.share, unit_ns, devices, since_ns, own_ns, unit.unlifted_ns(devices))
 
     def without_reports(self, number: int) -> Place:
-        """Return a state without reports, with the account and the counters; with `number`, waiters report again."""
+        """Return a state without reports, with the account and the counters. The new `number` makes waiters report."""
         return Place(
             self.tenant, self.share, self.account, number=number, counts=self.counts, trust=self.trust,
             asked=self.asked, above=self.above,
         )  # fmt: skip
 
     def virtual_ns(self) -> int:
-        """Return the virtual time that orders the tenant's turns: its outermost unit's, or its own outside of units."""
+        """Return the virtual time that orders the tenant's turns: the outermost unit's, or without units its own."""
         return self.above[-1].virtual_ns(self.seen.devices) if self.above else self.account.virtual_ns
 
     def begins(self) -> int:
@@ -187,7 +189,7 @@ class Place:
         return max((self.above[0].owned_ns(device) for device in self.seen.devices), default=0)
 
     def lifted(self, turn: Turn, passed_ns: int) -> None:
-        """Record the end of a turn by the floor. If it was too long, the next one is delayed in proportion."""
+        """Record the end of a turn by the floor. After a turn that was too long, the next is delayed in proportion."""
         over_ns = passed_ns - turn.opened_ns - FLOOR_TURN_NS - abi.BUDGET_NS
         self.unlifted_ns = passed_ns + FLOOR_PARTS * max(0, over_ns)
         for unit in self.above[-1:]:
@@ -245,7 +247,7 @@ class Place:
         return max(0, now_ns - since_ns) + self.flight_ns(now_ns)
 
     def is_passing(self, turn: Turn, now_ns: int) -> bool:
-        """Return whether the tenant's turn is so near its end that the next turn may begin."""
+        """Return whether the tenant's turn is near enough to its end for the next turn to begin."""
         if turn.handed_ns:
             return True
         if not turn.closing_ns or len(turn.devices) > 1 or self.concurrent:  # kernels of a gang may wait for others
@@ -258,12 +260,12 @@ class Place:
     def is_preempted(self) -> bool:
         """Return whether the tenant's turn was preempted and the next tenant's turn has been granted.
 
-        The tenant queues again at the next step of the time slicer. Its turn should have drained by then.
+        The tenant queues again at the next step of the time slicer, when its turn should have drained.
         """
         return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
 
     def judge(self, turn: Turn, overrun: bool, now_ns: int) -> None:
-        """Record whether a turn that has ended left work in flight, and what its end shows about the reports."""
+        """Record whether an ended turn has left work in flight, and the conclusions from its end about the reports."""
         self.counts.overruns += overrun
         self.late_ns = now_ns if overrun else 0
         self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
@@ -286,8 +288,8 @@ class Place:
     def ends_ns(self, turn: Turn, rivals: Collection[Place]) -> int:
         """Return when the turn ends, if `rivals` wait for a turn now.
 
-        The turn ends early for a rival that was idle when the turn began and would have been first. It ends later if
-        all tenants are busy without a pause.
+        The turn ends early for a rival that was idle when the turn began and would have been first. The turn ends later
+        if all tenants are busy without a pause.
         """
         for rival in rivals:
             if (rival.since_ns or 0) > turn.since_ns and rival.virtual_ns() < turn.virtual_ns:
@@ -315,7 +317,7 @@ class Place:
     def waits_for(self, owner: Place) -> bool:
         """Return whether this tenant waits for `owner` and has no higher priority than `owner`.
 
-        The result is False while late work of this tenant is in flight, because the end of this work must be noticed.
+        The result is False while late work of this tenant is in flight, because the end of this work must be detected.
         """
         if not owner.turn or owner is self or self.late_ns or owner.share.rank > self.share.rank:
             return False
@@ -326,9 +328,7 @@ class Place:
         return any(map(self.waits_for, owners))
 
     def look_due_ns(self, turn: Turn, now_ns: int, due_ns: int) -> int:
-        """Return when to check the owner again: less often if it is busy for long. `due_ns`: when something else about
-        the turn is due.
-        """
+        """Return when to check the owner again, less often if busy for long. `due_ns`: when another step is due."""
         idle_ns = turn.active_ns + self._patience_ns()
         if self.seen.in_flight:  # the work may end as estimated, and the tenant may be idle after that
             ends_ns = turn.active_ns + self.thinks.patience_ns(self.share.quantum_ns)
@@ -357,8 +357,8 @@ class Place:
         return min(due, floor_ns) if rivals and turn.floor and floor_ns > now_ns else due
 
     # A turn is charged from its first launch to the end of its last work, as far as the reports are trusted. The time
-    # until a thread of the tenant or of the time slicer has woken up is not charged. So a tenant with a limit of 75 %
-    # does 75 % of the work that it would do alone.
+    # until a thread of the tenant or of the time slicer has woken up is not charged. Therefore a tenant with a limit of
+    # 75 % does 75 % of the work that it would do alone.
 
     def begun_ns(self, turn: Turn) -> int:
         """Return the time from which the turn is charged."""

@@ -1,9 +1,9 @@
-"""Think times: how long a tenant has nothing in flight between the end of a step and its next launch.
+"""Think times: the times in which a tenant has nothing in flight between the end of a step and its next launch.
 
 An owner without work keeps its turn for some time, its *patience*. The patience is twice the 90th percentile of the
 owner's recent think times, within the bounds below. Think times above the maximum of the patience are left out. If more
-than three quarters are above the maximum, the patience is IDLE_NS. The owner is charged for this time as for work, so a
-wrong report gains nothing.
+than three quarters of the think times are above the maximum, the patience is IDLE_NS. The owner is charged for this
+time as for work, so a wrong report gains nothing.
 
 The module runs in the gatekeeper's time slicer thread. Times are in nanoseconds.
 """
@@ -22,13 +22,13 @@ _HOPE_PARTS = 4  # if fewer than 1/4 of the think times are short enough, a long
 
 @dataclass(slots=True)
 class ThinkTimes:
-    """The recent think times of one tenant. Checks find long think times more often, so these are over-represented."""
+    """The recent think times of one tenant. Checks find long think times more often than short ones."""
 
     _recent: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    _known: tuple[int, int] = (0, IDLE_NS)  # a quantum, and the patience that was computed for it
+    _known: tuple[int, int] = (0, IDLE_NS)  # a quantum, and the patience that was computed for this quantum
 
     def add(self, ns: int) -> None:
-        """Record a think time. `ns`: the part of it that was measured or reported."""
+        """Record a think time. `ns`: the part of the think time that was measured or reported."""
         self._recent.append(max(0, ns))
         self._known = (0, 0)
 

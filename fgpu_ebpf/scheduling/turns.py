@@ -3,8 +3,8 @@
 The next gate opens LEAD_NS before a drain should end, so that the device is not idle until a thread has woken up and
 launched work. The next turn is charged from the expected end of the drain. The module runs in threads of the gatekeeper
 that hold the time slicer's lock, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant
-that shares no device with another tenant and has no ceiling is *free*: it has no turns, and its gates stay open. Wrong
-reports of a tenant cost at most its own turn.
+that shares no device with another tenant and has no ceiling is *free*: the tenant has no turns, and its gates stay
+open. Wrong reports of a tenant cost at most its own turn.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fgpu_ebpf.scheduling.state import Place, Turn
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
 
 MS = 1_000_000
-LEAST_NS = 100_000  # the least time between two steps without a wake-up by a tenant
+LEAST_NS = 100_000  # the minimum time between two steps without a wake-up by a tenant
 REST_NS = 100 * MS  # while no tenant waits, a turn without work for this time is closed and not checked any more
 SILENCE_NS = 1 * MS  # a closing turn lasts at most this much longer than its work in flight, until it is handed over
 MOST_LATE_NS = 100 * MS  # the maximum charged for work that continued after the end of its turn
 PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # bounds of the pause after a turn without a launch
-STOPPED_NS = 10_000 * MS  # this pause if work remains in flight; it ends earlier once that work has drained
+STOPPED_NS = 10_000 * MS  # the pause if work remains in flight; ends earlier when that work has drained
 
 
 class Turns:
@@ -42,13 +42,13 @@ class Turns:
         self._here: dict[int, Place] = {}  # tenants with processes
         self._running: dict[int, Place] = {}  # tenants with a turn
         self._queue: dict[int, Place] = {}  # tenants that wait for a turn
-        self._left: list[Place] = []  # tenants whose turn has ended in this step, and had work
+        self._left: list[Place] = []  # tenants with work whose turn has ended in this step
         self._users_changed, self._is_drained, self._stepped_ns = False, False, 0
 
     # -- interface for the time slicer
 
     def share_out(self, shares: Mapping[int, Share], now_ns: int, concurrent: Collection[int] = ()) -> None:
-        """Set all shares and the concurrent devices. The next step() must see every tenant."""
+        """Set all shares and the concurrent devices. The next step() must get observations of every tenant."""
         self._lending.concurrent.numbers = frozenset(concurrent)
         for tenant in set(self.places) - set(shares):
             del self.places[tenant]
@@ -72,7 +72,7 @@ class Turns:
         """Set the units around a tenant whose share or units have changed. The tenant leaves the queue, and joins it
         again when it is next observed to wait.
         """
-        if place.change(above, now_ns):  # then it gets no credit for the time that the old limit has withheld
+        if place.change(above, now_ns):  # the tenant then gets no credit for the time that the old limit has withheld
             place.left = fair_queue.STAYED
             self._join(place, now_ns, is_waiting=False)
         self._users_changed = True
@@ -98,21 +98,21 @@ class Turns:
             place.trust.forget_overrun()
 
     def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
-        """Record the total device time of a tenant according to NVML. A tenant with a ceiling is charged for it."""
+        """Record a tenant's total device time according to NVML. A tenant with a ceiling is charged for this time."""
         self.places[tenant].observe(ran_ns, now_ns)
 
     def in_question(self) -> list[int]:
-        """Return the tenants that have a turn or whose turn was just cut. Every step must get observations of these."""
+        """Return the tenants that have a turn or whose turn was just cut. Every step must get their observations."""
         cut = (place.tenant for place in self._queue.values() if place.cut)
         return [*self._running, *self._lending.tenants(), *cut]
 
     def without_wakeups(self) -> set[int]:
-        """Return tenants whose wake-ups can wait for the next step, because they outrank no owner they wait for."""
+        """Return tenants whose wake-ups can wait for the next step, because these tenants outrank no awaited owner."""
         waiting = (*self._queue.values(), *self._preempted())
         return {place.tenant for place in waiting if place.waits_for_any(self._running.values())}
 
     def _preempted(self) -> list[Place]:
-        """Return tenants that were preempted and whose turn was handed over. They queue again at the next step."""
+        """Return preempted tenants whose turn was handed over. These tenants queue again at the next step."""
         return [place for place in self._running.values() if place.is_preempted()]
 
     def step(self, observations: Mapping[int, Seen], now_ns: int) -> set[int]:
@@ -150,7 +150,7 @@ class Turns:
         waiting = self._preempted()
         for place in self._queue.values():
             at_ns = place.ready_ns()
-            if at_ns > self._stepped_ns:  # also if at_ns has passed by now, because no step has considered it yet
+            if at_ns > self._stepped_ns:  # even if at_ns has passed by now, because no step has considered at_ns yet
                 due = min(due, at_ns)
             else:
                 waiting.append(place)
@@ -188,7 +188,7 @@ class Turns:
         if place.late_ns and seen.drained:
             place.charge(min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.pause_ns = place.pause_until_ns = 0
-            if seen.devices:  # otherwise its processes have exited, and nothing proves that there was any work
+            if seen.devices:  # otherwise the processes have exited, and nothing proves that there was work
                 place.trust.ended(seen.ended_ns, now_ns)
         turn, place.cut = place.turn, False
         if turn and turn.closing_ns:
@@ -203,7 +203,7 @@ class Turns:
         """Charge an owner for the time since the last check, and record when it was last active."""
         seen, since_ns = place.seen, max(turn.charged_ns, place.begun_ns(turn))
         if seen.launches != turn.launches:
-            if turn.rest_ns:  # the last check was in a think time
+            if turn.rest_ns:  # the last check was during a think time
                 place.thinks.add(max(turn.rest_ns, seen.idle_ns))
             wanted_ns = seen.wanted_ns if turn.charged_ns <= seen.wanted_ns <= now_ns else now_ns
             turn.launches, turn.active_ns = seen.launches, max(turn.active_ns, wanted_ns)
@@ -249,12 +249,12 @@ class Turns:
                 self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
 
     def _lend(self, begin: list[Place], end: list[Place], change: list[Place], now_ns: int) -> None:
-        """Open the gates of some tenants, and close those of others. Hold or let go tenants that are lent."""
+        """Open the gates of `begin`, and close the gates of `end`. Hold or release lent tenants."""
         for place in begin:
             self._end_turn(place)
         here = [place for place in end if self.places.get(place.tenant) is place]
         self._changed |= lending.switch(begin, here, change, self._next_number, now_ns)
-        for place in here:  # threads of held tenants are at the gate already, and report nothing
+        for place in here:  # threads of held tenants wait at the gate already, and report nothing
             self._look_at_waiter(place, now_ns)
 
     # -- tenants that continue, and tenants that stop
@@ -392,7 +392,7 @@ class Turns:
             leave(place, self._clocks.now(place.seen.devices, place.share.rank), now_ns)
             self._left.append(place)
         self._end_turn(place)
-        if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without a wake-up by a thread
+        if turn.cut and place.seen.drained and place.seen.devices:  # queued again without a wake-up by a thread
             place.cut = True
             self._join(place, now_ns)
             place.since_ns = min(passed_ns, now_ns)

@@ -25,11 +25,11 @@ class Clocks:
         return min((self._clocks.get((device, rank), 0) for device in devices), default=0)
 
     def advance(self, device: int, rank: int, virtual_ns: int) -> None:
-        """Set the clock of a device, unless it is later already."""
+        """Set the clock of a device, unless the clock is later already."""
         self._clocks[device, rank] = max(self._clocks.get((device, rank), 0), virtual_ns)
 
     def turn_begins(self, devices: Collection[int], rank: int, virtual_ns: int, lifted_ns: int = 0) -> None:
-        """Record the beginning of a turn or of another quantum of it.
+        """Record the beginning of a turn or of another quantum of a turn.
 
         `lifted_ns`: the current time if the floor gave the turn, else 0.
         """

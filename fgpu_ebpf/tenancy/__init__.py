@@ -1,1 +1,1 @@
-"""Tenants: which limits each cgroup gets, and how the limits are put in force."""
+"""Tenants: the limits that a cgroup gets, and the steps that put the limits in force."""

@@ -1,11 +1,12 @@
-"""Limits that count against each device, so that their sum does not exceed the device's memory.
+"""The limits that count against each device, so that their sum does not exceed the device's memory.
 
 A limit counts on a device from the tenant's first use of that device on, because most tenants of a host with several
-devices use a single device. If the tenant has one device, or its devices were named when it was started, the limit
-counts on all of them from its first process on. Inside a group with a limit, only the group's limit counts.
+devices use a single device. If the tenant has one device, or the tenant's devices were named at its start, the limit
+counts on all these devices from the tenant's first process on. Inside a group with a limit, only the group's limit
+counts.
 
-The module runs in the agent's main loop and does no I/O. It decides which limits count. `enforcer` writes them to the
-kernel, and reads which process uses which device.
+The module runs in the agent's main loop, does no I/O, and determines which limits count. `enforcer` writes the limits
+to the kernel, and reads which process uses which device.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Saved = tuple[dict[int, Mapping[int, int]], dict[int, Mapping[int, str]], set[in
 
 
 class Commitments:
-    """Grants and denials of each tenant on each device, and the sum of the grants of each device.
+    """The grants and denials of each tenant on each device, and the sum of the grants of each device.
 
     `overcommit`: the sum of limits may exceed a device's memory. `held_elsewhere`: a function that returns the bytes of
     a device that are still charged to tenants whose cgroup is gone.
@@ -36,11 +37,11 @@ class Commitments:
         self.overcommit = overcommit
         self.held_elsewhere: Callable[[int], int] = lambda _: 0
         # By cgroup and device: granted bytes, or the reason of a denial. An inner map is replaced and never changed, so
-        # that save() need not copy it.
+        # that save() need not copy inner maps.
         self._granted: dict[int, Mapping[int, int]] = {}
         self._denied: dict[int, Mapping[int, str]] = {}
         self._lacking: set[int] = set()  # cgroups that were denied a limit, or have less than they requested
-        self._sums: dict[int, int] | None = None  # committed bytes by device; None: they must be computed again
+        self._sums: dict[int, int] | None = None  # committed bytes by device; None if the sums must be computed again
 
     def add_device(self, device: Device) -> None:
         """Add a device on which limits count."""
@@ -48,7 +49,10 @@ class Commitments:
         self._sums = None
 
     def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
-        """Enter the decisions of an earlier agent about a tenant. A pinned limit of 0 means that it was denied."""
+        """Enter the decisions of an earlier agent about a tenant.
+
+        A pinned limit of 0 means that the limit was denied.
+        """
         for index in devices:
             if tenant.limits[index]:
                 _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
@@ -68,14 +72,14 @@ class Commitments:
         return dict(self._granted), dict(self._denied), set(self._lacking)
 
     def restore(self, saved: Saved) -> None:
-        """Set the state back to what save() returned."""
+        """Restore the state that save() returned."""
         self._granted, self._denied, self._lacking = saved
         self._sums = None
 
-    # -- which limit counts where
+    # -- the devices on which limits count
 
     def unit(self, tenant: Tenant) -> Tenant | None:
-        """Return the outermost level whose limit counts: the tenant itself or a group. None: no level has a limit."""
+        """Return the outermost level whose limit counts (the tenant or a group), or None if no level has a limit."""
         levels = [tenant, *self._tree.around(tenant)]
         return next((level for level in reversed(levels) if counts(level)), None)
 
@@ -97,7 +101,7 @@ class Commitments:
         return cgroup in self._granted or cgroup in self._denied
 
     def undecided(self, tenant: Tenant) -> set[int]:
-        """Return the devices on which the tenant's limit was neither granted nor denied yet."""
+        """Return the devices on which the tenant's limit was neither granted nor denied."""
         granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
         return {i for i, limit in tenant.limits.items() if _is_limit(limit) and i not in granted and i not in denied}
 
@@ -118,10 +122,10 @@ class Commitments:
     # -- decisions
 
     def commit(self, tenant: Tenant, devices: Iterable[int]) -> str:
-        """Grant or deny the limit on each of these devices where the limit was neither granted nor denied yet.
+        """Grant or deny the limit on each of these devices where the limit was neither granted nor denied.
 
         Returns:
-            Why the limit does not fit on one of the devices; an empty text if it fits on all.
+            Why the limit does not fit on one of the devices, or an empty text if the limit fits on all devices.
         """
         new = sorted(self.undecided(tenant).intersection(devices))
         for index in new:
@@ -130,7 +134,7 @@ class Commitments:
         return next((denied[index] for index in new if index in denied), "")
 
     def renew(self, tenant: Tenant) -> None:
-        """Grant the tenant's limits again, as far as they fit, after a change of the tenant or of a group around it."""
+        """Grant a tenant's limits again, as far as they fit, after a change of the tenant or of a surrounding group."""
         if self._is_inside(tenant):
             self.forget(tenant.cgroup)
         if not self.is_used(tenant.cgroup):
@@ -144,7 +148,7 @@ class Commitments:
             self._grant(tenant, index)
 
     def try_again(self) -> list[Tenant]:
-        """Try to grant limits that were denied, because capacity may have been freed. Returns tenants that got more."""
+        """Try to grant denied limits, because capacity may have been freed. Return the tenants that got more."""
         more = []
         for cgroup in sorted(self._lacking):
             tenant = self._tree.get(cgroup)
@@ -152,7 +156,7 @@ class Commitments:
                 continue
             before = self.in_force(tenant)
             for index in [*self._denied.get(cgroup, ()), *self._short(tenant)]:
-                if tenant.limits[index]:  # 0: an earlier agent denied a limit that this agent has not determined yet
+                if tenant.limits[index]:  # a limit of 0 was denied by an earlier agent and is not determined yet
                     self._grant(tenant, index)
             if cgroup not in self._denied and not self._short(tenant):
                 self._lacking.discard(cgroup)
@@ -167,9 +171,9 @@ class Commitments:
     def _grant(self, tenant: Tenant, index: int) -> None:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
         shortage = self.shortage_on(tenant, index)
-        if shortage and not had:  # a group that is known after tenants in it has at least what these were granted
+        if shortage and not had:  # a group that is found after its tenants has at least the tenants' grants
             had = self.granted_inside(tenant).get(index)
-        if shortage and tenant.workload.booking:  # its scheduler counts what the driver needs itself, too
+        if shortage and tenant.workload.booking:  # its scheduler also counts the driver's own memory
             left = self._capacity.get(index, 0) - self.committed(index, tenant) - self.held_elsewhere(index)
             had = max(had or 0, left)
         if shortage and not had:
@@ -193,10 +197,10 @@ class Commitments:
     # -- room
 
     def shortage(self, tenant: Tenant) -> str:
-        """Return why a limit that is set by hand does not fit; an empty text if it fits.
+        """Return why a limit that is set by hand does not fit, or an empty text if the limit fits.
 
         The limit must fit on every device where it was granted or denied, or counts from the first process on. If there
-        is no such device, it must fit on at least one device.
+        is no such device, the limit must fit on at least one device.
         """
         if not counts_by_device(tenant):
             return next(filter(None, (self.shortage_on(tenant, index) for index in tenant.limits)), "")
@@ -205,7 +209,7 @@ class Commitments:
         return next(filter(None, shortages), "") if decided or all(shortages) else ""
 
     def shortage_on(self, tenant: Tenant, index: int) -> str:
-        """Return why the tenant's limit does not fit on this device; an empty text if it fits."""
+        """Return why the tenant's limit does not fit on a device, or an empty text if the limit fits."""
         if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
         others = self.committed(index, tenant) + self.held_elsewhere(index)
@@ -239,7 +243,7 @@ class Commitments:
         return tenant.path if tenant else ""
 
     def _promise(self, cgroup: int, index: int) -> int:
-        """Return a tenant's granted bytes that count on a device: 0 if a group around the tenant has a grant there."""
+        """Return a tenant's granted bytes that count on a device, or 0 if a group around the tenant has a grant."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
         if tenant is None or not _is_limit(limit):
             return 0
@@ -248,12 +252,12 @@ class Commitments:
         return min(limit, self._capacity.get(index, 0))
 
     def denied(self, tenant: Tenant) -> str:
-        """Return why the tenant's limit was denied on devices; an empty text if it was denied on none."""
+        """Return why the tenant's limit was denied on devices, or an empty text if the limit was not denied."""
         found = self._denied.get(tenant.cgroup, {})
         return "; ".join(self.shortage_on(tenant, index) or reason for index, reason in found.items())
 
     def partly(self, tenant: Tenant) -> Iterator[str]:
-        """Yield why the tenant has less than its limit, for each device on which it has a part of the limit."""
+        """Yield why the tenant has less than its limit, for each device on which the tenant has a part of the limit."""
         for index in self._short(tenant):
             if why := self.shortage_on(tenant, index):
                 yield f"{memory_text(self._granted[tenant.cgroup][index])} of device {index} are in force: {why}"

@@ -1,4 +1,4 @@
-"""Degree to which the limits of a tenant are enforced: the word in `fgpu status`, `fgpu explain`, metrics and web page.
+"""The degree of enforcement of a tenant's limits: the word in `fgpu status`, `fgpu explain`, metrics and web page.
 
 The rule is applied when a Snapshot is built, in the agent's main loop. The commands, the metrics and the web page read
 the word from the Snapshot. The module does no I/O.
@@ -13,12 +13,12 @@ from typing import Any
 from fgpu_ebpf.policy.units import memory_text
 
 _COOPERATES = frozenset({"unprobed", "standalone"})
-_OUTSIDE_TURNS = frozenset({"outside_turns", "empty_turns"})  # memory of these processes is limited; their time is not
+_OUTSIDE_TURNS = frozenset({"outside_turns", "empty_turns"})  # processes with limited memory and unlimited time
 _KILLED_IN_TIME = frozenset({"no_admission", "no_shim"})  # a probe runs in the call of such a process, and can kill it
 
 
 class Enforcement(StrEnum):
-    """The words as metrics export them. The strongest is first."""
+    """The words as metrics export them, from the strongest enforcement to the weakest."""
 
     KERNEL = "kernel"
     COOPERATIVE = "cooperative"
@@ -28,7 +28,7 @@ class Enforcement(StrEnum):
 
     @property
     def words(self) -> str:
-        """An explanation of the enforcement if a limit may be exceeded; an empty text if the limit holds."""
+        """An explanation of the enforcement if a limit may be exceeded, or an empty text if the limit holds."""
         match self:
             case Enforcement.KERNEL:
                 return ""
@@ -68,7 +68,7 @@ def enforcement(unenforced: str, observe: bool, kill: bool, bypassing: Iterable[
 
 
 def denial(tenant: Mapping[str, Any]) -> str:
-    """Return the text about a denied limit; an empty text if none was denied.
+    """Return the text about a denied limit, or an empty text if no limit was denied.
 
     `tenant`: a tenant in a Snapshot's JSON, or a level of `fgpu explain`.
     """
@@ -81,7 +81,7 @@ def denial(tenant: Mapping[str, Any]) -> str:
 
 
 def excess(device: Mapping[str, Any]) -> str:
-    """Return the text about memory above the limit, which blocks further requests; an empty text if there is none.
+    """Return the text about memory above the limit, which blocks further requests, or an empty text.
 
     `device`: a device of a level of `fgpu explain`.
     """
@@ -90,7 +90,7 @@ def excess(device: Mapping[str, Any]) -> str:
 
 
 def sentence(tenant: Mapping[str, Any]) -> str:
-    """Return a sentence about a tenant if one of its processes is only counted, else an empty text.
+    """Return a sentence about a tenant with a process that is only counted, or an empty text.
 
     `tenant`: a tenant in a Snapshot's JSON.
     """

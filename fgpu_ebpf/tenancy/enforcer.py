@@ -1,11 +1,12 @@
-"""Putting tenants' limits in force in the kernel, while the sum of limits stays within the devices' memory.
+"""The enforcer, which puts tenants' limits in force in the kernel, within the memory of the devices.
 
-The module runs in the agent's main loop. `tenant` determines the limits of a tenant, and `device_commitments` the
-devices on which they count. This module writes limits only; bytes in use are changed by the kernel alone.
+The module runs in the agent's main loop. `tenant` determines a tenant's limits, and `device_commitments` determines on
+which devices they count. This module writes only limits. The kernel alone changes the bytes in use.
 
 A tenant gets its entry in the kernel's map `resolved` when its first process registers or is charged, or when a limit
-is set by hand. Without an entry, the gatekeeper asks the agent about a process that registers. `onBypass: kill` is not
-applied in a tenant that contains a preexisting process, because a preexisting process cannot have the shim.
+is set by hand. Without an entry, the gatekeeper sends the agent a request about a process that registers.
+`onBypass: kill` is not applied in a tenant that contains a preexisting process, because a preexisting process cannot
+have the shim.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fgpu_ebpf.workloads.cgroups import Workloads
 
 
 class RoomError(Exception):
-    """A limit does not fit on a device beside the limits of other tenants, or there is no free level for the limit.
+    """The error of a limit that does not fit beside the limits of other tenants, or for which no level is free.
 
     The text has the numbers.
     """
@@ -66,11 +67,11 @@ class Enforcer:
         self.names = TenantNames()
         self.moves = Moves(ledger, workloads.root, self._tree)
         self.since: dict[int, float] = {}
-        """When a cgroup got its first limit, in seconds since boot, if that was after the agent's start."""
+        """The time of a cgroup's first limit, in seconds since boot, if this time is after the agent's start."""
         self.leaving: dict[int, bool] = {}
-        """Cgroups that are to be released when their parked processes run. The value: whether their pages stay."""
+        """The cgroups to release when their parked processes run. The value is whether their pages stay."""
         self.makes_room = False
-        """Whether requests wait while room is made for them on a full device."""
+        """True if requests wait while room is made for them on a full device."""
 
     # -- the managed cgroups
 
@@ -81,12 +82,12 @@ class Enforcer:
         return len(self._tree)
 
     def name_of(self, cgroup: int) -> str:
-        """Return the tenant's name; an empty text if the cgroup is not a tenant."""
+        """Return the tenant's name, or an empty text if the cgroup is not a tenant."""
         tenant = self.get(cgroup)
         return tenant.name if tenant else ""
 
     def name_at(self, path: str) -> str:
-        """Return the name of the innermost tenant that contains this cgroup; an empty text if there is none."""
+        """Return the name of the innermost tenant that contains this cgroup, or an empty text."""
         levels = self.levels(path)
         return self.name_of(levels[0]) if levels else ""
 
@@ -95,7 +96,7 @@ class Enforcer:
         return self.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:
-        """Return the managed cgroups on a path, innermost first: the outermost LEVELS of them, as in the kernel."""
+        """Return the outermost LEVELS managed cgroups on a path, as in the kernel, from the innermost cgroup on."""
         return levels_at(self._workloads.root, self._tree, path)
 
     def groups(self) -> set[int]:
@@ -117,14 +118,14 @@ class Enforcer:
         self.commitments.adopt(tenant, devices)
 
     def keep(self, tenant: Tenant) -> None:
-        """Keep the pinned limits of an adopted level, and replace its workload and notes by those of `tenant`."""
+        """Keep the pinned limits of an adopted level, and take the workload and notes from `tenant`."""
         before = self.get(tenant.cgroup)
         assert before
         self.leaving.pop(tenant.cgroup, None)
         self._tree.replace(replace(before, workload=tenant.workload, notes=tenant.notes))
 
     def put(self, tenants: Iterable[Tenant]) -> None:
-        """Put limits in force, also for processes that already run.
+        """Put limits in force, even for processes that already run.
 
         Raises:
             RoomError: a limit set by hand does not fit, or no level can be added. Nothing has changed.
@@ -164,10 +165,10 @@ class Enforcer:
     def _enter_all(self, tenants: Sequence[Tenant]) -> list[Tenant]:
         """Enter tenants in memory.
 
-        If limits of tenants inside a group counted on a device, the group's limit counts there at once.
+        If limits of tenants inside a group counted on a device, the group's limit counts on that device immediately.
 
         Returns:
-            Tenants inside these tenants whose own limits begin or cease to count.
+            The tenants inside these tenants whose own limits begin or cease to count.
         """
         before = {tenant.cgroup: self.get(tenant.cgroup) for tenant in tenants}
         counted = {t.cgroup: self.commitments.granted_inside(t) for t in tenants if counts(t)}
@@ -181,7 +182,7 @@ class Enforcer:
         return self._renew_inside(group.path for group in groups)
 
     def _renew_inside(self, paths: Iterable[str]) -> list[Tenant]:
-        """Grant the limits of tenants below these paths again, after a change of the levels around them."""
+        """Grant the limits of tenants below these paths again, after a change of the levels around these tenants."""
         prefixes = tuple(below(path) for path in paths if self._tree.has_inside(path))
         inside = [tenant for tenant in self if tenant.path.startswith(prefixes)] if prefixes else []
         for tenant in inside:
@@ -210,7 +211,7 @@ class Enforcer:
 
     @contextlib.contextmanager
     def _unless_refused(self) -> Iterator[None]:
-        """Undo the changes in memory if the kernel refuses a write. The next decision then tries the write again."""
+        """Undo the changes in memory if the kernel refuses a write. The next decision tries the write again."""
         tree, commitments = self._tree.save(), self.commitments.save()
         try:
             yield
@@ -228,7 +229,7 @@ class Enforcer:
     def _in_force(self, tenant: Tenant) -> LevelLimits:
         spared = abi.LimitFlag.KILL if tenant.path in self._spared else 0
         waits = abi.LimitFlag.WAITS if self.makes_room and not tenant.observe else 0
-        limits = self.commitments.in_force(tenant)  # lower than the tenant's where an increase did not fit
+        limits = self.commitments.in_force(tenant)  # lower than tenant.limits where an increase did not fit
         outside = {i: max(0, bytes_ - max(0, tenant.limits[i] - limits[i])) for i, bytes_ in tenant.outside.items()}
         return LevelLimits(
             tenant.cgroup, limits, tenant.flags & ~spared | waits, self.places.slot(tenant.cgroup),
@@ -247,13 +248,13 @@ class Enforcer:
             self._ledger.set_limits([self._in_force(tenant) for tenant in changed])
 
     def release(self, cgroups: Collection[int], kept: Set[int] = frozenset()) -> None:
-        """Stop managing cgroups. Their processes stay charged to the remaining levels around them.
+        """Stop managing cgroups. The processes stay charged to the remaining levels around the cgroups.
 
-        Levels of parked processes stay until these run: see `leaving`.
+        Levels of parked processes stay until these processes run: see `leaving`.
 
         Args:
             cgroups: the ids of the cgroups.
-            kept: cgroups whose pages stay in the kernel, because they are charged for orphans.
+            kept: cgroups whose pages stay in the kernel, because the pages are charged for orphans.
         """
         held = {cgroup for p in self._ledger.processes().values() if p.is_parked for cgroup in p.levels}
         gone = set(cgroups) - held
@@ -269,10 +270,10 @@ class Enforcer:
         self._retry_denied()
 
     def _remove(self, left: Set[int], removed: Set[int]) -> None:
-        """Move processes out of the levels `left`, and remove `removed` of them from the kernel.
+        """Move processes out of the levels `left`, and remove the levels `removed` from the kernel.
 
-        A process that begins before the removal may have a removed level. It is moved in a second round, or it would
-        not be charged in a later level of the same cgroup.
+        A process that begins before the removal may have a removed level. A second round moves such a process, because
+        the process would not be charged in a later level of the same cgroup.
         """
         for _ in range(2):
             so_far = self._ledger.processes_so_far()
@@ -284,7 +285,7 @@ class Enforcer:
                 break
 
     def release_left(self) -> None:
-        """Release the cgroups that could not be released because of parked processes, if these run now."""
+        """Release the cgroups that could not be released because of parked processes, if these processes run now."""
         leaving, self.leaving = self.leaving, {}
         if leaving:
             self.release(leaving, {cgroup for cgroup, is_kept in leaving.items() if is_kept})
@@ -300,8 +301,8 @@ class Enforcer:
     def use(self, cgroup: int) -> None:
         """Commit the limits that count from a tenant's first process on, and enter the tenant in the map `resolved`.
 
-        If the limit counts on each device separately, it is committed on devices where the tenant already has memory.
-        Otherwise it is committed on all devices.
+        If the limit counts on each device separately, the limit is committed on devices where the tenant already has
+        memory. If the limit counts on all devices, it is committed on all devices.
         """
         tenant = self.get(cgroup)
         if tenant is None:
@@ -311,7 +312,7 @@ class Enforcer:
             self._ledger.resolve(level.cgroup, True)
 
     def use_charged(self, levels: Iterable[int]) -> None:
-        """Commit the limits of these levels on devices where a process has memory without admission. Raises OSError."""
+        """Commit the limits of these levels on devices where a process has memory without admission. Raise OSError."""
         self._put_used(t for cgroup in levels if (t := self.get(cgroup)) and counts_by_device(t))
 
     def _put_used(self, tenants: Iterable[Tenant]) -> None:
@@ -323,7 +324,7 @@ class Enforcer:
         """Commit the limit of the outermost level around a tenant on the devices where this level has memory.
 
         Returns:
-            The level if its limits in force change, else None.
+            The level if its limits in force change, or None.
         """
         unit = self.commitments.unit(tenant)
         new = self._first_used(unit) if unit else []
@@ -342,10 +343,10 @@ class Enforcer:
         return [index for index, found in zip(new, usage, strict=False) if found.used or found.parked]
 
     def use_device(self, cgroup: int, index: int) -> str:
-        """Commit the limit of a level on a device, when a process first requests memory there.
+        """Commit the limit of a level on a device when a process first requests memory on the device.
 
         Returns:
-            Why the limit does not fit; an empty text if it fits.
+            Why the limit does not fit, or an empty text if the limit fits.
 
         Raises:
             OSError: the limit cannot be written to the kernel's map.
@@ -360,12 +361,12 @@ class Enforcer:
         return shortage
 
     def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Write the decision that a program in a cgroup waits for: the limit, or that the cgroup is unmanaged.
+        """Write the decision for which a program in a cgroup waits: the limit, or that the cgroup is unmanaged.
 
         Args:
             path: the cgroup.
-            lacking: cgroups, by path, that should have a limit and for which the kernel has no free slot. Their
-                programs get no memory, even if a limit holds around them.
+            lacking: cgroups, by path, that should have a limit and for which the kernel has no free slot. Programs in
+                these cgroups get no memory, even if a limit holds around the cgroup.
 
         Raises:
             OSError: the decision cannot be written to the kernel's map.
@@ -388,7 +389,7 @@ class Enforcer:
                 self._ledger.set_limits([self._in_force(tenant) for tenant in more])
 
     def denied(self, cgroup: int) -> str:
-        """Return why a tenant's limit is not in force; an empty text if it is in force."""
+        """Return why a tenant's limit is not in force, or an empty text if the limit is in force."""
         tenant = self.get(cgroup)
         if tenant is None:
             return ""

@@ -1,4 +1,4 @@
-"""The event log of `fgpu events`: refusals, bypasses, kills, overruns, XIDs, reloads, limits set by hand and others.
+"""The event log of `fgpu events`: refusals, bypasses, kills, overruns, XIDs, reloads, manual limits and other events.
 
 The log is written and read in the agent's main loop, and keeps the last MOST events. Events of the same kind are logged
 at most once a second, except for `set` and `unset`. The next event of the kind has the number of omitted events.
@@ -48,10 +48,10 @@ class EventLog:
     """The last MOST events."""
 
     def __init__(self) -> None:
-        self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON: one object per event in Python's heap, not ten
+        self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON, which is one object in the heap instead of ten
         self._number = 0
-        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: last time, and omitted after it
-        self._room = FEW_KINDS  # when _told has this many entries, old entries are removed
+        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: last time, omitted events
+        self._room = FEW_KINDS  # old entries are removed when _told has this many entries
 
     def add(self, what: str, **more: Any) -> None:
         """Add an event and log it, unless an event of the same kind was added less than AGAIN_SECONDS ago.
@@ -81,13 +81,13 @@ class EventLog:
         log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
 
     def _forget(self, now: float) -> None:
-        """Remove old kinds, so that tenants that are gone use no memory."""
+        """Remove old kinds, so that removed tenants use no memory."""
         kept = {kind: told for kind, told in self._told.items() if now - told[0] < _remembered(told[1])}
         self._told = kept if len(kept) < MOST_KINDS else {}
         self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
 
     def since(self, number: int) -> dict[str, Any]:
-        """Return the events after `number`, how many of these are no longer kept, and the number of the last event."""
+        """Return the events after `number`, the count of events no longer kept, and the number of the last event."""
         first = self._number + 1 - len(self._last)
         found = [json.loads(kept) for kept in islice(self._last, max(0, number + 1 - first), None)]
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
@@ -98,7 +98,7 @@ def _remembered(untold: int) -> float:
 
 
 def line_of(event: dict[str, Any]) -> str:
-    """Return an event as one line of text, without its time."""
+    """Return an event as one line of text, without the time of the event."""
     words = [event["what"], event["tenant"]]
     words += [f"pid {event['pid']}"] if event["pid"] else []
     words += [f"gpu {event['gpu']}"] if event["gpu"] is not None else []

@@ -1,6 +1,6 @@
 """`fgpu explain`: the reasons for the limits of a cgroup, from the decision to the limits in force.
 
-The module runs in the agent's main loop. It also explains cgroups that are not managed.
+The module runs in the agent's main loop, and also explains cgroups that are not managed.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def explain(
         path: the cgroup.
         manager: the desired state of the host.
         ledger: the kernel's ledger.
-        unenforced: why no limit is in force; an empty text if limits are in force.
-        unprobed: processes with a libcuda that cannot be probed, each with the reason.
+        unenforced: why no limit is in force, or an empty text if limits are in force.
+        unprobed: the reasons by process, for processes with a libcuda that cannot be probed.
         standalone: processes that found no agent and enforce their image's own limit.
         orphans: the orphans of the tenant, as in a Snapshot.
         is_shim: see `bypass_reason`.
         enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
-        shortfalls: the tenants that get less time than is due to them, by cgroup and device.
-        parking: whether the tenant is or can be parked, as text; empty: parking is off.
+        shortfalls: the shortfalls of tenants that get less time than is due to them, by cgroup and device.
+        parking: a text on whether the tenant is or can be parked; empty if parking is off.
 
     Raises:
         TargetError: the cgroup is gone.
@@ -98,7 +98,7 @@ def _crowded(ledger: Ledger) -> Counter[tuple[int, int]]:
 
 
 def level_at(path: str, manager: Manager, ledger: Ledger) -> dict[str, Any] | None:
-    """Return the innermost level that contains a cgroup, in the form of explain(). None: no limit holds there."""
+    """Return the innermost level that contains a cgroup, in the form of explain(), or None if no limit holds."""
     cgroup = next(iter(manager.enforcer.levels(path)), None)
     tenant = None if cgroup is None else manager.enforcer.get(cgroup)
     return None if tenant is None else _level(tenant, manager, ledger, {}, {})

@@ -1,4 +1,4 @@
-"""Tenants whose cgroup is gone while a device may still hold their memory.
+"""Tenants whose cgroup was removed while a device may still hold the tenants' memory.
 
 For example, another process may have a descriptor of the memory. The usage pages of these tenants stay in the kernel
 until the last orphan is released, so that the bytes remain charged. The module runs in the agent's main loop.
@@ -18,7 +18,7 @@ FRESH_SECONDS = 5.0  # the driver frees the memory of an exited process within t
 
 
 class GoneTenants:
-    """Tenants whose cgroup no longer exists and that left orphans, by cgroup id.
+    """The tenants whose cgroup no longer exists and that have orphans, by cgroup id.
 
     The name of a gone tenant contains the cgroup id, because a new tenant may have the gone tenant's former name.
     Iteration leaves out tenants without orphans. release_freed() removes these tenants.
@@ -27,20 +27,23 @@ class GoneTenants:
     def __init__(self, ledger: Ledger, names: TenantNames | None = None) -> None:
         self._ledger = ledger
         self._names = names or TenantNames()
-        self._tenants: dict[int, tuple[Tenant, float]] = {}  # each with the monotonic time at which it was gone
+        self._tenants: dict[int, tuple[Tenant, float]] = {}  # with the monotonic time of the removal
 
     def __iter__(self) -> Iterator[Tenant]:
         return iter([t for t, _ in self._tenants.values() if any(self._ledger.orphans.of_level(t.cgroup))])
 
     def keep(self, tenants: Iterable[Tenant]) -> set[int]:
-        """Keep the tenants in `tenants` that have orphans. Returns the ids of their cgroups."""
+        """Keep the tenants in `tenants` that have orphans, and return the ids of their cgroups."""
         now, held = time.monotonic(), [t for t in tenants if any(self._ledger.orphans.of_level(t.cgroup))]
         for tenant in held:
             self._tenants[tenant.cgroup] = self._names.outlive(tenant), now
         return {tenant.cgroup for tenant in held}
 
     def release_freed(self) -> None:
-        """Remove the tenants without memory on any device. Levels of parked processes stay until later."""
+        """Remove the tenants without memory on any device.
+
+        Levels of parked processes stay until these processes run.
+        """
         free = [cgroup for cgroup in self._tenants if not any(self._ledger.orphans.of_level(cgroup))]
         held = {entry.level for entry in self._ledger.parked.entries().values()} if free else ()
         self.forget([cgroup for cgroup in free if cgroup not in held])
@@ -60,6 +63,6 @@ class GoneTenants:
 
 
 def left_behind(cgroup: int) -> Tenant:
-    """Return a tenant for a pinned page of a cgroup that no longer exists. The agent has no other record of it."""
+    """Return a tenant for a pinned page of a removed cgroup. The agent has no other record of the cgroup."""
     workload = Workload(path="", cgroup=cgroup, name="gone")
     return Tenant(workload, workload.name, Source.POLICY, "", {})

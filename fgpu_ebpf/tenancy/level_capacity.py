@@ -1,6 +1,6 @@
-"""Capacity for levels: how many each bound owner has, whether another can be added, and events for refused levels.
+"""The capacity for levels: the number of each bound owner, the room for another level, and events for refused levels.
 
-The kernel has a page for each level, and a fixed number of pages (PLACES). If there is no page for a level, its
+The kernel has a page for each level, and a fixed number of pages (PLACES). If there is no page for a level, the level's
 programs get no memory (`Enforcer.answer`). Half of all pages are reserved for owners with few levels. The module runs
 in the agent's main loop. Writes to the kernel's table of owners raise OSError.
 """
@@ -23,7 +23,7 @@ from fgpu_ebpf.workloads.bound_owner import Owner, owner_of
 PLACES = bpf.MOST_INNER
 FEW = 16  # owners with fewer levels than this may use the second half of all pages
 PAUSE_SECONDS = 30.0  # at most one event in this time for each owner with refused levels
-MOST_REPORTED = 256  # owners that have an event in this time
+MOST_REPORTED = 256  # the most owners with an event in this time
 
 
 class LevelCapacity:
@@ -31,8 +31,8 @@ class LevelCapacity:
 
     Args:
         root: the mount point of the cgroup hierarchy.
-        bounds: the bounds of each owner; None: the defaults.
-        table: the kernel's table of owners; None: the BPF programs do not count by owner.
+        bounds: the bounds of each owner, or None for the defaults.
+        table: the kernel's table of owners, or None if the BPF programs do not count by owner.
         taken: a function that returns how many pages the kernel has in use.
     """
 
@@ -56,7 +56,7 @@ class LevelCapacity:
         return owner_of(self._root, path, lambda cgroup: cgroup in self._owners or cgroup == level != 0)
 
     def divide(self, tenants: Iterable[Tenant]) -> tuple[list[Tenant], dict[int, str]]:
-        """Return the tenants that have or can get a page, and the reasons for all other tenants, by cgroup."""
+        """Return the tenants that have or can get a page, and why the other tenants cannot get a page, by cgroup."""
         fit, shortages, new = list[Tenant](), dict[int, str](), Counter[int]()
         for tenant in tenants:
             why = "" if tenant.cgroup in self._owners else self._shortage(tenant, new)
@@ -67,7 +67,9 @@ class LevelCapacity:
         return fit, shortages
 
     def _shortage(self, tenant: Tenant, new: Counter[int]) -> str:
-        """Return why no level can be added for a tenant. An empty text: a level can be added, and is counted in `new`.
+        """Return why no level can be added for a tenant.
+
+        The text is empty if a level can be added and was counted in `new`.
 
         Args:
             tenant: the tenant.
@@ -88,7 +90,7 @@ class LevelCapacity:
         return ""
 
     def enter(self, cgroup: int, path: str) -> None:
-        """Enter the level of a cgroup. Raises OSError."""
+        """Enter the level of a cgroup. Raise OSError if the kernel refuses the entry."""
         owner = self.owner(path, cgroup)
         if owner == self._owners.get(cgroup):
             return
@@ -104,8 +106,8 @@ class LevelCapacity:
             self._renew_inside(path)
 
     def _renew_inside(self, path: str) -> None:
-        """Enter the levels inside a path again, because their owner may have changed."""
-        if path not in self._inside:  # else the entry of many levels would take quadratic time
+        """Enter the levels inside a path again, because the owner of these levels may have changed."""
+        if path not in self._inside:  # without this check, many levels would take quadratic time
             return
         for cgroup, inside in list(self._paths.items()):
             if inside.startswith(below(path)):
@@ -133,7 +135,7 @@ class LevelCapacity:
             self.leave(cgroup)
 
     def slot(self, cgroup: int) -> int:
-        """Return the slot of the level's owner in the kernel's table; 0: it has no slot."""
+        """Return the slot of the level's owner in the kernel's table, or 0 if the owner has no slot."""
         return self._slots.get(cgroup, 0)
 
     def crowds(self, paths: Sequence[str]) -> list[str]:
@@ -149,7 +151,7 @@ class LevelCapacity:
 
 
 class LevelRefusals:
-    """Counter and reporter of levels that were refused because there was no room.
+    """The counter and reporter of levels that were refused because there was no room.
 
     There is at most one event for each bound owner in PAUSE_SECONDS, for any number of refused levels. `count`: the
     number of refusals since the agent's start.

@@ -1,6 +1,6 @@
-"""The desired state of the host: applies policies and overrides to every cgroup, and puts the result in force.
+"""The manager of the desired state, which applies policies and overrides to every cgroup.
 
-The module runs in the agent's main loop. It has the policies in force, the overrides and the cgroups of `fgpu run`. The
+The module runs in the agent's main loop, and has the policies, the overrides and the cgroups of `fgpu run`. The
 enforcer writes the limits to the kernel. A limit that a user sets and that cannot be put in force raises TargetError or
 RoomError. A limit of a policy that cannot be put in force is reported in the tenant's notes and in the event log.
 """
@@ -56,8 +56,8 @@ class Manager:
         self.enforcer = enforcer
         self.policies = PolicySet(())
         self.classes = NO_CLASSES  # the priorities of agent.yaml
-        self.adapters: Collection[str] = ADAPTERS  # of agent.yaml
-        self.policies_unknown = ""  # why the policies could not be read; empty: they were read
+        self.adapters: Collection[str] = ADAPTERS  # the adapters of agent.yaml
+        self.policies_unknown = ""  # why the policies could not be read, or empty
         self.overrides = overrides
         self._devices = devices
         self._history = history
@@ -65,7 +65,7 @@ class Manager:
         self._has_freed_places = False
         self.gone = gone
         enforcer.commitments.held_elsewhere = gone.held_bytes
-        self._awaited: dict[str, float] = {}  # cgroups of `fgpu run` that a process must enter, and by when
+        self._awaited: dict[str, float] = {}  # deadlines for the first process in cgroups of `fgpu run`
 
     @classmethod
     def of_host(
@@ -97,7 +97,7 @@ class Manager:
         return self.policies.resolve(labelled, self._devices, self.classes, self.adapters)
 
     def _tenant(self, path: str) -> Tenant | None:
-        """Return the tenant that a cgroup should be; None: the cgroup is gone, or should not be managed.
+        """Return the tenant that a cgroup should be, or None if the cgroup is gone or should not be managed.
 
         A tenant of source KEPT keeps its pinned limits as long as _doubt() returns a reason. A pod that
         an earlier agent left without a limit gets no limit while the claims of the pod are unknown.
@@ -117,7 +117,7 @@ class Manager:
         return replace(before, workload=workload, notes=(doubt,))
 
     def _tenant_of(self, workload: Workload, override: Override | None) -> Tenant | None:
-        """Return the tenant by policies and an override; None: the workload is not managed."""
+        """Return the tenant by policies and an override, or None if the workload is not managed."""
         return tenant_of(self.decide(workload, override), override, self._devices, self.enforcer.context_bytes)
 
     def _override(self, cgroup: int) -> Override | None:
@@ -127,7 +127,7 @@ class Manager:
     def _doubt(self, workload: Workload) -> str:
         """Return why the agent cannot establish whether the limits pinned for a cgroup are still wanted.
 
-        An empty text means that the agent can establish this.
+        The text is empty if the agent can establish whether the limits are wanted.
         """
         override = self.overrides.get(workload.cgroup)
         said = override.kept if override else ""
@@ -146,7 +146,7 @@ class Manager:
             before = self.enforcer.at(path)
             if before and (tenant is None or tenant.cgroup != before.cgroup):
                 gone.append(before)
-        groups = {group for before in gone for group in self._groups(before.path)}  # have fewer shares inside now
+        groups = {group for before in gone for group in self._groups(before.path)}  # these have fewer shares inside now
         wanted |= {path: self._tenant(path) for path in groups - wanted.keys()}
         self._let_go(gone)
         self._enforce([tenant for tenant in wanted.values() if tenant])
@@ -170,11 +170,11 @@ class Manager:
         self.consider_all()
 
     def _enforce(self, tenants: Sequence[Tenant]) -> None:
-        """Put limits in force: outer cgroups first; at each depth limits set by hand first, then older cgroups first.
+        """Put limits in force from the outermost cgroups inwards, because only a group's limit counts inside the group.
 
-        Groups are first, because only the group's limit counts inside a group.
+        At each depth, limits set by hand precede policies' limits, and older cgroups precede newer cgroups.
         """
-        # The tenants are named here, because a name depends on all of them, and put() gets only a part of them.
+        # The tenants are named before put(), because a name depends on all tenants, and put() gets only a part.
         tenants = self.enforcer.names.named(tenants)
         for tenant in tenants:
             if tenant.source is Source.KEPT:
@@ -235,7 +235,7 @@ class Manager:
         Args:
             path: the cgroup.
             asked: fields of Override. Fields that are left out keep their values.
-            name: the name of the tenant; an empty text: by its workload.
+            name: the name of the tenant, or an empty text for the name of its workload.
             own: whether the cgroup was made for `fgpu run`.
 
         Raises:
@@ -292,7 +292,7 @@ class Manager:
         return tenant
 
     def unset(self, path: str) -> bool:
-        """Remove the override or the kept limit of a cgroup. Then the container's share or its policy applies again.
+        """Remove the override or the kept limit of a cgroup, so that the container's share or the policy applies again.
 
         Returns:
             False if nothing was set.
@@ -312,7 +312,7 @@ class Manager:
         return True
 
     def _forget(self, path: str, cgroup: int, is_kept: bool = False) -> None:
-        """Remove everything that was set for a cgroup, and its kept limits."""
+        """Remove everything that was set for a cgroup, and the cgroup's kept limits."""
         self.overrides.drop([cgroup])
         if is_kept:
             self.enforcer.release([cgroup])
@@ -331,14 +331,14 @@ class Manager:
             log.error("limits kept from before the start cannot be written to the file of overrides: %s", error)
 
     def _follow_what_is_left(self, path: str) -> None:
-        """Apply the remaining override or policy of a cgroup, or release the cgroup if there is neither."""
+        """Apply the remaining override or policy of a cgroup, or release the cgroup if nothing remains."""
         self.consider([path, *self._groups(path)])
         tenant = self.enforcer.at(path)
         if tenant and self._tenant(path) is None:
             self.enforcer.release([tenant.cgroup])
 
     def run(self, asked: Mapping[str, Any], name: str) -> Tenant:
-        """Make a cgroup for `fgpu run` and put its limit in force, before a process enters it. Raises as set() does."""
+        """Make a cgroup for `fgpu run`, and put the limit in force before a process enters. Raise as set() does."""
         if name:
             self._clear_place(self.workloads.place(name))
         path = self.workloads.make(name)
@@ -354,7 +354,7 @@ class Manager:
     def _clear_place(self, path: str) -> None:
         """Remove the empty cgroup of an earlier `fgpu run` of the same name."""
         if self._awaited.get(path, 0.0) > time.monotonic():
-            return  # a process will enter it within ENTER_SECONDS
+            return  # a process will enter the cgroup within ENTER_SECONDS
         self._awaited.pop(path, None)
         if self.workloads.cgroup(path) is not None and not self.workloads.is_populated(path):
             self.workloads.remove(path)
@@ -368,7 +368,7 @@ class Manager:
         for path in paths:
             cgroup = self.workloads.cgroup(path)
             override = self.overrides.get(cgroup or 0)
-            own = override.own if override else self.workloads.is_own(path)  # no override: made before a detach
+            own = override.own if override else self.workloads.is_own(path)  # without override: older than a detach
             if cgroup is None or not own or now < self._awaited.get(path, 0.0):
                 continue
             if not self.workloads.is_populated(path) and self.workloads.remove(path):

@@ -1,7 +1,7 @@
-"""Moves the charges of processes when their levels change: to new levels around them, or to those of another cgroup.
+"""The moves of the charges of processes whose levels change, to new levels or to the levels of another cgroup.
 
-Runs in the agent's main loop, except published(). A process that is parked is not moved before it runs: the shim finds
-on the page of its own level that it has to hold calls back.
+The module runs in the agent's main loop, except published(). A parked process is not moved before it runs, because the
+page of the process's own level tells the shim to block calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fgpu_ebpf.tenancy.tenant_tree import TenantTree
 
 
 def levels_at(root: Path, managed: TenantTree, path: str) -> tuple[int, ...]:
-    """Return the managed cgroups on a path, innermost first: the outermost LEVELS of them, as in the kernel."""
+    """Return the outermost LEVELS managed cgroups on a path, as in the kernel, from the innermost cgroup on."""
     return tuple(cgroup for cgroup in procfs.cgroup_ids(root, path) if cgroup in managed)[-abi.LEVELS :]
 
 
@@ -28,22 +28,22 @@ class Moves:
     def __init__(self, ledger: Ledger, root: Path, managed: TenantTree) -> None:
         self._ledger, self._root, self._managed = ledger, root, managed
         self._wakeup = Wakeup()
-        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and processes_so_far() before these
+        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the earlier processes_so_far()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when take_over_late() must be called."""
         return self._wakeup.fileno()
 
     def published(self, cgroups: set[int], so_far: int) -> None:
-        """Record that every BPF program uses these levels from now on. Called in any thread.
+        """Record that every BPF program uses these levels from now on. Any thread may call this method.
 
-        `so_far`: how many entries of processes had been created before the levels were put in force.
+        `so_far`: the number of entries of processes that had been created before the levels were put in force.
         """
         self._published.append((cgroups, so_far))
         self._wakeup.wake()
 
     def take_over_late(self) -> None:
-        """Assign processes to new levels that their entries lack.
+        """Assign processes to new levels that the processes' entries lack.
 
         The kernel may compute the levels of a process before a new level is published, and create the entry of the
         process after take_over() has read the entries.
@@ -73,6 +73,6 @@ class Moves:
                 self._ledger.new_epoch()
 
     def _levels_of(self, pid: int) -> tuple[int, ...] | None:
-        """Return the levels that a process should have; None: it has ended."""
+        """Return the levels that a process should have, or None if the process has ended."""
         path = procfs.cgroup_path(pid)
         return levels_at(self._root, self._managed, path) if path else None

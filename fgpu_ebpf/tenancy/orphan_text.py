@@ -1,4 +1,4 @@
-"""Text about orphans, memory that outlives its process: one sentence for each. No I/O; runs in agent and commands."""
+"""The text about orphans, one sentence for each. The functions do no I/O, and run in the agent and in commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fgpu_ebpf.policy.units import memory_text
 
-SHOWN_SECONDS = 1.0  # the driver frees the memory of an exited process within 0.1 s, later if many exit at once
+SHOWN_SECONDS = 1.0  # the driver needs 0.1 s to free the memory of an exited process, or longer if many exit at once
 
 
 def lasting(orphans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -16,14 +16,14 @@ def lasting(orphans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def keepers(orphan: Mapping[str, Any]) -> str:
-    """Return a text with the processes that keep the memory, or with the reason why none is known."""
+    """Return a text with the processes that keep the memory, or a text that no such process was found."""
     if orphan["keepers"]:
         return "kept by pid " + ", ".join(map(str, orphan["keepers"]))
     return "no process with a descriptor of the driver was found"
 
 
 def sentence(orphan: Mapping[str, Any]) -> str:
-    """Return a sentence with the held bytes, their process, the processes that keep them, and the fix."""
+    """Return a sentence with the held bytes, the process of these bytes, the keepers, and the fix."""
     what = f"{memory_text(orphan['bytes'])} on gpu {orphan['gpu']}"
     why = "which has ended" if orphan["ended"] else "which exported and freed them"
     found = f"{what} stay charged for process {orphan['pid']}, {why}: {keepers(orphan)}"

@@ -1,4 +1,4 @@
-"""Overrides: limits set by `fgpu set`, `fgpu run` and shares. They survive a restart of the agent, but not a reboot.
+"""Overrides: the limits set by `fgpu set`, `fgpu run` and shares, which survive a restart of the agent but no reboot.
 
 The module runs in the agent's main loop. Overrides are stored in one file under /run. An invalid part of the file does
 not mean that nothing was set: `unknown` returns the error, for one cgroup or for all.
@@ -25,15 +25,15 @@ MOST_WEIGHT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Limits set by hand for one cgroup, on each device. None or "" means not set, so that the policy's value applies.
+    """Limits set by hand for one cgroup, on each device. For a value of None or "", the policy's value applies.
 
     Attributes:
         cgroup: the id of the cgroup.
-        path: its path from the hierarchy's root.
-        name: the tenant's name, if it was set.
+        path: the path of the cgroup from the hierarchy's root.
+        name: the tenant's name, if a name was set.
         own: whether the agent made the cgroup for `fgpu run`.
         share: the share that the container requested at its start. The limits of policies apply to the share too.
-        devices: the UUIDs of the only devices that the container may use; empty: any device.
+        devices: the UUIDs of the devices that the container may use, or empty for any device.
         priority_class: the name in `priorities` of agent.yaml from which `priority` comes.
         kept: why the cgroup keeps the limits that the kernel has pinned, until other limits are set.
     """
@@ -48,13 +48,13 @@ class Override:
     priority: str = ""
     share: str = ""
     devices: tuple[str, ...] = ()
-    memory_millionths: int | None = None  # of each device's usable memory, in place of memory_bytes
+    memory_millionths: int | None = None  # a part of each device's usable memory, in place of memory_bytes
     kept: str = ""
     priority_class: str = ""
 
     @property
     def memory(self) -> Amount | None:
-        """The limit of memory; None: not set."""
+        """The limit of memory, or None if not set."""
         if self.memory_bytes is None and self.memory_millionths is None:
             return None
         return Amount(self.memory_bytes or 0, self.memory_millionths or 0)
@@ -76,9 +76,9 @@ class Overrides:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._all: dict[int, Override] = {}
-        self._error = ""  # why the whole file could not be read
+        self._error = ""  # why the whole file could not be read, or empty
         self._errors: dict[int, str] = {}  # why the entry of a cgroup could not be read
-        self._has_dropped = self._has_failed = False  # since the last write: overrides were removed; a retry has failed
+        self._has_dropped = self._has_failed = False  # since the last write: removals, a failed retry
         self._read()
 
     def __iter__(self) -> Iterator[Override]:
@@ -89,13 +89,13 @@ class Overrides:
         return self._all.get(cgroup)
 
     def put(self, override: Override) -> None:
-        """Enter or replace an override. Raises OSError: the file cannot be written, and the override is not entered."""
+        """Enter or replace an override. If the file cannot be written, raise OSError and do not enter the override."""
         after = self._all | {override.cgroup: override}
         self._write(after.values())
         self._all = after
 
     def drop(self, cgroups: Iterable[int]) -> None:
-        """Remove overrides. If the file cannot be written, a later write_again() writes it."""
+        """Remove overrides. If the file cannot be written, a later write_again() writes the file."""
         gone = set(cgroups) & set(self._all)
         if gone:
             self._all = {cgroup: override for cgroup, override in self._all.items() if cgroup not in gone}
@@ -118,11 +118,11 @@ class Overrides:
             self._has_failed = False
 
     def unknown(self, cgroup: int) -> str:
-        """Return why a cgroup's override could not be read when the agent started; empty: there was no error."""
+        """Return why a cgroup's override could not be read at the agent's start, or an empty text without an error."""
         return self._error or self._errors.get(cgroup, "")
 
     def settle(self, kept: Iterable[Override]) -> None:
-        """Record that the agent's start has decided about every cgroup. Raises OSError.
+        """Record that the agent's start has decided about every cgroup. Raise OSError if the file cannot be written.
 
         If part of the file is invalid, the file is replaced, and the old file stays next to it with the suffix `.bad`.
 
@@ -131,11 +131,11 @@ class Overrides:
         """
         if not (self._error or self._errors):
             return
-        if self._file.is_dir():  # engines create a folder if a container mounts a file that does not exist
+        if self._file.is_dir():  # an engine creates a folder if a container mounts a missing file
             self._file.rmdir()
         elif self._file.exists():
             os.replace(self._file, self._file.with_name(f"{self._file.name}.bad"))
-        self._all |= {override.cgroup: override for override in kept}  # if this write fails, the next one includes them
+        self._all |= {override.cgroup: override for override in kept}  # also in the next write if this write fails
         self._write(self._all.values())
         self._error, self._errors = "", {}
 
@@ -173,7 +173,7 @@ class Overrides:
 
 
 def _entry(override: Override) -> dict[str, object]:
-    """Return the entry for the file. Empty fields that older agents cannot read are left out."""
+    """Return the entry of an override for the file. Empty fields that older agents cannot read are left out."""
     entry = asdict(override)
     for name in ("devices", "kept", "memory_millionths", "priority_class"):
         if not entry[name]:

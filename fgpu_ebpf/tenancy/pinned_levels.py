@@ -1,9 +1,10 @@
-"""Taking over the levels that the kernel has pinned when the agent starts.
+"""The takeover of the pinned levels at the agent's start.
 
-First, every level of an existing cgroup is entered with its pinned limits. Then policies and overrides are put in
-force. Then levels that neither a policy nor an override requests are released. If the agent cannot establish whether a
-level is requested, the level keeps its limits as a tenant of source `kept`, and doubts() reports it. A pod that had no
-limit stays without one while its claims are unknown. The module runs in the agent's main thread.
+In the first step, every level of an existing cgroup is entered with its pinned limits. In the second step, policies and
+overrides are put in force. In the last step, levels that neither a policy nor an override requests are released. If the
+agent cannot establish whether a level is requested, the level keeps its limits as a tenant of source `kept`, and
+doubts() reports the tenant. A pod without a limit stays without a limit while the claims of the pod are unknown. The
+module runs in the agent's main thread.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
         workload = workloads.identify(path)
         for inside in enforcer.answered.kept_free(workload, workloads) if workload and workload.is_pod else ():
             if not enforcer.levels(inside):
-                enforcer.answer(inside)  # so that the next start knows it too
+                enforcer.answer(inside)  # so that the next start has the decision too
     known = {tenant.cgroup for tenant in enforcer}
     unknown = [cgroup for cgroup in ledger.tenants() if cgroup not in known]
     enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))
-    manager.consider([tenant.path for tenant in _kept(enforcer)])  # the release may have made room for their limits
+    manager.consider([tenant.path for tenant in _kept(enforcer)])  # the release may have made room for kept limits
     for tenant in _kept(enforcer):
         log.error("%s keeps its limits from before the start: %s", tenant.name, "; ".join(tenant.notes))
 
 
 def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator[tuple[Tenant, set[int]]]:
-    """Yield each pinned level of an existing cgroup and the devices where its limit does not count, oldest first."""
+    """Yield each pinned level of an existing cgroup and the devices where the limit does not count, by age."""
     limits: dict[int, dict[int, int]] = defaultdict(dict)
     uncommitted: dict[int, set[int]] = defaultdict(set)
     flags: dict[int, dict[int, int]] = defaultdict(dict)
@@ -79,10 +80,10 @@ def _kept(tenants: Iterable[Tenant]) -> list[Tenant]:
 
 
 def doubts(trouble: str, tenants: Iterable[Tenant]) -> str:
-    """Return why the requested limits may not be in force; an empty text if they are in force.
+    """Return why the requested limits may not be in force, or an empty text if they are in force.
 
     Args:
-        trouble: the error in the policies; an empty text if there is none.
+        trouble: the error in the policies, or an empty text without an error.
         tenants: all tenants.
     """
     kept = _kept(tenants)

@@ -1,4 +1,4 @@
-"""Shares of containers in a pod that a policy matches too: the pod gets enough for all of them.
+"""The shares of containers in a pod that a policy matches too, for which the pod gets a sufficient limit.
 
 The module runs in the agent's main loop.
 """
@@ -22,11 +22,11 @@ def with_shares(
 ) -> Decision:
     """Return a decision whose limits are at least the sum of the shares in a pod, up to the policy's `memory.max`.
 
-    On a device that the pod's claims determine, the limit stays.
+    On a device that the pod's claims determine, the limit is unchanged.
 
     Args:
-        decision: the decision about any workload. If the workload is no pod, it is returned as it is.
-        overrides: all overrides. Those of containers that have ended do not count.
+        decision: the decision about any workload. If the workload is no pod, the decision is returned unchanged.
+        overrides: all overrides. Overrides of containers that have ended do not count.
         workloads: the cgroups of the host.
         devices: the host's devices.
     """
@@ -53,7 +53,7 @@ def shortage(tenant: Tenant, enforcer: Enforcer) -> str:
     """Commit the limit of the group around a tenant with a share, on the devices of the share.
 
     Returns:
-        Why the group gets less than the shares in it; an empty text if it gets enough, or if there is no group.
+        Why the group gets less than the shares in the group, or an empty text if it gets enough or there is no group.
 
     Raises:
         OSError: the limit cannot be written to the kernel's map.

@@ -1,10 +1,10 @@
 """Processes that mapped the driver's library before fgpu was installed, or before a change of the layout of pages.
 
-Preexisting processes are adopted and reported, and never killed. The agent searches for them once and stores them in a
-file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not count, so that no tenant
-can claim to be preexisting. If the file exists and cannot be read, there are no preexisting processes. If it cannot be
-written, the agent tries again regularly; if it never succeeds, the next agent searches again. The module runs in the
-agent's main loop.
+Preexisting processes are adopted and reported, and never killed. The agent searches for preexisting processes once and
+stores them in a file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not count,
+so that no tenant can claim to be preexisting. If the file exists and cannot be read, there are no preexisting
+processes. If the file cannot be written, the agent tries again regularly. If no attempt succeeds, the next agent
+searches again. The module runs in the agent's main loop.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _SHIM = "libfgpu.so"
 
 
 class PreexistingProcesses:
-    """The preexisting processes. `known`: the start time of each by pid, in clock ticks since boot."""
+    """The preexisting processes. `known`: the start times by pid, in clock ticks since boot."""
 
     FILE = "elders.json"
 
     @classmethod
     def found(cls, run_dir: Path, layout_changes: bool = False) -> PreexistingProcesses:
-        """Return the processes that an earlier agent has stored, or search for them and store them.
+        """Return the processes that an earlier agent has stored, or search for processes and store the result.
 
         Args:
             run_dir: the folder of the file.
-            layout_changes: whether the layout of pages changes. Then processes with a shim count too, because this
+            layout_changes: whether the layout of pages changes. If True, processes with a shim count too, because this
                 version cannot read their requests.
         """
         place = run_dir / cls.FILE
@@ -52,7 +52,7 @@ class PreexistingProcesses:
         return made
 
     def __init__(self, known: Mapping[int, int] | None = None, place: Path | None = None) -> None:
-        """Initialize. `place`: the file, if it must be written."""
+        """Initialize the set. `place`: the file, if the file must be written."""
         self._known, self._place = dict(known or {}), place
 
     def _store(self, level: int = logging.DEBUG) -> None:
@@ -70,7 +70,7 @@ class PreexistingProcesses:
         return iter(self._known)
 
     def look(self) -> None:
-        """Remove exited processes, even if another process has their pid now. Write the file if a write is due."""
+        """Remove exited processes, even if another process has the pid now. Write the file if a write is due."""
         self._known = {pid: start for pid, start in self._known.items() if procfs.started(pid) == start}
         self._store()
 

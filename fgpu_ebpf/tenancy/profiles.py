@@ -1,4 +1,4 @@
-"""Profiles: the shares that this host offers to Kubernetes, and how many of each, by `profiles:` in agent.yaml.
+"""Profiles: the shares that this host offers to Kubernetes, and their numbers, by `profiles:` in agent.yaml.
 
 The module does no I/O and runs in the agent's main loop. An offered share is a number for Kubernetes' scheduler. The
 limits of a container are decided when the container starts.
@@ -13,20 +13,20 @@ from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.policy.rules import Device, DeviceChoice
 from fgpu_ebpf.policy.units import MILLION, memory_text
 
-MOST_NAME_CHARACTERS = 16  # of a share's name, because kubelet's ids have 63 characters, and a UUID needs 40 of them
+MOST_NAME_CHARACTERS = 16  # in a share's name; kubelet's ids have 63 characters, and a UUID needs 40 characters
 MOST_COUNT = 128  # the maximum number of shares of a profile on one device
 
 
 class ProfileError(ValueError):
-    """The profiles do not fit on a device. The text has the numbers."""
+    """The error of profiles that do not fit on a device. The text has the numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """A share that the host offers.
 
-    `count` is the number of shares on each device; None: as many as fit. `devices` has the devices that offer the
-    share; empty: every device.
+    `count` is the number of shares on each device, or None for as many as fit. `devices` has the devices that offer the
+    share, and is empty for every device.
     """
 
     share: str
@@ -46,11 +46,11 @@ def size_bytes(share: str, device: Device) -> int:
 
 
 def counts(profiles: Sequence[Profile], device: Device, overcommit: bool) -> dict[str, int]:
-    """Return how many of each share a device offers, by name. Shares that do not fit even once are left out.
+    """Return how many shares a device offers, by name. Shares that do not fit even once are left out.
 
     Profiles with a count have precedence, and must fit together unless `overcommit` is true. A profile without a count
     gets as many shares as fit in the remaining memory and in the device's time. Several profiles without a count
-    overlap: each has the count that it would have alone.
+    overlap, so that each profile has the count that it would have alone.
 
     Raises:
         ProfileError: the profiles with a count do not fit together.

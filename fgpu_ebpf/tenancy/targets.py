@@ -1,4 +1,4 @@
-"""Conversion of the TARGET of a command to the path of a cgroup.
+"""The conversion of a command's TARGET to the path of a cgroup.
 
 The forms of a target are: a tenant's name, a container's id or its beginning, pod/NS/NAME, unit/NAME, /cgroup/path,
 pid/N. An ambiguous target raises TargetError with the cgroups that match. The module runs in the agent's main loop.
@@ -18,11 +18,11 @@ from fgpu_ebpf.workloads.workload import Workload
 
 SHORTEST_ID = 4
 _PID = re.compile(r"pid/([0-9]{1,10})")
-_PAYLOADS = ("container", "payload")  # crun puts the processes into a cgroup of this name inside the container's own
+_PAYLOADS = ("container", "payload")  # cgroups of crun for the processes, inside the container's own cgroup
 
 
 def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
-    """Return the path of the target's cgroup. Tenants have precedence over other cgroups. Raises TargetError."""
+    """Return the path of the target's cgroup. Tenants have precedence over other cgroups. Raise TargetError."""
     if target.startswith("/"):
         workloads.folder(target)
         return "/" + "/".join(part for part in target.split("/") if part)
@@ -44,7 +44,7 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
 
 
 def tenant(path: str, enforcer: Enforcer) -> Tenant:
-    """Return the innermost tenant that contains a cgroup. Raises TargetError: there is none."""
+    """Return the innermost tenant that contains a cgroup. Raise TargetError if there is no tenant."""
     cgroup = next(iter(enforcer.levels(path)), None)
     found = None if cgroup is None else enforcer.get(cgroup)
     if found is None:

@@ -1,4 +1,4 @@
-"""Limits of a workload as a tenant, from its policy and its override. Overrides have precedence.
+"""The limits of a workload as a tenant, from the policy and the override. Overrides have precedence.
 
 The module does no I/O and runs in the agent's main loop. `enforcer` decides whether the limits fit.
 """
@@ -23,14 +23,14 @@ from fgpu_ebpf.workloads.workload import COMPUTE_LABEL, MEMORY_LABEL, NAME_CHARA
 
 
 class Source(StrEnum):
-    """Origin of a limit."""
+    """The origin of a limit."""
 
     POLICY = "policy"
     SET = "set"
     RUN = "run"
     SHARE = "share"
-    CLAIM = "claim"  # of another driver than fgpu's; no policy matches the pod
-    KEPT = "kept"  # pinned in the kernel; the agent could not establish whether other limits are wanted
+    CLAIM = "claim"  # a claim of a driver other than fgpu's; no policy matches the pod
+    KEPT = "kept"  # pinned in the kernel; unknown to the agent whether other limits are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Tenant:
 
     `limits` has bytes by ledger index, or NO_LIMIT if use is only counted. The tenant may not use a device that is left
     out. `outside` has the part of these limits that is for contexts and that views do not show. `policy` is empty if no
-    policy matches. `named_devices` is true if the tenant's devices were named for it alone. Then its limit counts on
-    all of them from its first process on.
+    policy matches. `named_devices` is true if the tenant's devices were named for this tenant alone. In this case the
+    limit counts on all these devices from the tenant's first process on.
     """
 
     workload: Workload
@@ -78,7 +78,7 @@ class Tenant:
 
     @property
     def shares(self) -> Mapping[int, TimeShare]:
-        """Shares of time by ledger index; empty if the tenant is not gated."""
+        """The shares of time by ledger index; empty if the tenant is not gated."""
         if self.compute is None or self.observe:
             return {}
         c = self.compute
@@ -100,13 +100,13 @@ class Tenant:
 def tenant_of(
     decision: Decision, override: Override | None, devices: Sequence[Device], context_bytes: Callable[[int], int]
 ) -> Tenant | None:
-    """Return the tenant of a workload; None: the workload is not managed.
+    """Return the tenant of a workload, or None if the workload is not managed.
 
-    An override has precedence over the policy. The policy's mode, and the number of contexts besides the limit, stay.
-    `context_bytes`: the size of a context by ledger index.
+    An override has precedence over the policy. The policy's mode and the number of contexts besides the limit are
+    unchanged. `context_bytes`: the size of a context by ledger index.
     """
     limits, workload = decision.limits, decision.workload
-    booking = workload.booking if workload.is_pod else None  # the pod's limit holds for all containers in it
+    booking = workload.booking if workload.is_pod else None  # the pod's limit holds for all containers of the pod
     if limits is None and booking is None and override is None:
         return None
     tenant = Tenant(workload, _name(workload), Source.POLICY, "", {})
@@ -134,7 +134,7 @@ def tenant_of(
 
 
 def _with_contexts(tenant: Tenant, contexts: int, context_bytes: Callable[[int], int]) -> Tenant:
-    """Raise each limit by the size of these contexts. A limit of 0 denies the device and stays."""
+    """Raise each limit by the size of these contexts. A limit of 0, which denies the device, is unchanged."""
     limited = [index for index, limit in tenant.limits.items() if limit not in (0, abi.NO_LIMIT)]
     outside = {index: whole_mib(contexts * context_bytes(index)) for index in limited}
     limits = {index: limit + outside.get(index, 0) for index, limit in tenant.limits.items()}
@@ -150,7 +150,7 @@ def kept_tenant(
         workload: the cgroup.
         limits: bytes by ledger index.
         flags: the flags of the limits by ledger index.
-        share: the share of time; None: the tenant is not gated.
+        share: the share of time, or None if the tenant is not gated.
     """
     said = functools.reduce(operator.or_, flags.values(), 0)
     compute = None
@@ -167,7 +167,10 @@ def kept_tenant(
 
 
 def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> Tenant:
-    """Apply an override field by field. A field that is not set has the value of the share, or else of the policy."""
+    """Apply the set fields of an override.
+
+    A field that is not set has the value of the share, or else of the policy.
+    """
     tenant = replace(tenant, named_devices=bool(override.devices))
     if override.share:
         tenant = _by_share(tenant, parse(override.share), override.devices, devices)
@@ -188,31 +191,31 @@ def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> T
 
 
 def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: Iterable[Device]) -> Mapping[int, int]:
-    """Replace the limit on each device that the tenant may use. `memory` None: keep the limits."""
+    """Replace the limit on each device that the tenant may use, or keep the limits if `memory` is None."""
     if memory is None:
         return limits
     return {device.index: memory.of(device.usable_bytes) for device in devices if device.index in limits}
 
 
 def _is_chosen(tenant: Tenant) -> bool:
-    """Return True if a policy, a share or a claim determines the tenant's devices. It may allow none."""
+    """Return True if a policy, a share or a claim determines the tenant's devices, even if no device is allowed."""
     return bool(tenant.policy) or tenant.source in (Source.SHARE, Source.CLAIM)
 
 
 def requests(share: Share, policy: Policy) -> dict[str, str]:
-    """Return the requests of a share as labels. They include only memory or compute that the policy limits too."""
+    """Return the requests of a share as labels, only for memory or compute that the policy limits too."""
     memory = {MEMORY_LABEL: share.memory} if share.memory and policy.memory else {}
     compute = {COMPUTE_LABEL: share.compute} if share.compute and policy.compute else {}
     return memory | compute
 
 
 def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable[Device]) -> Tenant:
-    """Apply the limits of a share that the policy does not set. `tenant` already has the limits that both set.
+    """Apply the limits of a share that the policy does not set. `tenant` has the limits that share and policy set.
 
     Args:
         tenant: the tenant by its policy, which was resolved with the labels of requests().
         share: the share.
-        of: the UUIDs of the only devices; empty: any device.
+        of: the UUIDs of the permitted devices, or empty for any device.
         devices: the host's devices.
     """
     limits = dict(tenant.limits if tenant.policy else {device.index: abi.NO_LIMIT for device in devices})
@@ -242,7 +245,7 @@ def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | N
 
 
 def _name(workload: Workload) -> str:
-    """Return `namespace/pod/container` or `namespace/pod` if the pod is known, else the name of container or cgroup."""
+    """Return `namespace/pod/container` or `namespace/pod` for a known pod, else the name of the container or cgroup."""
     if workload.pod:
         own = [workload.name] if workload.container else []
         parts = (workload.namespace or "default", workload.pod, *own)

@@ -1,4 +1,4 @@
-"""Names of tenants: the name of each managed cgroup, which identifies the tenant in metrics, commands and events.
+"""The names of managed cgroups, which identify the tenants in metrics, commands and events.
 
 No two tenants have the same name, and a tenant keeps its name. The names are stored in a file under /run, for restarts
 of the agent. Without this file, names are assigned in the order of cgroup ids, which is the order in which the kernel
@@ -21,11 +21,11 @@ from fgpu_ebpf.workloads.workload import NAME_CHARACTERS
 log = logging.getLogger("fgpu.agent")
 FILE = "tenants.json"
 MOST_BYTES = 16 << 20
-_MOST_BEHIND = 25  # characters of a suffix: a dash, an id of 64 bits, and a number if that name is taken too
+_MOST_BEHIND = 25  # characters of a suffix: a dash, an id of 64 bits, and a number if the suffixed name is taken
 
 
 class TenantNames:
-    """The name of each tenant, by cgroup id. If a name is taken, the next tenant gets its cgroup id as a suffix."""
+    """The names of tenants, by cgroup id. If a name is taken, the next tenant gets its cgroup id as a suffix."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
@@ -34,7 +34,7 @@ class TenantNames:
         self._file: Path | None = None
 
     def keep_in(self, file: Path, cgroup_at: Callable[[str], int | None]) -> None:
-        """Read the names of cgroups that still exist from a file, and write changes to it from now on."""
+        """Read the names of existing cgroups from a file, and write changes to the file from now on."""
         self._file = file
         for cgroup, path, name in _read(file):
             if cgroup_at(path) == cgroup and name not in self._owners:
@@ -45,7 +45,7 @@ class TenantNames:
         return self._owners.get(name)
 
     def named(self, tenants: Iterable[Tenant]) -> list[Tenant]:
-        """Return the tenants with their unique names, oldest cgroup first. The names are not entered."""
+        """Return the tenants with unique names, from the oldest cgroup on. The names are not entered."""
         entered: dict[str, int] = {}
         found = []
         for tenant in sorted(tenants, key=lambda tenant: tenant.cgroup):
@@ -63,7 +63,7 @@ class TenantNames:
             self._write()
 
     def outlive(self, tenant: Tenant) -> Tenant:
-        """Rename a tenant whose cgroup is gone, so that a new tenant can have its name. Returns the renamed tenant."""
+        """Rename a tenant whose cgroup is gone, to free the name for a new tenant. Return the renamed tenant."""
         self._remove(tenant.cgroup)
         (renamed,) = self.named([replace(tenant, name=_behind(tenant.name, tenant.cgroup))])
         self._enter(renamed.cgroup, renamed.path, renamed.name)
@@ -78,7 +78,7 @@ class TenantNames:
             self._write()
 
     def _free(self, tenant: Tenant, entered: dict[str, int]) -> str:
-        """Return the entered name of a tenant if it is derived from its current name, else the first free name."""
+        """Return the entered name of a tenant if derived from the current name, else the first free name."""
         had, longer = self._names.get(tenant.cgroup), _behind(tenant.name, tenant.cgroup)
         if had is not None and had not in entered and (had == tenant.name or had.startswith(longer)):
             return had

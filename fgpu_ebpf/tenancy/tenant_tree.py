@@ -1,4 +1,4 @@
-"""The managed cgroups, and their nesting. The module does no I/O and runs in the agent's main loop."""
+"""The tree of the managed cgroups. The module does no I/O and runs in the agent's main loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Saved = tuple[dict[int, Tenant], dict[str, int], dict[str, int]]
 
 
 class TenantTree:
-    """Tenants by cgroup id and by path."""
+    """The tenants by cgroup id and by path."""
 
     def __init__(self) -> None:
         self._tenants: dict[int, Tenant] = {}
@@ -39,7 +39,7 @@ class TenantTree:
         return self._tenants.get(self._paths.get(path, -1))
 
     def around(self, tenant: Tenant) -> list[Tenant]:
-        """Return the groups around a tenant, innermost first."""
+        """Return the groups around a tenant, from the innermost group on."""
         return [group for path in above(tenant.path) if (group := self.at(path))]
 
     def has_inside(self, path: str) -> bool:
@@ -51,7 +51,7 @@ class TenantTree:
         self._tenants[tenant.cgroup] = tenant
 
     def enter(self, tenant: Tenant) -> Tenant | None:
-        """Enter a tenant. Returns the earlier tenant of the same cgroup, or None."""
+        """Enter a tenant, and return the earlier tenant of the same cgroup, or None."""
         before = self._tenants.get(tenant.cgroup)
         if before:
             count_inside(self._inside, before.path, -1)
@@ -73,12 +73,12 @@ class TenantTree:
         return dict(self._tenants), dict(self._paths), dict(self._inside)
 
     def restore(self, saved: Saved) -> None:
-        """Set the state back to what save() returned."""
+        """Restore the state that save() returned."""
         self._tenants, self._paths, self._inside = saved
 
 
 def count_inside(inside: dict[str, int], path: str, more: int) -> None:
-    """Add `more` to the number of cgroups inside each cgroup around this path. A number that becomes 0 is removed."""
+    """Add `more` to the number of cgroups inside each cgroup around a path, and remove a number that becomes 0."""
     for around in above(path):
         inside[around] = inside.get(around, 0) + more
         if not inside[around]:
@@ -91,6 +91,6 @@ def below(path: str) -> str:
 
 
 def above(path: str) -> list[str]:
-    """Return the paths of the cgroups around a cgroup, innermost first. The root has none."""
+    """Return the paths of the cgroups around a cgroup, from the innermost on. The result for the root is empty."""
     parts = path.split("/")
     return [around for n in range(len(parts) - 1, 0, -1) if (around := "/".join(parts[:n]) or "/") != path]

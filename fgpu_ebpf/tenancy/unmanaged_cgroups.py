@@ -1,9 +1,9 @@
-"""Unmanaged and refused cgroups in the kernel's map `resolved`: decisions about cgroups whose programs have registered.
+"""Unmanaged and refused cgroups in the kernel's map `resolved`, which has decisions about registered programs' cgroups.
 
 Each bound owner has a maximum of entries. If programs of one owner register from more cgroups, the oldest entry of the
-owner is removed, and the agent decides again when the next program of that cgroup registers. So programs of unmanaged
-cgroups cannot use up the entries for managed cgroups. The module runs in the agent's main loop. Writes to the kernel's
-map raise OSError.
+owner is removed, and the agent decides again when the next program of that cgroup registers. Programs of unmanaged
+cgroups therefore cannot use up the entries for managed cgroups. The module runs in the agent's main loop. Writes to the
+kernel's map raise OSError.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fgpu_ebpf.workloads.workload import Workload
 
 
 class UnmanagedCgroups:
-    """The cgroups with a decision, and the refused cgroups among them. `most`: the maximum number for each owner."""
+    """The cgroups with a decision, including the refused cgroups. `most`: the maximum number for each owner."""
 
     def __init__(self, ledger: Ledger, most: int) -> None:
         self._ledger, self._most = ledger, most
-        self._owners: dict[int, dict[int, None]] = {}  # cgroups by owner, oldest decision first
+        self._owners: dict[int, dict[int, None]] = {}  # cgroups by owner, from the oldest decision on
         self._refused: dict[str, int] = {}  # cgroup by path
         self._earlier: set[int] = set()  # cgroups without a limit, by a decision of an earlier agent
 
     def forget_earlier(self) -> None:
         """Remove decisions of an earlier agent, which have no owner.
 
-        This agent decides again when the next program of such a cgroup registers.
+        This agent decides again when the next program of one of these cgroups registers.
         """
         for cgroup in list(self._ledger.not_managed()):
             if self._ledger.resolved(cgroup) is False:
@@ -35,19 +35,25 @@ class UnmanagedCgroups:
             self._ledger.forget(cgroup)
 
     def kept_free(self, workload: Workload, workloads: Workloads) -> list[str]:
-        """Return the cgroups in a pod that an earlier agent has left without a limit, while its claims are unknown."""
+        """Return a pod's cgroups that an earlier agent has left without a limit, while the pod's claims are unknown."""
         if not self._earlier or not workload.booking or not workload.booking.unknown:
             return []
         around = (workload.path, *workloads.walk(workload.path))
         return [path for path in around if workloads.cgroup(path) in self._earlier]
 
     def unmanaged(self, owner: int, cgroup: int) -> None:
-        """Write the decision that programs in this cgroup have no limit. Raises OSError."""
+        """Write the decision that programs in this cgroup have no limit.
+
+        Raise OSError if the kernel refuses the write.
+        """
         self._ledger.resolve(cgroup, False)
         self._enter(owner, cgroup)
 
     def refuse(self, owner: int, cgroup: int, path: str) -> None:
-        """Write the decision that programs in and below this cgroup get no memory. Raises OSError."""
+        """Write the decision that programs in and below this cgroup get no memory.
+
+        Raise OSError if the kernel refuses the write.
+        """
         self._ledger.refuse(cgroup)
         self._refused[path] = cgroup
         self._enter(owner, cgroup)
@@ -83,13 +89,13 @@ class UnmanagedCgroups:
         """Remove the cgroups that a scan of the host has not found.
 
         Args:
-            before: known() before the scan. Later cgroups stay, because the scan may have missed them.
+            before: known() before the scan. Later cgroups stay, because the scan may have missed later cgroups.
             live: the cgroups that the scan has found.
         """
         self.keep_only({cgroup for cgroup in live if cgroup is not None} | (self.known() - before))
 
     def keep_only(self, live: Set[int]) -> None:
-        """Remove all cgroups that are not in `live`, because they no longer exist."""
+        """Remove all cgroups that are not in `live` and therefore no longer exist."""
         for cgroup in set(self._ledger.not_managed()) - live:
             self._ledger.forget(cgroup)
         left = {owner: {c: None for c in known if c in live} for owner, known in self._owners.items()}

@@ -1,10 +1,11 @@
-"""The use of devices, stored on disk: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
+"""The store of the use of devices: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
 
 The agent writes in its thread `usage`, so that a slow disk delays no other work. The command `fgpu usage` reads. The
 file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, earlier
-rows are merged to rows of an hour and then of a day (UTC), which changes no total. If that is not enough, the oldest
-rows are removed, and the file records up to which time. If the agent is killed, amounts that are not written yet are
-lost, and the file stays valid. If the file is damaged, it is renamed to usage.db.damaged, and a new one begins.
+rows are merged to rows of an hour and then of a day (UTC), which changes no total. If merging is not enough, the oldest
+rows are removed, and the file records the end of the removed time. If the agent is killed, amounts that are not written
+yet are lost, and the file stays valid. If the file is damaged, it is renamed to usage.db.damaged, and a new file
+begins.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ log = logging.getLogger("fgpu.agent")
 FILE = Path("/var/lib/fgpu/usage.db")
 PERIOD_SECONDS = 600  # the time that a row covers
 MOST_ROWS = 500_000
-CACHE_KIB = 256  # SQLite's cache in the writing thread; small, because the agent's memory is bounded
+CACHE_KIB = 256  # SQLite's cache in the writing thread, which is small because the agent's memory is bounded
 HOUR, DAY = 6, 144  # periods that a merged row covers
 VERSION = 3
-CHUNK = 10_000  # rows that one statement merges or removes, so that it needs little memory
-WAIT_SECONDS = 30.0  # for the other process that has locked the file
+CHUNK = 10_000  # the most rows that one statement merges or removes, so that a statement needs little memory
+WAIT_SECONDS = 30.0  # the longest wait for another process that has locked the file
 END_SECONDS = 2.0
 LABEL = "label:"
 _TABLES = """
@@ -75,9 +76,9 @@ _READ_SECOND = _READ.replace(_ALL, f"(SELECT 1 AS length, period, {_AMOUNTS} FRO
 _READ_FIRST = _READ_SECOND.replace("owners.around", "'[]'")
 _READS = {1: _READ_FIRST, 2: _READ_SECOND, VERSION: _READ}
 _COUNT = "SELECT (SELECT count(*) FROM used) + (SELECT count(*) FROM merged)"
-# By length of the merged rows: the rows to merge, and the same rows as a condition of SELECT and DELETE.
+# By length of the merged rows: the table of the rows to merge, and the condition of SELECT and DELETE for these rows.
 _PARTS = {HOUR: ("used", "true"), DAY: ("merged", f"length = {HOUR}")}
-# Removed first are rows of a later time than the present one, because the clock was wrong, then the oldest rows.
+# Rows of a time later than the present time, from a wrong clock, are removed before the oldest rows.
 _OLDEST = f"""
 CREATE TEMP TABLE oldest AS SELECT length, period, owner, gpu, source FROM {_ALL} ORDER BY period <= :now, period
 LIMIT :rows
@@ -94,14 +95,14 @@ _FORGET = "DELETE FROM owners WHERE id NOT IN (SELECT owner FROM used UNION ALL 
 
 
 class StoreError(Exception):
-    """The file cannot be read. The text has the reason."""
+    """The error of a file that cannot be read. The text has the reason."""
 
 
 class Owner(NamedTuple):
-    """A tenant and the names that its use can be grouped by.
+    """A tenant and the names by which its use can be grouped.
 
-    `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants
-    around this tenant; their amounts include those of this tenant.
+    `labels`: the labels that the policy exports. `user`: the uid of a slice, or empty. `around`: the tenants around
+    this tenant, whose amounts include the amounts of this tenant.
     """
 
     tenant: str
@@ -117,23 +118,23 @@ class Owner(NamedTuple):
         return str(getattr(self, by))
 
     def is_counted_around(self, by: str) -> bool:
-        """Return whether a tenant around this one is in the same group: its amounts include those of this tenant."""
+        """Return whether a tenant around this tenant is in the same group and thus has this tenant's amounts."""
         return any(other.group(by) == self.group(by) for other in self.around)
 
     def words(self) -> tuple[str, str, str, str]:
-        """Return the tenant's own names as the file has them."""
+        """Return the tenant's own names in the form of the file."""
         return self.tenant, self.namespace, self.user, json.dumps(self.labels)
 
     @classmethod
     def of(cls, tenant: str, namespace: str, user: str, labels: str, around: tuple[Owner, ...] = ()) -> Owner:
-        """Return the owner with these words(). `around`: the tenants around it."""
+        """Return the owner with these words(). `around`: the tenants around the owner."""
         return cls(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)), around)
 
 
 class Used(NamedTuple):
     """An amount of use of a device, in seconds and byte-seconds.
 
-    `run` is the time that the device worked for the tenant. `held` is the time with memory on the device, and `idle`
+    `run` is the time that the device worked for the tenant. `held` is the time with memory on the device, and `idle` is
     the part of `held` without work. `waited` is the time in which the tenant waited for a turn.
     """
 
@@ -179,7 +180,7 @@ class Writer:
         self._given.put(amounts)
 
     def stop(self) -> None:
-        """Stop the thread after it has written all amounts. Does not wait longer than END_SECONDS."""
+        """Stop the thread after it has written all amounts. The method waits for at most END_SECONDS."""
         self._given.put(None)
         self._thread.join(END_SECONDS)
 
@@ -204,14 +205,14 @@ class Writer:
 
 
 def add(file: Path, amounts: Amounts) -> None:
-    """Add amounts to the file, in one transaction. If it raises sqlite3.Error or OSError, nothing was added.
+    """Add amounts to the file, in one transaction. After a sqlite3.Error or OSError, nothing was added.
 
-    A damaged file is renamed, and the amounts are added to a new one.
+    A damaged file is renamed, and the amounts are added to a new file.
     """
     try:
         _add(file, amounts)
     except sqlite3.DatabaseError as error:
-        if type(error) is not sqlite3.DatabaseError:  # the subclasses are for other errors than a damaged file
+        if type(error) is not sqlite3.DatabaseError:  # the subclasses are for errors other than a damaged file
             raise
         log.error("%s is damaged and is renamed to %s.damaged: %s", file, file.name, error)
         file.replace(f"{file}.damaged")
@@ -239,10 +240,10 @@ def _rows(store: sqlite3.Connection) -> int:
 
 
 def _shrink(store: sqlite3.Connection, now: int) -> None:
-    """Merge the rows, or remove the oldest if that is not enough, until the store has room for a tenth of its rows.
+    """Merge the rows, and if necessary remove the oldest rows, until the store has room for a tenth of its rows.
 
-    All rows of a period except those of the last hour are merged to rows of an hour. If these are still too many, all
-    rows of an hour except those of the last day are merged to rows of a day.
+    All rows of a period except the rows of the last hour are merged to rows of an hour. If the store still has too many
+    rows, all rows of an hour except the rows of the last day are merged to rows of a day.
 
     Args:
         store: the database, in a transaction.
@@ -289,11 +290,13 @@ def _id(store: sqlite3.Connection, owner: Owner) -> int:
 
 
 def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, str, Used]]:
-    """Yield owner, UUID of the device, source and amount of use since a time. Raises StoreError.
+    """Yield owner, UUID of the device, source and amount of use since a time.
+
+    Raise StoreError if the file is unreadable.
 
     Args:
-        since_seconds: the time, in seconds since the epoch. The whole row that contains it is included: ten minutes,
-            or an hour or a day if old rows were merged.
+        since_seconds: the time, in seconds since the epoch. The whole row that contains the time is included, which is
+            ten minutes, or an hour or a day if old rows were merged.
         file: the database.
     """
     with _opened(file) as (store, version):
@@ -304,7 +307,7 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
 
 
 def begin(file: Path = FILE) -> float | None:
-    """Return the time before which rows were removed, or None if none were. Raises StoreError.
+    """Return the time before which rows were removed, or None if no rows were removed. Raise StoreError.
 
     Returns:
         The time in seconds since the epoch.
@@ -316,9 +319,9 @@ def begin(file: Path = FILE) -> float | None:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[tuple[sqlite3.Connection, int]]:
-    """Open the file for reading, and yield it with its version. Raises StoreError.
+    """Open the file for reading, and yield the database and its version. Raise StoreError if the file is unreadable.
 
-    SQLite must be able to write: it restores the file if the agent was killed in a transaction.
+    SQLite must be able to write, because it restores the file if the agent was killed in a transaction.
     """
     nothing = StoreError(f"{file} is empty or missing: no agent has run on this host for half a minute yet")
     if not file.exists():
@@ -345,8 +348,9 @@ def period(seconds: float) -> int:
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
     """Return the amounts by group and by source, summed over all devices.
 
-    The amounts of a tenant include the amounts of the tenants inside it, so these are not added again if both tenants
-    are in one group. The waiting time is an exception: it covers only the tenant's own programs, and is always added.
+    The amounts of a tenant include the amounts of the tenants inside this tenant. The amounts of an inside tenant are
+    therefore not added again if both tenants are in one group. The waiting time, which covers only the tenant's own
+    programs, is always added.
     """
     found: defaultdict[str, dict[str, Used]] = defaultdict(dict)
     for owner, _, source, used in rows:

@@ -1,1 +1,1 @@
-"""Workloads of this host: which container, pod or unit a cgroup belongs to, and which labels it has."""
+"""The workloads of this host: the container, pod or unit of a cgroup, and the labels of a cgroup."""

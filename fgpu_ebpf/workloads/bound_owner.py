@@ -1,10 +1,11 @@
 """The bound owner: the cgroup for which the levels, entries, files and connections inside it are counted.
 
-If bounds applied to each cgroup, a workload could multiply them by cgroups inside its own. So a bound applies to the
-outermost cgroup that is one workload. This is a container or pod (by its name), a systemd unit, a cgroup of `fgpu run`,
-a cgroup of a user other than root, or a cgroup that has a limit and is not a folder for several workloads. The first of
-these on the path from the root is the owner. Names further inside do not count, because the workload may choose them.
-If the path has no such cgroup, the owner is the outermost folder with a limit, or else the cgroup itself.
+If bounds applied to each cgroup, a workload could multiply its bounds by making cgroups inside its own cgroup.
+Therefore a bound applies to the outermost cgroup that is one workload. Such a cgroup is a container or pod (by its
+name), a systemd unit, a cgroup of `fgpu run`, a cgroup of a user other than root, or a cgroup that has a limit and is
+not a folder for several workloads. The owner is the outermost such cgroup on the path from the root. Names further
+inside do not count, because the workload may choose these names. If the path has no such cgroup, the owner is the
+outermost folder with a limit, or else the cgroup itself.
 
 The functions have no state and run in any thread of the agent and the gatekeeper. If a cgroup is gone, only its name is
 used.
@@ -35,7 +36,7 @@ class Why(StrEnum):
 
 
 class Owner(NamedTuple):
-    """A bound owner: the id of its cgroup (0 if it is gone), and its path below the hierarchy's root."""
+    """A bound owner: the id of the cgroup (0 if the cgroup is gone), and the path below the hierarchy's root."""
 
     cgroup: int
     path: str
@@ -70,7 +71,10 @@ def owner_of(root: Path, path: str, is_level: Callable[[int], bool] = lambda _: 
 
 
 def _stat(folder: str) -> tuple[int, int]:
-    """Return the id of a cgroup, and the uid of its owner; (0, 0), as for root, if the cgroup does not exist."""
+    """Return the id of a cgroup and the uid of the cgroup's owner.
+
+    The result is (0, 0) if the cgroup does not exist.
+    """
     try:
         found = os.stat(folder)
     except OSError:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Engine(StrEnum):
-    """The program that made a container's cgroup. CRI: an engine of kubelet, identified only by the pod's folder."""
+    """The program that made a container's cgroup. CRI is an engine of kubelet that only the pod's folder identifies."""
 
     DOCKER = "docker"
     PODMAN = "podman"
@@ -32,11 +32,13 @@ class CgroupName(NamedTuple):
         engine: the engine that made the container.
         container: the id of the innermost container around the cgroup.
         pod_uid: kubelet's uid of the innermost pod.
-        unit: the innermost service or scope of the host's systemd, not of one in a container of systemd-nspawn.
-        inside: whether the cgroup is below the container's own folder, or below the unit's if there is no container.
-        nested: whether the container is inside another container, or is around its pod instead of inside it.
+        unit: the innermost service or scope of the host's systemd, not of a systemd in a container of systemd-nspawn.
+        inside: whether the cgroup is below the container's own folder, or below the unit's folder if there is no
+            container.
+        nested: whether the container is inside another container, or is around its pod instead of inside the pod.
         depth: the number of folders from the root to the container's own folder.
-        pod_depth: the same for the pod's folder; 0 if there is no pod or if the container is inside the pod.
+        pod_depth: the number of folders from the root to the pod's folder; 0 without a pod, or if the container is
+            inside the pod.
     """
 
     engine: Engine | None = None
@@ -60,11 +62,12 @@ _PREFIXES = {
     "nerdctl": Engine.NERDCTL,
     "runc": Engine.RUNC,
 }
-# Names of a container's own folder: scopes of systemd, plain cgroups, and systemd's notation with the driver cgroupfs.
+# The names of a container's own folder: scopes of systemd, plain cgroups, and systemd's notation with the driver
+# cgroupfs.
 _OWN = re.compile(rf"(?P<engine>{'|'.join(map(re.escape, _PREFIXES))})-{_ID}(?:\.scope)?")
 _COLONS = re.compile(rf"(?:.*\.slice:)?(?P<engine>[a-z0-9-]{{1,40}}):{_ID}")
 _LXC = re.compile(r"lxc\.payload\.(?P<id>[A-Za-z0-9._-]{1,64})")
-_BARE = re.compile(_ID)  # names a container only if the folder around it is one that engines make
+_BARE = re.compile(_ID)  # a container's name only if an engine made the folder around it
 _BARE_PARENTS = {
     "docker": Engine.DOCKER,
     "buildkit": Engine.DOCKER,
@@ -79,14 +82,14 @@ _POD = re.compile(
     r"(?P<uid>[0-9a-f]{8}(?:[_-]?[0-9a-f]{4}){3}[_-]?[0-9a-f]{12})(?:\.slice.*)?"
 )
 UNIT_SUFFIXES = (".service", ".scope")
-# Folders that contain several workloads: slices of systemd (see is_folder), folders of engines and of kubelet.
-# _ENGINE_UNITS: systemd units of engines. Their containers are inside the unit if the cgroup driver is not systemd.
+# The folders that contain several workloads: slices of systemd (see is_folder), folders of engines and of kubelet.
+# _ENGINE_UNITS has systemd units of engines. Containers are inside the unit if the cgroup driver is not systemd.
 _FOLDERS = frozenset({*_BARE_PARENTS, "kubepods", "burstable", "besteffort", RUN_FOLDER, "lxc", "machine"})
 _ENGINE_UNITS = re.compile(
     r"(?:docker|containerd|crio|cri-docker|podman|buildkit|nerdctl|k3s|k3s-agent|rke2-server|rke2-agent|k0s.*)\.service"
 )
 
-# Units of systemd-nspawn and of systemd-machined. The init of such a container makes the units inside them.
+# The units of systemd-nspawn and of systemd-machined. The init of such a container makes the units inside these units.
 _MACHINE = re.compile(r"systemd-nspawn@.*\.service|machine-.*\.scope")
 
 _Found = tuple[Engine | None, str]
@@ -107,7 +110,7 @@ def is_monitor(parts: list[str]) -> bool:
 
 
 def parse(parts: list[str]) -> CgroupName:
-    """Return the names in a path. `parts`: its folders, from the hierarchy's root inwards."""
+    """Return the names in a path. `parts`: the folders of the path, from the hierarchy's root inwards."""
     containers = [(depth, *found) for depth, found in enumerate(_containers(parts), 1) if found]
     machine = next((depth for depth, part in enumerate(parts, 1) if _MACHINE.fullmatch(part)), len(parts))
     units = [(depth, part) for depth, part in enumerate(parts[:machine], 1) if part.endswith(UNIT_SUFFIXES)]
@@ -126,7 +129,7 @@ def parse(parts: list[str]) -> CgroupName:
 
 
 def _containers(parts: list[str]) -> list[_Found | None]:
-    """Return (engine, container id) for each folder that is a container's own cgroup, and None for all others."""
+    """Return (engine, container id) for each folder that is a container's own cgroup, and None for other folders."""
     found = [_container(part, above) for above, part in zip(["", *parts], parts, strict=False)]
     for at, part in enumerate(parts[1:], 1):  # a folder in libpod_parent is a pod if it contains a container
         if parts[at - 1] == "libpod_parent" and _BARE.fullmatch(part) and any(found[at + 1 : at + 2]):
@@ -147,12 +150,12 @@ def _container(part: str, above: str) -> _Found | None:
 
 
 def is_container(part: str, above: str) -> bool:
-    """Return whether the folder is a container's own. `above` is the name of the folder around it."""
+    """Return whether a folder is a container's own folder. `above` is the name of the folder around that folder."""
     return _container(part, above) is not None
 
 
 def is_pod(part: str) -> bool:
-    """Return whether the folder is a pod's own."""
+    """Return whether the folder is a pod's own folder."""
     return _pod_uid(part) is not None
 
 
@@ -162,7 +165,7 @@ def is_unit(part: str) -> bool:
 
 
 def is_folder(part: str) -> bool:
-    """Return whether a cgroup of this name contains several workloads, so that a limit on it is a group's limit."""
+    """Return whether a cgroup of this name contains several workloads, so that its limit is a group's limit."""
     is_slice = part.endswith(".slice") and not is_pod(part)
     return is_slice or part in _FOLDERS or _ENGINE_UNITS.fullmatch(part) is not None
 

@@ -1,7 +1,7 @@
 """The cgroups of this host: their paths, ids and processes, and the cgroups of `fgpu run`.
 
-The module runs in the agent's main thread and in commands. It never waits for an engine. If a cgroup is removed while
-it is read, that is not an error. A name or path in a user's command that does not exist raises TargetError.
+The module runs in the agent's main thread and in commands, and never waits for an engine. The removal of a cgroup
+during its reading is not an error. A name or path in a user's command that does not exist raises TargetError.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
 
 class TargetError(Exception):
-    """The cgroup, process or tenant does not exist, or the name is not valid. The text is a message for the user."""
+    """The error of an invalid name, or of a cgroup, process or tenant that does not exist. The text is for the user."""
 
 
 class Namer(Protocol):
@@ -32,7 +32,7 @@ class Namer(Protocol):
         """Return the workload with the names and labels that are known now."""
 
     def missing(self, workload: Workload) -> str:
-        """Return why names or labels are not known yet, or an empty text if they are known."""
+        """Return why names or labels are not known yet, or an empty text if all are known."""
 
 
 class Workloads:
@@ -43,7 +43,7 @@ class Workloads:
         self._namer = namer
 
     def walk(self, top: str = "") -> Iterator[str]:
-        """Yield the path of every cgroup below `top`, without `top`. A cgroup comes before the cgroups inside it."""
+        """Yield the path of every cgroup below `top`, without `top`. A cgroup precedes the cgroups inside it."""
         waiting = [top]
         while waiting:
             inner = [path for _, path in self.inside(waiting.pop())]
@@ -51,23 +51,29 @@ class Workloads:
             yield from inner
 
     def inside(self, path: str) -> Iterator[tuple[int, str]]:
-        """Yield the id and path of every cgroup directly inside the cgroup at `path`; nothing if it is gone."""
+        """Yield the id and path of every cgroup directly inside the cgroup at `path`.
+
+        A missing cgroup yields nothing.
+        """
         with contextlib.suppress(OSError), os.scandir(f"{self.root}{path}") as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     yield entry.inode(), f"{path}/{entry.name}"
 
     def identify(self, path: str) -> Workload | None:
-        """Return the workload of a cgroup, with its labels; None: the cgroup is gone."""
+        """Return the workload of a cgroup, with labels, or None if the cgroup is gone."""
         workload = identify(self.root, path)
         return self._namer.named(workload) if workload and self._namer else workload
 
     def missing(self, workload: Workload) -> str:
-        """Return why no engine has reported a workload's labels yet; empty if an engine has, or if no engine can."""
+        """Return why no engine has reported a workload's labels yet.
+
+        The text is empty if an engine has, or no engine can.
+        """
         return self._namer.missing(workload) if self._namer else ""
 
     def folder(self, path: str) -> str:
-        """Return the folder of the cgroup at a path such as `/a/b`. Raises TargetError if the cgroup does not exist."""
+        """Return the folder of the cgroup at a path such as `/a/b`. Raise TargetError if the cgroup does not exist."""
         parts = [part for part in path.split("/") if part]
         if ".." in parts or not os.path.isdir(folder := os.path.join(self.root, *parts)):
             raise TargetError(f"no cgroup {path} under {self.root}")
@@ -88,7 +94,7 @@ class Workloads:
             return path in ("", "/")
 
     def pids(self, path: str) -> list[int]:
-        """Return the pids of the processes in the cgroup itself; none if it is gone."""
+        """Return the pids of the processes in the cgroup itself. The list is empty if the cgroup is gone."""
         try:
             return [int(line) for line in procfs.read(f"{self.root}{path}/cgroup.procs").split()]
         except OSError:
@@ -97,7 +103,7 @@ class Workloads:
     # -- cgroups of `fgpu run`
 
     def place(self, name: str) -> str:
-        """Return the path of the cgroup of `fgpu run` with this name. Raises TargetError if the name is not valid."""
+        """Return the path of the cgroup of `fgpu run` with this name. Raise TargetError if the name is not valid."""
         if not _NAME.fullmatch(name):
             raise TargetError(f"{name!r} is not a valid name: use at most 101 letters, digits, '.', '_' and '-'")
         return f"/{RUN_FOLDER}/{name}"
@@ -107,7 +113,7 @@ class Workloads:
         return os.path.dirname(path) == f"/{RUN_FOLDER}"
 
     def own(self) -> list[str]:
-        """Return the paths of all cgroups of `fgpu run`, also those of earlier agents."""
+        """Return the paths of all cgroups of `fgpu run`, including cgroups of earlier agents."""
         try:
             with os.scandir(f"{self.root}/{RUN_FOLDER}") as entries:
                 return [f"/{RUN_FOLDER}/{entry.name}" for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -118,7 +124,7 @@ class Workloads:
         """Create a cgroup for `fgpu run` and return its path.
 
         Args:
-            name: the name of the cgroup; empty: the first free `run-N`.
+            name: the name of the cgroup, or empty for the first free `run-N`.
 
         Raises:
             TargetError: the name is not valid or taken, or the folder of `fgpu run` cannot be created.
@@ -142,7 +148,10 @@ class Workloads:
         raise TargetError("too many tenants of `fgpu run`: no name run-N is free")
 
     def remove(self, path: str) -> bool:
-        """Remove an empty cgroup of `fgpu run`. Return False if the kernel refuses, because a process is in it."""
+        """Remove an empty cgroup of `fgpu run`.
+
+        Return False if the kernel refuses because a process is in the cgroup.
+        """
         try:
             os.rmdir(self.folder(path))
         except TargetError:
@@ -158,7 +167,7 @@ def is_of_run(path: str) -> bool:
 
 
 def make_run_folder() -> None:
-    """Create the folder of `fgpu run`. To be called before the agent drops its capabilities.
+    """Create the folder of `fgpu run`. The agent calls this function before it drops capabilities.
 
     The mode of the hierarchy's root allows no user to write, and root needs CAP_DAC_OVERRIDE. If the hierarchy is
     read-only, the folder is not created, and `fgpu run` fails.

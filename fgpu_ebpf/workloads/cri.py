@@ -1,7 +1,7 @@
 """A client of the container runtime interface (gRPC): containerd, CRI-O and other engines that kubelet uses.
 
-The module runs in an engine thread of the agent. It imports grpc at the first request only, because grpc is large and
-most hosts have no such engine.
+The module runs in an engine thread of the agent, and imports grpc at the first request only, because grpc is large and
+most hosts have no engine with this interface.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 65536),
     ("grpc.default_authority", "localhost"),  # CRI-O refuses a path as authority
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # without it, a new connection inherits the back-off of the last failure
+    ("grpc.use_local_subchannel_pool", 1),  # prevents that new connections inherit the last failure's back-off
 )
 
 
@@ -46,12 +46,12 @@ class CriApi:
         return subject.is_pod or subject.engine in _SERVED
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return the names of a container or pod, or None if the engine does not have it.
+        """Return the names of a container or pod, or None if the engine does not have the subject.
 
-        Makes at most three calls, which each take DEADLINE_SECONDS at most.
+        The method makes at most three calls, each of at most DEADLINE_SECONDS.
 
         Raises:
-            EngineError: the engine cannot be asked.
+            EngineError: the request failed.
             AnswerError: an answer is not of the expected form.
         """
         if subject.is_pod:
@@ -69,15 +69,16 @@ class CriApi:
         return with_image(_names(pod, status), self._image(status.image_ref or status.image.image))
 
     def _of_sandbox(self, id_: str) -> Names | None:
-        """Return empty names if the id is that of a pod's sandbox, else None.
+        """Return empty names if the id belongs to a pod's sandbox, else None.
 
-        A sandbox has the namespaces of the pod and no program of the user, so policies need not match it by label.
+        A sandbox has the namespaces of the pod and no program of the user, so policies need not match a sandbox by
+        label.
         """
         found = self._call("ListPodSandbox", "Runtime", filter=self._known_messages()["PodSandboxFilter"](id=id_))
         return Names() if found and found.items else None
 
     def _pod(self, uid: str) -> Any:
-        """Return the pod's sandbox: a ready one if there is one, else the latest; None: there is none yet."""
+        """Return a ready sandbox of the pod, else the latest sandbox, or None if the pod has no sandbox yet."""
         messages = self._known_messages()
         wanted = messages["PodSandboxFilter"](label_selector={POD_UID: uid})
         answer = self._call("ListPodSandbox", "Runtime", filter=wanted)
@@ -87,7 +88,7 @@ class CriApi:
     # -- images
 
     def _image(self, ref: str) -> Mapping[str, str] | None:
-        """Return the labels of an image; None: the engine does not report them."""
+        """Return the labels of an image, or None if the engine does not report these labels."""
         if ref in self._images:
             self._images.move_to_end(ref)
             return self._images[ref]
@@ -138,16 +139,16 @@ class CriApi:
             raise EngineError(_reason(method, error, grpc)) from error
         try:
             return messages[f"{method}Response"].FromString(answer)
-        except Exception as error:  # the module of DecodeError depends on the version of protobuf
+        except Exception as error:  # not only DecodeError, whose module depends on the version of protobuf
             raise AnswerError(f"is not a {method}Response") from error
 
 
 def _names(pod: Any, status: Any = None) -> Names:
-    """Return the names of a pod, or of a container in it if `status` is given.
+    """Return the names of a pod, or of a container in the pod if `status` is given.
 
-    If a key occurs several times, labels have precedence over annotations, and the pod over the container. Requests in
-    annotations of the container have precedence over all others: the pod cannot write these. kubelet passes on what
-    its device plugin has allocated.
+    If a key occurs several times, labels have precedence over annotations, and the pod has precedence over the
+    container. Requests in annotations of the container have precedence over all other requests, because the pod cannot
+    write these annotations. kubelet copies the allocation of its device plugin into these annotations.
     """
     labels, notes = [dict(pod.labels)], [dict(pod.annotations)]
     name = image = None
@@ -162,7 +163,7 @@ def _names(pod: Any, status: Any = None) -> Names:
 
 def _reason(method: str, error: Any, grpc: Any) -> str:
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return "it does not support CRI v1: containerd 1.6, CRI-O 1.20 or later is needed"
+        return "the engine does not support CRI v1: containerd 1.6, CRI-O 1.20 or later is needed"
     return f"{method}: {error.code().name.lower()}: {str(error.details())[:200]}"
 
 

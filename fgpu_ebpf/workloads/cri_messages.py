@@ -1,7 +1,7 @@
 """The messages of the container runtime interface that fgpu sends and reads: names, field numbers and types.
 
-These are the used fields of `runtime.v1` of https://github.com/kubernetes/cri-api (Apache License 2.0, the Kubernetes
-Authors). protobuf skips all other fields. The module runs in an engine thread of the agent.
+The fields are the used fields of `runtime.v1` of https://github.com/kubernetes/cri-api (Apache License 2.0, the
+Kubernetes Authors). protobuf skips all other fields. The module runs in an engine thread of the agent.
 """
 
 from __future__ import annotations
@@ -45,5 +45,5 @@ MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
 
 
 def classes() -> dict[str, Any]:
-    """Return the class of each message, by name. Raises ImportError if protobuf is not installed."""
+    """Return the class of each message, by name. Raise ImportError if protobuf is not installed."""
     return protobuf.classes(PACKAGE, MESSAGES)

@@ -1,7 +1,7 @@
 """A client of the HTTP API that Docker and Podman serve: the list of containers, and the labels of an image.
 
-The client runs in an engine thread of the agent. It only reads. Time and size of an answer are bounded, which the
-Docker SDK does not do. The client does not call `inspect`, because `inspect` waits for a container that is starting.
+The client runs in an engine thread of the agent, and only reads. The time and size of an answer are bounded, unlike in
+the Docker SDK. The client does not call `inspect`, because `inspect` waits for a container that is starting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Socket(socket.socket):
     left = MOST_BYTES
 
     def wait(self) -> None:
-        """Set the timeout of the next call to the remaining time. Raises TimeoutError if none remains."""
+        """Set the timeout of the next call to the remaining time. Raise TimeoutError if no time remains."""
         left = self.until - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"no answer within {DEADLINE_SECONDS:g} s")
@@ -59,7 +59,7 @@ class _Connection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        """Connect to the engine's socket. Raises OSError."""
+        """Connect to the engine's socket. Raise OSError if the connection fails."""
         sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock = sock
         sock.until = time.monotonic() + DEADLINE_SECONDS
@@ -80,7 +80,7 @@ class DockerApi:
         return subject.engine is self._engine and not subject.is_pod
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return the names of a container, or None if the engine does not have it. Raises EngineError, AnswerError."""
+        """Return the names of a container, or None for an unknown container. Raise EngineError or AnswerError."""
         wanted = quote(json.dumps({"id": [subject.id]}))
         found = engine_answers.of_docker(self._get(f"/containers/json?all=true&filters={wanted}"), subject.id)
         if found is None:
@@ -93,7 +93,7 @@ class DockerApi:
         return engine_answers.with_image(names, labels)
 
     def _get(self, target: str) -> Any:
-        """Return the JSON document at `target`, or None for status 404. Raises EngineError, AnswerError."""
+        """Return the JSON document at `target`, or None for status 404. Raise EngineError or AnswerError."""
         connection = _Connection(self.path)
         try:
             connection.request("GET", target)

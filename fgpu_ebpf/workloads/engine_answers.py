@@ -1,4 +1,4 @@
-"""Conversion of the engines' answers about containers to Names. The answers are not trusted.
+"""The conversion of the engines' answers about containers to Names. The answers are not trusted.
 
 The module runs in the engine threads of the agent. The size of the result is bounded. An answer of the wrong form
 raises AnswerError. A label that is too long or not printable is left out.
@@ -22,11 +22,14 @@ POD_NAME, POD_NAMESPACE, POD_UID = "io.kubernetes.pod.name", "io.kubernetes.pod.
 
 
 class EngineError(Exception):
-    """The engine cannot be asked now. The text has the reason."""
+    """The error of a failed request to an engine. The text has the reason."""
 
 
 class AnswerError(Exception):
-    """The engine's answer is not of the expected form. The text completes a sentence that begins with "its answer"."""
+    """The error of an answer that is not of the expected form.
+
+    The text completes a sentence that begins with "its answer".
+    """
 
 
 def labels_of(*sources: object) -> dict[str, str]:
@@ -62,14 +65,14 @@ def _is_label(key: object, value: object) -> bool:
 
 
 def text_of(value: object) -> str | None:
-    """Return a name from an answer, or None if it is not text, is empty or too long, or is not printable."""
+    """Return a name from an answer, or None if the value is not text, is empty or too long, or is not printable."""
     if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARACTERS and value.isprintable():
         return value
     return None
 
 
 def asks_anything(labels: Mapping[str, str]) -> bool:
-    """Return whether the labels contain a request for limits. Such a request may come from the image."""
+    """Return whether the labels contain a request for limits. The request may come from the image."""
     return any(key in labels for key in ASKING)
 
 
@@ -78,8 +81,8 @@ def with_image(names: Names, image: object) -> Names:
 
     Args:
         names: the names and labels of the container.
-        image: the labels of the image. If it is not a mapping, these labels are unknown, and all requests count as
-            requests of the image.
+        image: the labels of the image. If the value is not a mapping, these labels are unknown, and all requests count
+            as requests of the image.
     """
     known = isinstance(image, Mapping)
     own = labels_of(image) if known else names.labels
@@ -93,7 +96,7 @@ def with_image(names: Names, image: object) -> Names:
 
 
 def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
-    """Parse the answer to /containers/json for one id. Raises AnswerError.
+    """Parse the answer to /containers/json for one id. Raise AnswerError if the answer is not a list.
 
     Returns:
         The names and the id of the image, or None if there is no such container.
@@ -111,14 +114,14 @@ def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
     own = (
         [text for text in called if isinstance(text, str) and text.rfind("/") == 0] if isinstance(called, list) else []
     )
-    name = text_of(own[0]) if own else None  # a name /A/B is an alias, which container A has for this container
+    name = text_of(own[0]) if own else None  # a name /A/B is an alias of this container in container A
     pod, namespace = labels.get(POD_NAME), labels.get(POD_NAMESPACE)
     names = Names((name or "").lstrip("/"), pod, namespace, text_of(item.get("Image")), labels)
     return names, text_of(item.get("ImageID")) or ""
 
 
 def docker_image_labels(found: object) -> Mapping[str, str] | None:
-    """Parse the answer to /images/ID/json and return the image's labels. Raises AnswerError."""
+    """Parse the answer to /images/ID/json and return the image's labels. Raise AnswerError if it is not an image."""
     if not isinstance(found, dict) or not isinstance(found.get("Config") or {}, dict):
         raise AnswerError("is not an image")
     return labels_of((found.get("Config") or {}).get("Labels"))

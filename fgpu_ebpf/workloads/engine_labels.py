@@ -1,8 +1,9 @@
 """The names and labels that engines report for the containers and pods of this host.
 
-The module runs in the agent's main thread, which never waits for an engine. Engine threads ask the engines and store
-the answers, and `take` returns the cgroups that the answers concern. At most MOST_KNOWN containers and pods are stored,
-each for as long as rescans request it. A container that no engine has reported has only the labels of its cgroup.
+The module runs in the agent's main thread, which never waits for an engine. Engine threads send requests to the engines
+and store the answers, and `take` returns the cgroups that the answers concern. At most MOST_KNOWN containers and pods
+are stored. A container or pod is stored as long as rescans request it. A container that no engine has reported has only
+the labels of its cgroup.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fgpu_ebpf.workloads.workload import Names, Subject, Workload, named
 
 log = logging.getLogger("fgpu.engines")
 MOST_KNOWN = 4096
-MOST_PATHS = 64  # cgroups of a container that are decided again at once; the other cgroups follow at the next rescan
+MOST_PATHS = 64  # cgroups of a container to consider immediately; the next rescan considers the other cgroups
 FORGOTTEN_RESCANS = 4  # a container that this many rescans have not requested is gone
 
 
@@ -45,7 +46,7 @@ def api_of(text: str) -> Api:
 class Engines:
     """The names from all engines of the host.
 
-    `file` stores the names for restarts of the agent; None: they are not stored.
+    `file` stores the names for restarts of the agent. If `file` is None, the names are not stored.
     """
 
     def __init__(self, apis: Iterable[Api] = (), file: Path | None = None) -> None:
@@ -60,10 +61,10 @@ class Engines:
         self._changed: set[str] = set()
         self._lock = threading.Lock()
         self._wakeup = Wakeup()
-        self.left_out = 0  # containers that no engine was asked about, because there are too many
+        self.left_out = 0  # containers without a request to an engine, because there are too many
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when take() has something to return."""
+        """Return a descriptor that is readable when take() has paths to return."""
         return self._wakeup.fileno()
 
     def stop(self) -> None:
@@ -74,7 +75,8 @@ class Engines:
     def named(self, workload: Workload) -> Workload:
         """Return the workload with the names and labels that are known now.
 
-        If there are none, an engine thread asks for them, and take() returns the workload's path after the answer.
+        If there are no names, an engine thread requests the names, and take() returns the workload's path after the
+        answer.
         """
         subject = workload.subject
         if subject is None:
@@ -101,13 +103,16 @@ class Engines:
     def rescanned(self) -> None:
         """Count a rescan of all cgroups, which is the measure of an entry's age.
 
-        Time is not used for that, because time also passes while the agent is suspended and does not rescan.
+        Time is no measure of age, because time also passes while the agent is suspended and does not rescan.
         """
         with self._lock:
             self._rescans += 1
 
     def keep(self) -> None:
-        """Remove containers that are gone, and write the file if it has changed. To be called about once a second."""
+        """Remove containers that are gone, and write changed names to the file.
+
+        The agent calls this method about once a second.
+        """
         with self._lock:
             self._forget_gone()
             known = {subject: entry.names for subject, entry in self._entries.items() if entry.names}
@@ -123,13 +128,13 @@ class Engines:
                 log.warning("labels from engines will not survive a restart of the agent: %s", error)
 
     def views(self) -> tuple[EngineView, ...]:
-        """Return the state of each engine that was asked or has a socket."""
+        """Return the state of each engine that got a request or has a socket."""
         return tuple(
             view for thread in self._threads if (view := thread.view()).is_there or view.waiting or view.failed
         )
 
     def missing(self, workload: Workload) -> str:
-        """Return why no engine has reported a workload yet; empty if an engine has, or if no engine can."""
+        """Return why no engine has reported a workload yet, or an empty text if an engine has or no engine can."""
         subject = workload.subject
         threads = [thread for thread in self._threads if subject and thread.api.serves(subject)]
         with self._lock:
@@ -154,7 +159,10 @@ class Engines:
         return entry
 
     def _forget_gone(self) -> bool:
-        """Remove entries that the last FORGOTTEN_RESCANS rescans have not requested. Return whether there were any."""
+        """Remove entries that the last FORGOTTEN_RESCANS rescans have not requested.
+
+        Return whether an entry was removed.
+        """
         before = self._rescans - FORGOTTEN_RESCANS
         gone = [subject for subject, entry in self._entries.items() if entry.asked_in < before]
         for subject in gone:
@@ -164,7 +172,7 @@ class Engines:
         return bool(gone)
 
     def _answered(self, subject: Subject, names: Names) -> None:
-        """Store the names that an engine has reported for a container or pod. Called in an engine thread."""
+        """Store the names that an engine has reported for a container or pod. An engine thread calls this method."""
         with self._lock:
             entry = self._entries.get(subject)
             if entry is None:
@@ -175,5 +183,5 @@ class Engines:
         pod = Subject(names.labels.get(POD_UID, ""), Engine.CRI, is_pod=True)
         for thread in self._threads:
             thread.forget(subject)
-            thread.ask_now(pod)  # the pod has a container, so the engine has its sandbox now
+            thread.ask_now(pod)  # the pod has a container, so the engine has the pod's sandbox now
         self._wakeup.wake()

@@ -1,7 +1,7 @@
-"""The engine thread, which asks one engine: its queue of containers, and the time of each repeated request.
+"""The engine thread, which sends requests to one engine, with a queue of containers and the times of the requests.
 
-The agent has one such thread for each engine socket. An engine that hangs blocks only its own thread, until the
-deadline of the request, and is asked again after a pause. Answers are passed to a callback.
+The agent has one engine thread for each engine socket. An engine that hangs blocks only its own thread, until the
+deadline of the request. The next request follows after a pause. Answers are passed to a callback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fgpu_ebpf.workloads.engine_answers import AnswerError, EngineError
 from fgpu_ebpf.workloads.workload import Names, Subject
 
 log = logging.getLogger("fgpu.engines")
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # how long a failed engine gets no request
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # the time without requests after a failure
 FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # time between requests for a container that is not known yet
 
 
@@ -33,9 +33,9 @@ class Api(Protocol):
         """Return whether the engine can have this container or pod."""
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return the names of a container or pod, or None if the engine does not have it.
+        """Return the names of a container or pod, or None if the engine does not have the subject.
 
-        Blocks for a few seconds at most. Raises EngineError, AnswerError.
+        The method blocks for a few seconds at most, and raises EngineError or AnswerError.
         """
 
 
@@ -64,18 +64,21 @@ class EngineThread:
         self._counts = {"found": 0, "unknown": 0, "failed": 0}
 
     def want(self, subject: Subject) -> None:
-        """Ask about a container or pod until the engine reports it. The first call starts the thread."""
+        """Request a container or pod until the engine reports it. The first call starts the thread."""
         with self._changed:
             self._wants.setdefault(subject, _Want(time.monotonic()))
             if not self.is_there and not self.error:
-                self._resume_at = 0.0  # there is a container, so its engine should have a socket now
+                self._resume_at = 0.0  # a container exists, so its engine should have a socket now
             if self._thread is None and not self._ended:
                 self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
                 self._thread.start()
             self._changed.notify()
 
     def ask_now(self, subject: Subject) -> None:
-        """Ask at once about a subject that is still in the queue. To be called when the engine should have it."""
+        """Request a queued subject immediately.
+
+        The caller calls this method when the engine should have the subject.
+        """
         with self._changed:
             if subject in self._wants:
                 self._wants[subject].due = time.monotonic()
@@ -87,7 +90,7 @@ class EngineThread:
             self._wants.pop(subject, None)
 
     def stop(self) -> None:
-        """Stop the thread after its current request. Does not wait for its end."""
+        """Stop the thread after the current request, without waiting for the end of the thread."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -108,7 +111,7 @@ class EngineThread:
         if not self.is_there:
             return f"{self.api.path} does not exist, or was not checked yet"
         if want and not want.is_asked:
-            return f"{self.api.name} has not been asked yet"
+            return f"{self.api.name} has not been queried yet"
         return f"{self.api.name} has no such container"
 
     # -- in the thread
@@ -122,10 +125,10 @@ class EngineThread:
                 self._failed(subject, repr(error)[:200])
 
     def _next(self) -> Subject | None:
-        """Wait until a subject is due, and return it; None: the thread must end.
+        """Wait until a subject is due, and return the subject, or None if the thread must end.
 
-        The newest subject without a request is first. Otherwise a new container would wait for requests about
-        containers that have ended while the engine did not run.
+        The newest subject without a request has precedence. Without this rule, a new container would wait for requests
+        about containers that have ended while the engine did not run.
         """
         with self._changed:
             while not self._ended:
@@ -176,7 +179,7 @@ class EngineThread:
                 self.error = text
                 self._later(subject, text)
             elif subject in self._wants:
-                self._wants[subject].due = time.monotonic()  # after all other subjects that are due
+                self._wants[subject].due = time.monotonic()  # later than all other subjects that are due
         if pause:
             self._pause_after(text)
 
@@ -195,7 +198,7 @@ class EngineThread:
 
 
 def _is_roots(path: str) -> bool:
-    """Return whether the socket exists. Raises EngineError if another user owns it and could forge answers."""
+    """Return whether the socket exists. Raise EngineError if another user owns the socket and could forge answers."""
     try:
         found = os.stat(path)
     except OSError:

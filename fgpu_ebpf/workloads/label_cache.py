@@ -1,6 +1,6 @@
-"""A file with the names and labels that engines have reported, so that limits by label survive a restart of the agent.
+"""The file with the names and labels from engines, so that limits by label survive a restart of the agent.
 
-The module runs in the agent's main thread. If the file is invalid, an error is logged and the engines are asked again.
+The module runs in the agent's main thread. If the file is invalid, an error is logged and the requests are repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_BYTES = 64 << 20
 
 
 def read(file: Path) -> dict[Subject, Names]:
-    """Return the stored names; none if the file is missing or invalid."""
+    """Return the stored names, or an empty dict if the file is missing or invalid."""
     try:
         with file.open("rb") as opened:
             found = json.loads(opened.read(MOST_BYTES))
@@ -29,12 +29,12 @@ def read(file: Path) -> dict[Subject, Names]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        log.error("%s cannot be read; the agent asks the engines again: %s", file, error)
+        log.error("%s cannot be read; the agent queries the engines again: %s", file, error)
         return {}
 
 
 def write(file: Path, known: Mapping[Subject, Names]) -> None:
-    """Replace the file. Only root can read the new file. Raises OSError."""
+    """Replace the file. Only root can read the new file. Raise OSError if the file cannot be written."""
     entries = [{"of": [s.engine, s.id, s.is_pod], **asdict(names)} for s, names in known.items()]
     atomic_file.write(file, json.dumps(entries), 0o600)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from fgpu_ebpf.linux import procfs
 
 FOLDER = "/run/fgpu/shim"
-BESIDE = "/var/lib/fgpu/run"  # the folder's second place in a container, because its init may mount over /run
+BESIDE = "/var/lib/fgpu/run"  # the folder's second place in a container, whose init may mount over /run
 LIST = "/etc/ld.so.preload"
-NIX_LIST = "/etc/ld-nix.so.preload"  # read in place of LIST by the loader of programs that Nix has built
+NIX_LIST = "/etc/ld-nix.so.preload"  # the loader of programs built by Nix reads this list in place of LIST
 LISTS = (LIST, NIX_LIST)
 _REMOVED = "//deleted"  # the kernel's suffix for the source of a mount that was removed
 
@@ -32,7 +32,10 @@ class Mount(Enum):
 
 
 def mount_of(pid: int) -> Mount:
-    """Return the state of the folder that the shim of a process finds. If mounts cover each other, the last counts."""
+    """Return the state of the folder that the shim of a process finds.
+
+    If mounts cover each other, the last mount counts.
+    """
     own, given = _device_of(Path(FOLDER)), False
     beside, seen, last = Mount.NONE, Mount.NONE, ""
     for device, source, path in _mounts(pid):
@@ -52,7 +55,8 @@ def mount_of(pid: int) -> Mount:
 def is_mounted(folder: Path) -> bool:
     """Return whether the folder is mounted in any mount namespace that has a process, even if a mount covers it there.
 
-    Another agent's folder can be mounted at the same path. It is not counted, because it is on another file system.
+    Another agent's folder can be mounted at the same path. That folder is not counted, because it is on another file
+    system.
     """
     own = _device_of(folder)
     return bool(own) and any(
@@ -74,7 +78,8 @@ def mounted_lists(run_dir: Path) -> set[str]:
 def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
     """Yield a process of each mount namespace.
 
-    If this process exits before the caller requests the next one, another process of the namespace is yielded.
+    If the yielded process exits before the caller requests the next process, another process of the namespace is
+    yielded.
     """
     seen = set[str]()
     for pid in pids:
@@ -86,7 +91,7 @@ def one_of_each_namespace(pids: Iterable[int]) -> Iterator[int]:
 
 
 def _namespace_of(pid: int) -> str:
-    """Return a name of the process's mount namespace; an empty text if it has exited."""
+    """Return a name of the process's mount namespace, or an empty text if the process has exited."""
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt")
     except OSError:
@@ -102,7 +107,8 @@ def _mounts_everywhere() -> Iterator[tuple[str, str, str]]:
 def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
     """Yield MAJOR:MINOR, source and path of each mount in a process's namespace.
 
-    MAJOR:MINOR identifies the mounted file system. The source is the path of the mounted folder or file in it.
+    MAJOR:MINOR identifies the mounted file system. The source is the path of the mounted folder or file in that file
+    system.
     """
     try:
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
@@ -114,7 +120,7 @@ def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _device_of(folder: Path) -> str:
-    """Return MAJOR:MINOR of the folder's file system; an empty text if there is no folder."""
+    """Return MAJOR:MINOR of the folder's file system, or an empty text if there is no folder."""
     try:
         number = os.stat(folder).st_dev
     except OSError:

@@ -1,7 +1,7 @@
-"""The workload of a cgroup: its unit, container and pod, and the labels in the attributes of its folder.
+"""The workload of a cgroup: the unit, the container, the pod, and the labels in the attributes of the cgroup's folder.
 
-The module runs in the agent's main thread and in commands. It asks no engine; `engine_labels` does. If a user other
-than root can write the attributes, only requests for limits are used.
+The module runs in the agent's main thread and in commands. Only `engine_labels` sends requests to engines. If a user
+other than root can write the attributes, only requests for limits are used.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MEMORY_LABEL = "fgpu.dev/memory"
 COMPUTE_LABEL = "fgpu.dev/compute"
 PRIORITY_LABEL = "fgpu.dev/priority"
 FRACTION_LABEL = "clearml-injector/fraction"
-# Annotations of pods that the KAI scheduler places, and the label that such a pod always has.
+# The annotations of pods that the KAI scheduler places, and the label that every such pod has.
 KAI_MEMORY, KAI_FRACTION, KAI_QUEUE = "gpu-memory", "gpu-fraction", "kai.scheduler/queue"
 KAI_PRIORITY = "priorityClassName"  # the label by which KAI chooses the class, before the field of the same name
-# Annotations in which a scheduler records what it has booked for a pod.
+# The annotations in which a scheduler records the booking for a pod.
 HAMI, VOLCANO = "hami.io/vgpu-devices-allocated", "volcano.sh/vgpu-ids-new"
 ALIYUN, ALIYUN_DEVICE = "ALIYUN_COM_GPU_MEM_POD", "ALIYUN_COM_GPU_MEM_DEV"
-# Requests that a workload may make for itself.
+# The requests that a workload may make for itself.
 ASKING = (
     MEMORY_LABEL, COMPUTE_LABEL, PRIORITY_LABEL, FRACTION_LABEL, KAI_MEMORY, KAI_FRACTION, HAMI, VOLCANO, ALIYUN,
     ALIYUN_DEVICE,
@@ -44,7 +44,7 @@ _PAYLOADS = ("container", "payload")  # folders that crun makes inside a contain
 
 
 class Subject(NamedTuple):
-    """A container or pod that an engine can be asked about. `id`: the engine's id, or kubelet's uid of the pod."""
+    """A container or pod that can be requested from an engine. `id`: the engine's id, or kubelet's uid of the pod."""
 
     id: str
     engine: Engine
@@ -53,9 +53,9 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The names that an engine reports for a container or pod. A name that it does not report is empty or None.
+    """The names that an engine reports for a container or pod. A name that is not reported is empty or None.
 
-    `image_asks`: the labels in ASKING that come from the image. They are not in `labels`.
+    `image_asks`: the labels in ASKING that come from the image. `labels` does not contain these labels.
     """
 
     name: str = ""
@@ -69,8 +69,8 @@ class Names:
 class Booking(NamedTuple):
     """The memory that Kubernetes' scheduler has booked for a pod in ResourceClaims of another driver.
 
-    `source`: the claims, as text. `bytes`: by UUID of the device, for all containers of the pod together. `unknown`:
-    why the numbers are not known; then the pod gets no memory.
+    `source`: the claims, as text. `bytes`: the bytes by UUID of the device, for all containers of the pod together.
+    `unknown`: the reason why the numbers are not known, with which the pod gets no memory.
     """
 
     source: str
@@ -89,13 +89,13 @@ class Workload:
         unit: the innermost systemd service or scope around the cgroup, with systemd's escapes.
         container: the engine's id of the container around the cgroup.
         pod_uid: kubelet's uid of the pod.
-        pod, namespace, image: set by named(), because only an engine can report them.
+        pod, namespace, image: names that named() sets, because only an engine can report these names.
         labels: labels from the folder's attributes; named() adds the labels that an engine reports.
         inside: whether the cgroup is below the container's or unit's own folder, where the workload can make cgroups.
         image_asks: see Names.
-        subject: the container or pod to ask an engine about; None: the cgroup is neither, or a user other than root
-            owns the folder around it.
-        booking: what the scheduler has booked for the pod; None: nothing.
+        subject: the container or pod to request from an engine; None if the cgroup is no container or pod, or if a user
+            other than root owns the folder around the cgroup.
+        booking: the scheduler's booking for the pod, or None.
     """
 
     cgroup: int
@@ -120,7 +120,7 @@ class Workload:
 
 
 def identify(root: Path, path: str) -> Workload | None:
-    """Return the workload of a cgroup; None: the cgroup is gone, or has an engine's monitor process.
+    """Return the workload of a cgroup, or None if the cgroup is gone or has an engine's monitor process.
 
     Args:
         root: the mount point of the hierarchy.
@@ -146,9 +146,10 @@ def identify(root: Path, path: str) -> Workload | None:
 
 
 def _subject(root: Path, parts: list[str], parsed: CgroupName) -> Subject | None:
-    """Return the subject of a cgroup; None: there is none, or root does not own the folder around it. Raises OSError.
+    """Return the subject of a cgroup, or None. Raise OSError if a folder cannot be read.
 
-    A user that owns the folder around the cgroup could give the cgroup the name of another user's container.
+    The result is None without a subject, or if root does not own the folder around the cgroup. A user that owns this
+    folder could give the cgroup the name of another user's container.
     """
     subject, depth = None, parsed.depth
     if parsed.container and parsed.engine and not parsed.nested:
@@ -175,14 +176,14 @@ def named(workload: Workload, names: Names) -> Workload:
 
 
 def safe_name(text: str) -> str:
-    """Replace each character except letters, digits and `._@:+=-` by `_`, and cut the text to NAME_CHARACTERS."""
+    """Replace each character except letters, digits and `._@:+=-` by `_`, and truncate the text to NAME_CHARACTERS."""
     return _UNSAFE.sub("_", text)[:NAME_CHARACTERS]
 
 
 def _name(parts: list[str]) -> str:
     """Return the name of the folder, with systemd's escapes decoded.
 
-    For the payload folder of crun, return the name of the folder around it.
+    For the payload folder of crun, return the name of the folder around the payload folder.
     """
     if len(parts) > 1 and parts[-1] in _PAYLOADS and cgroup_names.is_container(parts[-2], "".join(parts[-3:-2])):
         parts = parts[:-1]
@@ -194,7 +195,7 @@ def _name(parts: list[str]) -> str:
 
 
 def _labels(folder: str, trusted: bool) -> dict[str, str]:
-    """Return the attributes `user.fgpu.*` as labels; if not `trusted`, only the requests in REQUESTS."""
+    """Return the attributes `user.fgpu.*` as labels. Without `trusted`, return only the requests in REQUESTS."""
     try:
         names = [name for name in os.listxattr(folder) if name.startswith(_XATTR)]
     except OSError:

@@ -84,7 +84,7 @@ def test_a_tenant_whose_policy_does_not_park_it_stays(turns: Cgroups) -> None:
     program.send("synchronise()")
     becomes(alice, "waiting")
     steadily(lambda: state(alice) == "waiting", STAY + 2, 30, "a tenant that waits")
-    assert f"held by {fixed.name} (its policy does not park it)" in fgpu("explain", alice.path).stdout
+    assert f"held by {fixed.name} (the policy does not park the tenant)" in fgpu("explain", alice.path).stdout
     assert (parks(fixed), fixed.assert_exact()) == (0, BYTES)
     assert holder.is_intact()
     holder.close()

@@ -82,7 +82,7 @@ def test_a_policy_bounds_the_request_of_a_share(bundles: kit.Bundles, policy: No
         tenant = bundles.tenant(None)
         assert_held(tenant, limit)
     lines = fgpu("explain", bundles.tenants[1].path).stdout
-    assert "fgpu.dev/memory asks for 8GiB of device 0, the policy allows 3GiB" in lines
+    assert "fgpu.dev/memory requests 8GiB of device 0, the policy allows 3GiB" in lines
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["CDI", "fgpu-oci"])

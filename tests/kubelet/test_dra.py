@@ -314,7 +314,7 @@ def test_the_status_of_a_claim_has_what_it_was_granted(
     share, whole = claim["status"]["devices"][1:]
     (condition,) = share["conditions"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", condition.pop("lastTransitionTime"))
-    text = "each container of this claim gets at most 1464MiB and 30% of the device's time, or less if a policy says so"
+    text = "each container of this claim gets at most 1464MiB and 30% of the device's time, or less under a policy"
     assert share == {
         "driver": dra.DRIVER, "pool": NODE, "device": uuids[0].lower(), "shareID": allocated[0]["shareID"],
         "conditions": [{"type": "Ready", "status": "True", "reason": "Prepared", "message": text}],
@@ -440,7 +440,7 @@ def test_a_wrong_claim_is_refused_with_a_sentence_and_others_are_prepared(
         "without": ([result(uuids[0], compute="10")], "consumes no memory of"),
         "negative": ([result(uuids[0], memory="-1Gi")], "'-1Gi' is not a quantity"),
         "long": ([result(uuids[0], memory="9" * 5000)], "is not a quantity"),
-        "admin": ([result(uuids[0], memory="1Gi") | {"adminAccess": True}], "asks for admin access"),
+        "admin": ([result(uuids[0], memory="1Gi") | {"adminAccess": True}], "requests admin access"),
         "broken": ([{"driver": dra.DRIVER}], "the ResourceClaim has an unknown form"),
     }
     claims = {name: server.claim(name, *results) for name, (results, _) in wrong.items()}

@@ -242,7 +242,7 @@ def test_a_tenant_that_must_stay_is_not_parked_for_others(host: Host, why: str) 
     assert not hindrance(host)
     if why == "no policy":
         host.tenants[7].park = Park(0)
-        assert hindrance(host) == "its policy does not park it"
+        assert hindrance(host) == "the policy does not park the tenant"
     elif why == "an obstacle":
         host.obstacle = "pid 4718 has managed memory"
         assert hindrance(host) == host.obstacle
@@ -279,7 +279,7 @@ def test_users_see_the_idle_time_and_when_the_tenant_is_parked(host: Host) -> No
     assert view
     assert (view.state, view.after_seconds, view.idle_seconds, view.parked_in_seconds) == ("running", 10, 6, 4)
     said = host.idle.explain(host.tenants[7])
-    assert said == "can be parked while it makes no call; idle for 6 s, will be parked in 4 s if it stays idle"
+    assert said == "can be parked while no call is running; idle for 6 s, will be parked in 4 s if it stays idle"
 
 
 def test_a_policy_without_effect_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,9 +156,9 @@ def test_a_tenant_that_needs_two_devices_gets_room_on_both_or_none(host: Host) -
 
 
 def test_a_tenant_that_cannot_be_parked_is_named_with_the_reason(host: Host) -> None:
-    host.runs("bob", on(gpu0=9), hindrance="its policy does not park it")
+    host.runs("bob", on(gpu0=9), hindrance="the policy does not park the tenant")
     host.runs("carol", on(gpu0=9), hindrance="pid 7 has managed memory")
-    said = "held by bob (its policy does not park it), carol (pid 7 has managed memory)"
+    said = "held by bob (the policy does not park the tenant), carol (pid 7 has managed memory)"
     assert host.make(gpu0=8) == (False, said)
     for number in range(MOST_NAMES):
         host.runs(f"t{number}", on(gpu0=9), hindrance="busy")
@@ -231,7 +231,7 @@ def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:
     host.runs("idle", on(gpu0=50))
     host.runs("lost", on(gpu0=50))
     host.put_away("lost", 3, Phase.UNKNOWN)
-    assert host.make(gpu0=8) == (False, "lost is in a state that the parker has to find out")
+    assert host.make(gpu0=8) == (False, "lost is in a state that the parker must report")
     assert host.parked == []
 
 

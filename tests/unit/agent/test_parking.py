@@ -511,7 +511,7 @@ def test_a_look_that_blocks_leaves_one_thread(host: Host, monkeypatch: pytest.Mo
     for _ in range(5):
         errand = host.parking.park(host.tenant)
         host.until("running")
-    assert "an earlier look at its memory has not ended" in errand.error
+    assert "an earlier check of the tenant's memory has not ended" in errand.error
     assert threading.active_count() == before + 1
     end.set()
 

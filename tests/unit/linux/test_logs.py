@@ -207,7 +207,7 @@ def test_one_statement_gets_ten_lines_in_ten_seconds(log, tmp_path) -> None:
     assert lines[:10] == [f"fgpu.test: refused {n}" for n in range(10)]
     assert lines[10:] == [
         "fgpu.test: another",
-        "fgpu.journal: 91 more lines like the next one were left out",
+        "fgpu.journal: 91 more lines like the next line were left out",
         "fgpu.test: refused 101",
     ]
     assert (handler.left_out, handler.dropped) == (91, 0)

@@ -203,7 +203,7 @@ def test_a_workload_s_label_applies_as_far_as_the_policy_allows(rule, label, gib
     ("rule", "label", "ratio", "note"),
     [
         ("{limit: 50%}", "25%", 0.25, None),
-        ("{limit: 50%}", "75%", 0.5, "fgpu.dev/compute asks for 75%, the policy allows 50%"),
+        ("{limit: 50%}", "75%", 0.5, "fgpu.dev/compute requests 75%, the policy allows 50%"),
         ("{weight: 5}", "75%", 0.75, None),
         ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is not a share: write it as 50%"),
     ],
@@ -249,7 +249,7 @@ def test_clearml_s_fraction_requests_memory(rule, label, gib, note):
     [
         ({"gpu-memory": "2048"}, 2, ()),
         ({"gpu-fraction": "0.25"}, 35, ()),
-        ({"gpu-fraction": "0.5"}, 50, ("gpu-fraction asks for 70GiB of device 0, the policy allows 50GiB",)),
+        ({"gpu-fraction": "0.5"}, 50, ("gpu-fraction requests 70GiB of device 0, the policy allows 50GiB",)),
         ({"gpu-memory": "2GiB"}, 8, ("gpu-memory is ignored: '2GiB' is not a number of MiB: write it as 2000",)),
         ({"gpu-memory": "1"}, 8, ("gpu-memory is ignored: '1MiB' is less than the driver's unit of allocation: write at"
                                   " least 2MiB",)),
