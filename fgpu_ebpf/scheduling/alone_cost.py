@@ -12,16 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KEPT_NS, KEPT_LAUNCHES = 400_000_000, 16  # the mean covers the last KEPT_NS, or the last KEPT_LAUNCHES launches
+STEADY_NS = 20_000_000  # a tenant that launches at each observation in this time launches steadily
+LONGEST_NS = 300_000_000  # the longest time between two bursts of launches
 
 
 @dataclass(slots=True)
 class AloneCost:
-    """The recent mean cost of a launch. `fresh_launches`, `fresh_ns`: launches and time since the last begin()."""
+    """The recent mean cost of a launch. `fresh_launches`, `fresh_ns`: launches and time since the last begin().
+
+    Most programs launch in bursts, one in each step. A time that begins or ends within a step has too many or too few
+    launches, so times are counted from the begin of a burst to the begin of a later burst. A burst begins if there are
+    launches after an observation without launches. For a tenant that launches steadily any time is counted.
+    """
 
     fresh_launches: int = 0
     fresh_ns: int = 0
     _launches: float = 0.0
     _ns: float = 0.0
+    _step_launches: int = 0  # since the begin of the burst, or since the tenant is alone
+    _step_ns: int = 0
+    _is_whole: bool = False  # whether the time began with a burst
+    _has_paused: bool = False  # whether there was an observation without launches
+    _steady_ns: int = 0  # the observed time since the last observation without launches
 
     def begin(self) -> None:
         """Begin a measurement. Earlier measurements count until the new measurement has replaced them."""
@@ -37,8 +49,39 @@ class AloneCost:
         self.begin()
         self._launches = self._ns = 0.0
 
+    def interrupt(self, is_idle: bool) -> None:
+        """Discard the step that was observed, because the tenant did not have the device alone.
+
+        Args:
+            is_idle: whether the tenant had no work at the last observation.
+        """
+        self._step_launches = self._step_ns = 0
+        self._is_whole = self._has_paused = False
+        self._steady_ns = 0 if is_idle else self._steady_ns
+
+    def observe(self, launches: int, ns: int) -> None:
+        """Count the launches of a time in which the tenant had the device alone.
+
+        Args:
+            launches: the launches since the last observation.
+            ns: the time in which the tenant had work, with the idle time before this work; 0: none yet.
+        """
+        self._step_ns += ns
+        if launches and self._has_paused:
+            if self._is_whole:
+                self.learn(self._step_launches, self._step_ns)
+            self._step_launches, self._step_ns, self._steady_ns = launches, 0, 0
+            self._is_whole, self._has_paused = True, False
+            return
+        self._step_launches += launches
+        self._has_paused |= not launches
+        self._steady_ns = 0 if self._has_paused else self._steady_ns + ns
+        if self._steady_ns >= STEADY_NS or self._step_ns >= LONGEST_NS:
+            self.learn(self._step_launches, self._step_ns)
+            self._step_launches, self._step_ns, self._is_whole, self._has_paused = 0, 0, True, False
+
     def learn(self, launches: int, ns: int) -> None:
-        """Add the launches of the last `ns`, in which the tenant had the device alone and had work."""
+        """Add launches, and the time that they took while the tenant had the device alone."""
         self.fresh_launches += launches
         self.fresh_ns += ns
         fades = max(0.0, 1 - ns / max(KEPT_NS, KEPT_LAUNCHES * self.of(1)))

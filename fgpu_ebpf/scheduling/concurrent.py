@@ -129,8 +129,10 @@ class _Runner:
     def progress(self, passed_ns: int, alone: bool) -> int:
         """Return the progress in the time that was counted. `alone`: the tenant had the device alone in this time."""
         place, launches, took_ns = self.place, self.launched, self.took_ns
-        if alone and took_ns:
-            place.alone.learn(launches, took_ns)
+        if alone:
+            place.alone.observe(launches, took_ns)
+        else:
+            place.alone.interrupt(is_idle=not self.has_work)
         cost_ns = place.alone.of(launches) if place.alone.is_known else took_ns
         self.claimed_ns += cost_ns
         self.carried_ns += cost_ns

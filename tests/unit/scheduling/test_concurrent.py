@@ -239,6 +239,30 @@ def test_a_cost_is_that_of_the_last_measurements():
     assert not cost.is_known
 
 
+@pytest.mark.parametrize(("period_ms", "work_ms"), [(16.2, 4), (16.2, 1), (33, 8), (45, 20), (120, 110)])
+def test_a_measurement_has_whole_steps(period_ms: float, work_ms: float) -> None:
+    """A step launches ten kernels at its begin. The measurement begins at any moment of a step."""
+    period_ns, work_ns = round(period_ms * MS), work_ms * MS
+    for part in range(20):
+        place = Place(1, Share(), opening(Share(), 0))
+        runner, now = _Runner(place), S + period_ns * part // 20
+        place.seen = observed(now, period_ns, work_ns)
+        runner.begin(now)
+        while not runner.is_measured():
+            now += 4 * MS
+            place.seen = observed(now, period_ns, work_ns)
+            runner.count(4 * MS, now)
+            runner.progress(4 * MS, alone=True)
+        place.alone.renew()
+        assert place.alone.of(10) == pytest.approx(period_ns, rel=0.04)
+
+
+def observed(now_ns: int, period_ns: int, work_ns: int) -> Seen:
+    """Return what the scheduler observes of a program that launches ten kernels at the begin of each period."""
+    steps, since_ns = divmod(now_ns, period_ns)
+    return Seen(frozenset({0}), launches=steps * 10 + 10, in_flight=int(since_ns < work_ns))
+
+
 def test_an_idle_time_does_not_change_what_a_launch_costs():
     late = tenant(2, "notebook")
     it = world(tenant(1), late, slower=1.2)
