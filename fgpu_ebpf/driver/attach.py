@@ -1,8 +1,9 @@
 """Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
 
-Runs in the agent's main thread. Probes.make() and Probes.of() also run in worker threads. The links are pinned under
-PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not entered, so
-processes that map such a file get no answer to their hello and no memory. The text of a ProbeError names the fix.
+This module runs in the agent's main thread. Probes.make() and Probes.of() also run in worker threads. The links are
+pinned under PINS/links, and the probed files are entered in the map `files`. A file that cannot be probed is not
+entered, so processes that map such a file get no answer to their hello and no memory. The text of a ProbeError names
+the fix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reason why a process that uses a device has no shim or does not use its shim, and the fix.
 
-Runs in the agent's main thread. Facts come from the kernel: no information from the process itself is used, and no file
-in its root is opened. A process that has exited has no reason.
+This module runs in the agent's main thread. Facts come from the kernel: no information from the process itself is used,
+and no file in its root is opened. A process that has exited has no reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The size of a context on each device. The size depends on the driver, is measured once and is stored in a file.
 
-Runs in the agent's main thread at its start. A child process creates contexts, and NVML reports their size. If a
-measurement fails, a usual size is used and logged, and the next start measures again.
+This module runs in the agent's main thread at its start. A child process creates contexts, and NVML reports their size.
+If a measurement fails, a usual size is used and logged, and the next start measures again.
 """
 
 from __future__ import annotations

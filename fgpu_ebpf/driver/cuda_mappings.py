@@ -1,7 +1,7 @@
 """Search for the files of libcuda and the shim that a process maps, by their names.
 
-Runs in the agent's main thread and worker threads, and in `fgpu detach`. Reading the mappings of a process can block on
-the process.
+This module runs in the agent's main thread and worker threads, and in `fgpu detach`. Reading the mappings of a process
+can block on the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ledger index of each device.
 
-Runs in the agent, at its start and when a lost device returns. A pinned UUID keeps its index, even if NVML's number of
-the device has changed. If nothing is pinned, all indexes are free.
+This module runs in the agent, at its start and when a lost device returns. A pinned UUID keeps its index, even if
+NVML's number of the device has changed. If nothing is pinned, all indexes are free.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A sample reads NVML's rows, the bytes in use, and the rows again, which shows changes in between. A program may allocate
 and free memory in a loop. Several samples at random intervals are unlikely to hit the same point of this loop each
-time. Runs in the agent's reconcile thread.
+time. This module runs in the agent's reconcile thread.
 """
 
 from __future__ import annotations

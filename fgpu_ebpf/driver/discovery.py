@@ -1,8 +1,8 @@
 """Discovery of the files of libcuda and the shim that processes map or may map later.
 
-Runs in the agent's main thread. The workers of `libraries` read the mappings of processes and the roots of containers.
-The gatekeeper sends the pids of processes to a socket of this module. The files of one cgroup must not delay the work
-for other cgroups.
+This module runs in the agent's main thread. The workers of `libraries` read the mappings of processes and the roots of
+containers. The gatekeeper sends the pids of processes to a socket of this module. The files of one cgroup must not
+delay the work for other cgroups.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Budgets of each cgroup: the number of its libcuda files that may be probed, and the processor time for this work.
 
 A workload has one budget, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
-processes that map such files get no memory. The host's own files count for no cgroup. Runs in the agent's main thread.
+processes that map such files get no memory. The host's own files count for no cgroup. This module runs in the agent's
+main thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The driver of this host, with probes on each of its files that is in use.
 
-Runs in the agent's main thread, at its start. The start has two steps. prepare() needs no BPF programs, so it runs
-while the programs are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose text has
-the reason and the fix.
+This module runs in the agent's main thread, at its start. The start has two steps. prepare() needs no BPF programs, so
+it runs while the programs are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose
+text has the reason and the fix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Loading of the BPF programs: the compiler's output (an image) is parsed, loaded into the kernel and pinned.
 
-A pinned map that already has the form in the image is kept with its contents. Runs in the agent's main thread at its
-start, and in `fgpu load`. The kernel verifies the programs in several threads.
+A pinned map that already has the form in the image is kept with its contents. This module runs in the agent's main
+thread at its start, and in `fgpu load`. The kernel verifies the programs in several threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The files of libcuda and the shim that are in use: their classes, their probes, and reasons for missing probes.
 
-Runs in the agent's main thread. Worker threads do the work that can block on a tenant's process or file, and the main
-thread applies the results. A file that cannot be probed is logged once, and is not tried again before the next scan.
-Processes that map such a file get no memory. Files of one cgroup must not delay the probing of other cgroups' files.
+This module runs in the agent's main thread. Worker threads do the work that can block on a tenant's process or file,
+and the main thread applies the results. A file that cannot be probed is logged once, and is not tried again before the
+next scan. Processes that map such a file get no memory. Files of one cgroup must not delay the probing of other
+cgroups' files.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ as NVML shows these frees.
 
 A file is identified by its (dev, ino) or by the digest of its contents. A build id or another note in the file is not
 used, because the file's author can choose such a note. A tenant can write to its own file at any time, so contents are
-trusted only while the file's size and times are the same as before the reading. Runs in the agent's main thread and
-library workers.
+trusted only while the file's size and times are the same as before the reading. This module runs in the agent's main
+thread and library workers.
 """
 
 from __future__ import annotations

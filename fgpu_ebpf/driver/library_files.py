@@ -2,7 +2,7 @@
 
 An opened file is compared with the mapping, because another file may have replaced the mapped file, and because a path
 that a container has chosen may lead to another file of the host. Such a path is resolved inside one root folder,
-without links. Runs in the agent's main thread and worker threads, and in `fgpu doctor`. Errors are OSError.
+without links. This module runs in the agent's main thread and worker threads, and in `fgpu doctor`. Errors are OSError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Search for the files of libcuda and the shim that a process maps, by their names and, if necessary, their contents.
 
-Runs in the agent's library workers, because reading a process's mappings can block on the process. A file that is not
-libcuda is not read again while the file is unchanged.
+This module runs in the agent's library workers, because reading a process's mappings can block on the process. A file
+that is not libcuda is not read again while the file is unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Examination of libcuda and shim files: their role, and whether their probes record the calls of a process.
 
-Runs in the agent's library workers. A file may belong to a tenant, contain anything, or lie on a file system that never
-responds. The main thread applies the results (`libraries`). This module changes only the digests in `Trust`.
+This module runs in the agent's library workers. A file may belong to a tenant, contain anything, or lie on a file
+system that never responds. The main thread applies the results (`libraries`). This module changes only the digests in
+`Trust`.
 """
 
 from __future__ import annotations

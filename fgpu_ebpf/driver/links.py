@@ -1,7 +1,7 @@
 """The links of one BPF program to one file: one link for all offsets, or one link per offset before Linux 6.6.
 
-Runs in the agent's main thread and worker threads. A thread of this module closes links if many links are to be closed.
-After an OSError, links that were not pinned yet are closed.
+This module runs in the agent's main thread and worker threads. A thread of this module closes links if many links are
+to be closed. After an OSError, links that were not pinned yet are closed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """NVIDIA's management library: the devices, and the memory of each process on them.
 
-Runs in the agent's reconcile thread, in its main thread at its start and for arrived(), and in `fgpu doctor`. Only this
-module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError: no driver responds,
-or the driver lists no device.
+This module runs in the agent's reconcile thread, in its main thread at its start and for arrived(), and in `fgpu
+doctor`. Only this module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError:
+no driver responds, or the driver lists no device.
 """
 
 from __future__ import annotations

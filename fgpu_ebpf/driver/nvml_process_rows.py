@@ -1,8 +1,8 @@
 """NVML's rows: the processes that hold memory on a device, with the number of bytes.
 
 NVML lists processes that compute and processes that draw or encode (Vulkan, OpenGL, NVENC) separately. A process that
-computes and draws is in both lists, with the same bytes. Runs in the agent's reconcile thread, and in the agent's main
-thread at its start.
+computes and draws is in both lists, with the same bytes. This module runs in the agent's reconcile thread, and in the
+agent's main thread at its start.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ is admitted. The reconcile thread then charges the bytes that NVML shows for the
 bytes that the device does not hold.
 
 The pages are hidden from the BPF programs of the other layout before the charges are read and entered. bpf/fgpu.h
-describes the parts that all layouts have in common. Runs in the agent's main thread at its start. ProgramError: the
-limits of the other layout cannot be read, and stay in force. OSError after the pages were hidden: nothing is admitted
-until the agent starts successfully and reads the pages again.
+describes the parts that all layouts have in common. This module runs in the agent's main thread at its start.
+ProgramError: the limits of the other layout cannot be read, and stay in force. OSError after the pages were hidden:
+nothing is admitted until the agent starts successfully and reads the pages again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The functions of libcuda and the shim that are probed, and the offsets in a file at which they are probed.
 
-Runs in the agent's main thread and library workers, and in `fgpu doctor`. The file may belong to a tenant, so reads of
-the file are bounded. The text of a ProbeError names the fix.
+This module runs in the agent's main thread and library workers, and in `fgpu doctor`. The file may belong to a tenant,
+so reads of the file are bounded. The text of a ProbeError names the fix.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A process can have any number of mappings, and a user any number of processes. T
 job ends after SLICE_SECONDS and is charged to the cgroup's budget of processor time (`file_budget`). Processes that are
 left out because the budget is used up are examined when they register, or when NVML shows that they use a device.
 
-Runs in the agent's main thread, which does not wait for a process. `_group` and `_slice` run in a worker thread.
+This module runs in the agent's main thread, which does not wait for a process. `_group` and `_slice` run in a worker
+thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The BPF programs in the kernel: compiling, loading and pinning them, unless exactly these programs are pinned.
 
 Compiling needs BCC and takes seconds. The output is kept in CACHE for the next start on this kernel, for example after
-a boot. Runs in the agent's main thread at its start, in `fgpu load` and in `fgpu doctor`. The text of a ProgramError
-names the fix. After an error, the programs that were pinned before stay in force.
+a boot. This module runs in the agent's main thread at its start, in `fgpu load` and in `fgpu doctor`. The text of a
+ProgramError names the fix. After an error, the programs that were pinned before stay in force.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Search for the libcuda that a program would find in its own root, before the program maps it.
 
-Runs in the agent: libraries() in worker threads, root_of() in worker threads and the main thread, and Roots in the main
-thread. No link is followed out of a root. File systems that are mounted into a root are not opened, because they may
-never respond, and because drivers that an engine mounts into a container are the host's own files. After a failed
-search, a process that maps a libcuda is found by its hello or by NVML.
+This module runs in the agent: libraries() in worker threads, root_of() in worker threads and the main thread, and Roots
+in the main thread. No link is followed out of a root. File systems that are mounted into a root are not opened, because
+they may never respond, and because drivers that an engine mounts into a container are the host's own files. After a
+failed search, a process that maps a libcuda is found by its hello or by NVML.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     STORE/versions               SHA-256 and size of the last MOST_VERSIONS staged versions, which images may contain
 
 A reader of `current` always gets the old or the new version. publish() must be called only after the file that stage()
-has returned is probed. Runs in the agent's main thread and in `fgpu detach`. After an OSError the published version
-stays published.
+has returned is probed. This module runs in the agent's main thread and in `fgpu detach`. After an OSError the published
+version stays published.
 """
 
 from __future__ import annotations

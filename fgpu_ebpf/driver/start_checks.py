@@ -1,8 +1,8 @@
 """Checks of the package and the kernel before anything is enforced.
 
-Runs in the agent's main thread at its start, in `fgpu load` and in `fgpu setup`. The text of an AgentError has the
-reason and the fix. Before the first use of the BPF programs, the check of the kernel probes only a child process, and
-determines whether processes survive return probes. The probe is removed afterwards.
+This module runs in the agent's main thread at its start, in `fgpu load` and in `fgpu setup`. The text of an AgentError
+has the reason and the fix. Before the first use of the BPF programs, the check of the kernel probes only a child
+process, and determines whether processes survive return probes. The probe is removed afterwards.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Record of the devices that have reported a fatal XID. The record survives restarts of the agent.
 
-A restart of the agent repairs no device. Runs in the agent's main thread. The file under /run is valid until the next
-boot or the next load of the driver. A file that cannot be read counts as empty. If the file cannot be written, each
-round tries again. Both errors are logged.
+A restart of the agent repairs no device. This module runs in the agent's main thread. The file under /run is valid
+until the next boot or the next load of the driver. A file that cannot be read counts as empty. If the file cannot be
+written, each round tries again. Both errors are logged.
 """
 
 from __future__ import annotations

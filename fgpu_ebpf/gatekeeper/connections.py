@@ -1,7 +1,7 @@
 """Connections of shims until the answer to their hello: the identity of each peer process, and the order of service.
 
-Runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer sends is not
-used to identify the peer.
+This module runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer
+sends is not used to identify the peer.
 
 A workload (a bound owner with all cgroups inside it) may have MOST_PER_TENANT connections. At most MOST_SILENT of these
 connections may be without a hello for longer than SILENCE_NS. Workloads are served in turn, one hello each. Processor

@@ -1,9 +1,9 @@
 """Requests to the agent to examine processes whose cgroup is undecided, or that map a file without probes.
 
-Runs in the gatekeeper's main thread. A request names one process of each tenant. Between two heartbeats, requests are
-sent for at most MOST_TENANTS tenants of a workload. The gatekeeper does not wait for an answer: the agent writes its
-decisions and the probed files to the kernel's maps. If the agent does not receive a request, the request is sent again
-later.
+This module runs in the gatekeeper's main thread. A request names one process of each tenant. Between two heartbeats,
+requests are sent for at most MOST_TENANTS tenants of a workload. The gatekeeper does not wait for an answer: the agent
+writes its decisions and the probed files to the kernel's maps. If the agent does not receive a request, the request is
+sent again later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The answer to `fgpu-info`: limits, use and share of time of the process's own cgroup, as text.
 
-Runs in the gatekeeper's main thread. The module reads the pages and map entries of the process's levels, and stores
-nothing: a request creates no session, takes no place of the tenant and does not count as the first use of a device.
-Errors are OSError.
+This module runs in the gatekeeper's main thread. The module reads the pages and map entries of the process's levels,
+and stores nothing: a request creates no session, takes no place of the tenant and does not count as the first use of a
+device. Errors are OSError.
 """
 
 from __future__ import annotations

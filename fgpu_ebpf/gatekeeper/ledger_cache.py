@@ -1,8 +1,8 @@
 """A cache of ledger lookups for one iteration of the gatekeeper's loop, so that many hellos share each lookup.
 
-Runs in the gatekeeper's main thread. The cache never outlives the iteration, because a decision that was made before a
-process connected must apply to its hello. The cache owns the descriptors of the usage pages that it opens. Errors are
-OSError of bpf(2) or of /proc.
+This module runs in the gatekeeper's main thread. The cache never outlives the iteration, because a decision that was
+made before a process connected must apply to its hello. The cache owns the descriptors of the usage pages that it
+opens. Errors are OSError of bpf(2) or of /proc.
 """
 
 from __future__ import annotations

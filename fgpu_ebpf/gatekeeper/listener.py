@@ -1,7 +1,7 @@
 """The socket on which the gatekeeper listens for shims: `<run>/shim/shim.sock`.
 
-Runs in the gatekeeper's main thread. The module follows no symbolic link, and uses no folder that another user owns.
-After an OSError the folder and the socket file stay: shims without an answer refuse memory.
+This module runs in the gatekeeper's main thread. The module follows no symbolic link, and uses no folder that another
+user owns. After an OSError the folder and the socket file stay: shims without an answer refuse memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The two pages that the gatekeeper makes for a process, each a sealed memfd: the control page and the status page.
 
-Runs in the gatekeeper's main thread and in its time slicer thread. The content of a status page is not trusted. If the
-kernel refuses a memfd or a seal, the constructor raises OSError and leaves no descriptor open. Access to a page never
-causes SIGBUS, because the page is sealed against resizing.
+This module runs in the gatekeeper's main thread and in its time slicer thread. The content of a status page is not
+trusted. If the kernel refuses a memfd or a seal, the constructor raises OSError and leaves no descriptor open. Access
+to a page never causes SIGBUS, because the page is sealed against resizing.
 """
 
 from __future__ import annotations

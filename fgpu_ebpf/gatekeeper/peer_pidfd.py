@@ -1,7 +1,7 @@
 """Identification of the process at the other end of a socket, as a pidfd.
 
-Runs in the gatekeeper's main thread. A pid that may belong to another process by now is not accepted: the functions
-raise OSError, and the process registers again.
+This module runs in the gatekeeper's main thread. A pid that may belong to another process by now is not accepted: the
+functions raise OSError, and the process registers again.
 """
 
 from __future__ import annotations

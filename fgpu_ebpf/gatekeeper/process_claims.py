@@ -1,9 +1,9 @@
 """Claims of processes on their status pages, clamped. No other module reads the claims.
 
-Runs in the gatekeeper, in any thread that holds the time slicer's lock. No number is negative, and no time lies in the
-future, except the end of work in flight, which is at most MOST_FLIGHT_NS away. `scheduling.claim_trust` decides how far
-a claim is trusted. Reading cannot fail: a page has a fixed size and is sealed against resizing, and every value of a
-word is valid.
+This module runs in the gatekeeper, in any thread that holds the time slicer's lock. No number is negative, and no time
+lies in the future, except the end of work in flight, which is at most MOST_FLIGHT_NS away. `scheduling.claim_trust`
+decides how far a claim is trusted. Reading cannot fail: a page has a fixed size and is sealed against resizing, and
+every value of a word is valid.
 """
 
 from __future__ import annotations

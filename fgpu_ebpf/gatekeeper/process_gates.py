@@ -1,8 +1,8 @@
 """The pages of processes with a share: the time slicer writes gates and budgets, and reads claims.
 
-Runs in the gatekeeper, in any thread that holds the time slicer's lock. The module also combines the claims of a
-tenant's processes. `scheduling.turns` decides which gates are open. Pages are sealed against resizing, so the functions
-raise no errors.
+This module runs in the gatekeeper, in any thread that holds the time slicer's lock. The module also combines the claims
+of a tenant's processes. `scheduling.turns` decides which gates are open. Pages are sealed against resizing, so the
+functions raise no errors.
 """
 
 from __future__ import annotations

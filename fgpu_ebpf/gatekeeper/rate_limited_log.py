@@ -1,8 +1,8 @@
 """The gatekeeper's log: at most MOST_LINES a second, without blocking.
 
-Runs in the gatekeeper's main thread. The maximum keeps tenants from filling the log. A line that cannot be written at
-once is lost. As in the agent's log, a line begins with the local time, except in systemd's journal, which has the time
-of each entry.
+This module runs in the gatekeeper's main thread. The maximum keeps tenants from filling the log. A line that cannot be
+written at once is lost. As in the agent's log, a line begins with the local time, except in systemd's journal, which
+has the time of each entry.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Sessions of managed processes: their control and status pages, with rows and heartbeats on the control pages.
 
-Runs in the gatekeeper's main thread. A session lasts from a process's first registration until the process's pidfd
-reports its exit, the process executes another program, or the process is no longer managed. Unmanaged processes share a
-few control pages and have no session, so these processes take no places from tenants. The module `main` decides which
-pages a process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open their gates. Errors are
-OSError.
+This module runs in the gatekeeper's main thread. A session lasts from a process's first registration until the
+process's pidfd reports its exit, the process executes another program, or the process is no longer managed. Unmanaged
+processes share a few control pages and have no session, so these processes take no places from tenants. The module
+`main` decides which pages a process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open
+their gates. Errors are OSError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows of the `turns` map by level and device: a tenant's own turns, and for a unit the sum of all tenants inside it.
 
-Runs in the time slicer's thread of the gatekeeper, which writes the rows. This module does no I/O. It stores the last
-published numbers of each unit.
+This module runs in the time slicer's thread of the gatekeeper, which writes the rows. This module does no I/O. It
+stores the last published numbers of each unit.
 """
 
 from __future__ import annotations

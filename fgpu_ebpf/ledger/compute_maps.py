@@ -1,8 +1,8 @@
 """The BPF maps of compute time: `shares`, `turns`, and `ran` (the time that each level has run, as measured by NVML).
 
 The agent writes `shares` and `ran`, and creates and deletes the entries of `turns`. The gatekeeper writes the contents
-of these entries. Agent and gatekeeper read all maps. Runs in the agent's main thread and reconcile thread, and in the
-gatekeeper's main thread and time slicer thread. Errors are OSError of bpf(2).
+of these entries. Agent and gatekeeper read all maps. This module runs in the agent's main thread and reconcile thread,
+and in the gatekeeper's main thread and time slicer thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A workload can create, enter and remove any number of cgroups inside its own cgroup. A workload that causes many events
 gets a budget of its own in the BPF programs, so that the kernel still reports the events of all other workloads.
 
-Runs in the agent's main thread. Errors are OSError of bpf(2).
+This module runs in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The limits of a level, and the first contents of its usage page.
 
-Runs in the agent, which decides the limits. The ledger puts the limits in force.
+This module runs in the agent, which decides the limits. The ledger puts the limits in force.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bounds of one owner: the defaults of `bounds:` in agent.yaml, and the text of a refusal.
 
-Runs in the agent. The BPF programs and `tenancy.level_capacity` count the entries.
+This module runs in the agent. The BPF programs and `tenancy.level_capacity` count the entries.
 """
 
 from __future__ import annotations

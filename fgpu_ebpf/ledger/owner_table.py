@@ -1,7 +1,7 @@
 """The map `owners`: the number of entries of each bound owner in the maps that all tenants share, and its maximum.
 
-Runs in the agent's main thread, which assigns the slots. BPF programs count the entries. A slot is assigned to another
-owner only after its counts have become zero. Errors are OSError; E2BIG: all slots are in use.
+This module runs in the agent's main thread, which assigns the slots. BPF programs count the entries. A slot is assigned
+to another owner only after its counts have become zero. Errors are OSError; E2BIG: all slots are in use.
 """
 
 from __future__ import annotations

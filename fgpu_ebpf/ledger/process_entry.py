@@ -1,6 +1,6 @@
 """The kernel's entry of a process: a value of the map `processes`.
 
-Runs in any thread that reads the ledger's processes.
+This module runs in any thread that reads the ledger's processes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Imports are memory of other processes: NVML shows exported memory in the row of 
 freed it or exited, in the row of an importer. If a tenant's process has more memory than these parts explain, the
 process uses a driver library that is not probed, with or without the shim.
 
-Runs in the agent's main thread.
+This module runs in the agent's main thread.
 """
 
 from __future__ import annotations

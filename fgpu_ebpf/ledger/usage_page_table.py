@@ -1,7 +1,7 @@
 """The slots of usage pages in the map `shelf`: BPF programs find a page by its slot without looking up a cgroup id.
 
-Runs in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared, until another page gets
-the slot. Errors are OSError; E2BIG: all slots are in use.
+This module runs in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared, until another
+page gets the slot. Errors are OSError; E2BIG: all slots are in use.
 """
 
 from __future__ import annotations

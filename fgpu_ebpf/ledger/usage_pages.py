@@ -1,6 +1,6 @@
 """Read-only mappings of usage pages: limit, used and peak of each device of a level.
 
-Runs in the thread that has opened the ledger.
+This module runs in the thread that has opened the ledger.
 """
 
 from __future__ import annotations

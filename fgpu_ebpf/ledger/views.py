@@ -1,6 +1,6 @@
 """The ledger's sections of a Snapshot: counters and tables by their names in metrics.
 
-Runs in the agent's main thread. Errors are OSError of bpf(2).
+This module runs in the agent's main thread. Errors are OSError of bpf(2).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Replacement of a file as a whole: a reader gets the whole old or the whole new text, even if the writer is killed.
 
-Runs in any thread of the agent, the gatekeeper and the commands. Each file has one writer at a time. After an error the
-old file still exists, and the temporary file is removed.
+This module runs in any thread of the agent, the gatekeeper and the commands. Each file has one writer at a time. After
+an error the old file still exists, and the temporary file is removed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bpf(2) and perf_event_open(2) system calls that fgpu needs.
 
-Runs in any thread of the agent, the gatekeeper and the commands. The module has no state. Errors are OSError with the
-kernel's errno and the name of the call. For a missing map entry the result is None.
+This module runs in any thread of the agent, the gatekeeper and the commands. The module has no state. Errors are
+OSError with the kernel's errno and the name of the call. For a missing map entry the result is None.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Agent and gatekeeper drop all other capabilities.
 
-Runs in the main thread of each process, before it starts other threads.
+This module runs in the main thread of each process, before it starts other threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Translation of cgroup paths in kernel events to the cgroup namespace of this process.
 
 Tracepoints name a cgroup by its path from the root of the hierarchy. An agent may run in a cgroup namespace, for
-example in a system container. Its file system and /proc then show paths from the root of the namespace. Runs in any
-thread.
+example in a system container. Its file system and /proc then show paths from the root of the namespace. This module
+runs in any thread.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Remove a folder at a path where a socket, a file or a link is to be created.
 
-Runs in any thread of the agent, the gatekeeper and the commands.
+This module runs in any thread of the agent, the gatekeeper and the commands.
 """
 
 from __future__ import annotations

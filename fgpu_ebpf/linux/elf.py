@@ -2,8 +2,8 @@
 
 A loader reads the same segment. Section headers are ignored, as a loader ignores them, because they can be absent or
 wrong. The file may belong to a tenant and contain anything. Therefore every read and the work for one name are bounded,
-and no file takes longer than a driver's library. General-purpose ELF parsers have no such bounds. Runs in all threads
-of the agent, and in the commands.
+and no file takes longer than a driver's library. General-purpose ELF parsers have no such bounds. This module runs in
+all threads of the agent, and in the commands.
 """
 
 from __future__ import annotations

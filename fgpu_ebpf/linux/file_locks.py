@@ -1,7 +1,7 @@
 """Files of the run folder that one process at a time locks (flock).
 
-Runs in the main threads of the agent, the gatekeeper and the commands. A process that may read a file can lock the
-file. Therefore only root may read these files; otherwise any local user could prevent the start of the agent.
+This module runs in the main threads of the agent, the gatekeeper and the commands. A process that may read a file can
+lock the file. Therefore only root may read these files; otherwise any local user could prevent the start of the agent.
 """
 
 from __future__ import annotations

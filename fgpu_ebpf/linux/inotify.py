@@ -1,7 +1,7 @@
 """inotify(7): a descriptor that becomes readable when something changes in a folder.
 
-The module does not report which file changed, or how. Reading a file is not a change. Runs in the agent's thread that
-watches policies, and in the device plugin.
+The module does not report which file changed, or how. Reading a file is not a change. This module runs in the agent's
+thread that watches policies, and in the device plugin.
 """
 
 from __future__ import annotations

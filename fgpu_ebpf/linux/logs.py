@@ -1,8 +1,8 @@
 """Log lines as text for a person, as JSON for a collector, or as fields for systemd's journal.
 
-Runs in any thread of the agent and of the device plugin. The gatekeeper has its own log (`rate_limited_log`). Logging
-never blocks: a line that cannot be written at once is dropped, and the next line that can be written is preceded by the
-number of dropped lines. If writing fails, `dropped` grows, and the service continues.
+This module runs in any thread of the agent and of the device plugin. The gatekeeper has its own log
+(`rate_limited_log`). Logging never blocks: a line that cannot be written at once is dropped, and the next line that can
+be written is preceded by the number of dropped lines. If writing fails, `dropped` grows, and the service continues.
 
 The number of lines is bounded. In ten seconds, each statement writes at most ten lines, and at most 256 statements
 write. A statement with the field `tenant` or `what` counts once for each value of the field. Further lines are only

@@ -1,6 +1,6 @@
 """Files that processes map: their names in /proc/PID/maps, and functions that open such a file safely.
 
-Runs in the agent's main thread and worker threads, and in the commands.
+This module runs in the agent's main thread and worker threads, and in the commands.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """openat2(2): open a path inside the root folder of another process, and never a file outside it.
 
-Runs in the agent's worker threads. Such a path must not be opened part by part or below `/proc/PID/root/`, because the
-kernel would then resolve an absolute symbolic link in the path to a file of the host.
+This module runs in the agent's worker threads. Such a path must not be opened part by part or below `/proc/PID/root/`,
+because the kernel would then resolve an absolute symbolic link in the path to a file of the host.
 """
 
 from __future__ import annotations

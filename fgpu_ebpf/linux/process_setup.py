@@ -1,6 +1,6 @@
 """Priority and limits that the agent and the gatekeeper set for themselves at their start.
 
-Runs in the main thread of each process.
+This module runs in the main thread of each process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
 
-Runs in all threads of the agent, the gatekeeper and the commands. Reads of files whose length a process determines have
-a maximum. Facts come from the kernel, never from the process itself. If the process has exited, the result is None or
-empty, or the function raises OSError if its docstring says so.
+This module runs in all threads of the agent, the gatekeeper and the commands. Reads of files whose length a process
+determines have a maximum. Facts come from the kernel, never from the process itself. If the process has exited, the
+result is None or empty, or the function raises OSError if its docstring says so.
 """
 
 from __future__ import annotations

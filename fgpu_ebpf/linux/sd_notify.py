@@ -1,7 +1,7 @@
 """sd_notify(3): report to the service manager that the service is ready, reloading, alive or stopping.
 
-Runs in the main threads of the agent and the gatekeeper. Sending never blocks. Errors are ignored, because a manager
-that receives no message restarts the service. Child processes do not inherit the socket.
+This module runs in the main threads of the agent and the gatekeeper. Sending never blocks. Errors are ignored, because
+a manager that receives no message restarts the service. Child processes do not inherit the socket.
 """
 
 from __future__ import annotations

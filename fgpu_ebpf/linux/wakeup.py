@@ -1,7 +1,7 @@
 """eventfd(2): a thread wakes the loop of another thread.
 
-Runs in any thread of the agent, the gatekeeper and the commands, and never blocks. Wakeup() raises OSError if the
-process has no descriptor left.
+This module runs in any thread of the agent, the gatekeeper and the commands, and never blocks. Wakeup() raises OSError
+if the process has no descriptor left.
 """
 
 from __future__ import annotations
