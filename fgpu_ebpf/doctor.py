@@ -97,7 +97,7 @@ def _pid_namespace() -> Check:
     """
     if has_host_pids():
         return Check("pid namespace", True, "the host's")
-    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants do not need it"
+    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants do not need this namespace"
     return Check("pid namespace", False, "this process is not in the host's pid namespace", fix)
 
 

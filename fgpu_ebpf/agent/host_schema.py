@@ -117,7 +117,9 @@ class ProfileDocument(Model):
     share: Annotated[str, AfterValidator(_profile_share)] = Field(
         description="The share: memory, then a ceiling of compute time."
     )
-    count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent("The number on each device; absent: as many as fit.")
+    count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent(
+        "The number of shares on each device; absent: as many shares as fit."
+    )
     devices: Devices = absent("The devices: index, UUID or its beginning, or model; absent: every device.")
 
     def profile(self) -> Profile:

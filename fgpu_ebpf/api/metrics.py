@@ -117,7 +117,7 @@ _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], .
 _USAGE_COUNTERS: tuple[tuple[str, str, Callable[[UsageView], float]], ...] = (
     (
         "fgpu_tenant_memory_byte_seconds",
-        "Bytes charged to the tenant on the device, times the seconds that it held them",
+        "Bytes charged to the tenant on the device, times the seconds for which the tenant held these bytes",
         lambda u: u.memory_byte_seconds,
     ),
     (

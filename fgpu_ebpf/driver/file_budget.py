@@ -64,5 +64,5 @@ class FileBudget:
         return self._spent_ns[cgroup] <= BURST_NS
 
     def refill(self) -> None:
-        """Refill the processor time of all cgroups. To be called in every round, once a second."""
+        """Refill the processor time of all cgroups. The caller calls this method in every round, once a second."""
         self._spent_ns = Counter({w: ns - REFILL_NS for w, ns in self._spent_ns.items() if ns > REFILL_NS})

@@ -72,7 +72,7 @@ def levels_of(processes: Mapping[int, Process]) -> set[int]:
 
 
 def process_of(raw: bytes) -> Process:
-    """Decode a value of the map."""
+    """Decode a value of the map `processes`."""
     _, generation, changes, begun, turn, _, level_count, flags, _, tag = _HEAD.unpack_from(raw)
     levels = _LEVELS.unpack_from(raw, abi.Process.levels.offset)[:level_count]
     # Each row has one field for all devices, in the order of struct fgpu_holding. `one` and `other` are the two sides

@@ -78,12 +78,12 @@ class LevelCapacity:
         owner = self.owner(tenant.path, tenant.cgroup)
         has, taken = self._levels[owner.cgroup] + new[owner.cgroup], self._taken() + new.total()
         if has >= self.bounds.levels:
-            return f"no room for its limit: {refusal(str(owner), 'levels', has, self.bounds.levels)}"
+            return f"no room for the limit: {refusal(str(owner), 'levels', has, self.bounds.levels)}"
         if taken >= PLACES:
-            return f"no room for its limit: all {PLACES} levels that this host may have are taken"
+            return f"no room for the limit: all {PLACES} levels that this host may have are taken"
         if taken >= PLACES // 2 and has >= FEW:
             return (
-                f"no room for its limit: {taken} of the host's {PLACES} levels are taken, and the others are "
+                f"no room for the limit: {taken} of the host's {PLACES} levels are taken, and the others are "
                 f"reserved for workloads with fewer than {FEW} levels; {owner} has {has}"
             )
         new[owner.cgroup] += 1

@@ -52,7 +52,7 @@ class PreexistingProcesses:
         return made
 
     def __init__(self, known: Mapping[int, int] | None = None, place: Path | None = None) -> None:
-        """Initialize the set. `place`: the file, if the file must be written."""
+        """Initialize the set. `place`: the file of the set; None: the set is not stored."""
         self._known, self._place = dict(known or {}), place
 
     def _store(self, level: int = logging.DEBUG) -> None:

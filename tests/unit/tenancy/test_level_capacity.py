@@ -96,7 +96,7 @@ def test_a_level_beyond_the_bound_is_refused_with_owner_bound_and_key(host):
     said = whole.take(*(f"{NODE}/docker/{container(n)}" for n in range(5)))
     assert len(said) == 2
     words = f"{NODE} (container) has 3 of 3 levels that one workload may have (bounds.levels in agent.yaml)"
-    assert set(said.values()) == {f"no room for its limit: {words}"}
+    assert set(said.values()) == {f"no room for the limit: {words}"}
     whole.leave(f"{NODE}/docker/{container(0)}")
     assert len(whole.take(*said)) == 1
 
