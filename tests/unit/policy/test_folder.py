@@ -170,7 +170,7 @@ def test_a_link_to_a_file_in_a_folder_that_others_may_write_is_refused(own, tmp_
     (theirs / "x.yaml").write_text(kit.text("b"))
     (own / "b.yaml").symlink_to(theirs / "x.yaml")
     (error,) = errors(folder(own, root_only=True).read())
-    assert error.startswith(f"{own}/b.yaml: lies in {theirs}, which users other than root may write")
+    assert error.startswith(f"{own}/b.yaml: is in {theirs}, which users other than root may write")
 
 
 @as_root

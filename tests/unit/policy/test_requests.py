@@ -58,7 +58,7 @@ def test_what_hami_and_volcano_have_booked_is_a_request(label, text, subject, gi
     [
         ({"POD": "35", "DEV": "140"}, 35, ()),
         ({"POD": "35840", "DEV": "143360"}, 35, ()),
-        ({"POD": "140", "DEV": "140"}, 50, ("asks for 140GiB of device 0, the policy allows 50GiB",)),
+        ({"POD": "140", "DEV": "140"}, 50, ("requests 140GiB of device 0, the policy allows 50GiB",)),
         ({"POD": "35"}, 8, ()),
         ({"POD": "0", "DEV": "140"}, 8, ("is ignored: '0' of '140' is not a part of a device's memory",)),
         ({"POD": "141", "DEV": "140"}, 8, ("is ignored: '141' of '140' is not a part of a device's memory",)),

@@ -179,9 +179,9 @@ def test_a_limit_beyond_the_device_is_reported():
     ("rule", "label", "gib", "note"),  # the note without its first word
     [
         ("{limit: 8GiB}", "4GiB", 4, None),
-        ("{limit: 8GiB}", "16GiB", 8, "asks for 16GiB of device 0, the policy allows 8GiB"),
+        ("{limit: 8GiB}", "16GiB", 8, "requests 16GiB of device 0, the policy allows 8GiB"),
         ("{limit: 8GiB, max: 16GiB}", "16GiB", 16, None),
-        ("{limit: 8GiB, max: 16GiB}", "17GiB", 16, "asks for 17GiB of device 0, the policy allows 16GiB"),
+        ("{limit: 8GiB, max: 16GiB}", "17GiB", 16, "requests 17GiB of device 0, the policy allows 16GiB"),
         ("{limit: 7GiB, max: 100%}", "50%", 70, None),
         ("{limit: 50%, max: 16GiB}", "40GiB", 40, None),
         ("{limit: 8GiB}", "8GB", 8, "is ignored: '8GB': did you mean 8GiB?"),
@@ -230,8 +230,8 @@ def test_a_label_sets_no_limit_where_the_policy_has_none():
         ("{limit: 8GiB, max: 100%}", "0.0625", 8.75, None),
         ("{limit: 8GiB, max: 100%}", "1.000", 140, None),
         ("{limit: 8GiB, max: 100%}", "2", 140, None),
-        ("{limit: 8GiB, max: 16GiB}", "0.5", 16, "asks for 70GiB of device 0, the policy allows 16GiB"),
-        ("{limit: 8GiB}", "0.5", 8, "asks for 70GiB of device 0, the policy allows 8GiB"),
+        ("{limit: 8GiB, max: 16GiB}", "0.5", 16, "requests 70GiB of device 0, the policy allows 16GiB"),
+        ("{limit: 8GiB}", "0.5", 8, "requests 70GiB of device 0, the policy allows 8GiB"),
         ("{limit: 8GiB}", "0.000", 8, "is ignored: '0.000' is not above 0"),
         ("{limit: 8GiB}", "-1", 8, "is ignored: '-1' is not a fraction: write it as 0.25"),
         ("{limit: 8GiB}", "1e3", 8, "is ignored: '1e3' is not a fraction: write it as 0.25"),
