@@ -136,7 +136,7 @@ class Connections:
             self._refuse(sock, "malformed")
 
     def _admit(self, sock: socket.socket, began_ns: int, is_taken: bool = False) -> int:
-        """Admit or refuse a connection. Returns the thread's processor time afterwards, in nanoseconds."""
+        """Admit or refuse a connection. Return the thread's processor time afterwards, in nanoseconds."""
         hint = pid_of(sock)
         known = self._hints.get(hint, -1)
         if self._load[known] >= MOST_PER_TENANT or self._spent_ns[known] > REFUSE_NS:

@@ -105,7 +105,7 @@ class Selector(NamedTuple):
         if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
             return f"the workload's cgroup matches none of {self.cgroup}"
         if workload.inside and not self.cgroup:
-            return "the cgroup is inside the workload's own, where only selector.cgroup matches"
+            return "the cgroup is inside the workload's own cgroup, where only selector.cgroup matches"
         for word, globs, name in (
             ("namespace", self.namespace, workload.namespace),
             ("image", self.image, workload.image),

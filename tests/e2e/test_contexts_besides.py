@@ -76,7 +76,7 @@ def test_the_limit_in_force_is_shown_and_survives_a_restart(service: Service, on
     client.ok("context")
     for _ in range(2):
         assert (level(one)["limit_bytes"], level(one)["outside_bytes"]) == (GIB + CONTEXT, CONTEXT)
-        assert "518MiB of it for contexts" in fgpu("explain", one.path).stdout
+        assert "518MiB of the limit for contexts" in fgpu("explain", one.path).stdout
         assert client.ok("info") == [GIB, GIB]
         service.kill_agent()
         assert client.ok("info") == [GIB, GIB]

@@ -72,7 +72,7 @@ def test_contexts_besides_the_limit_raise_the_limit_that_is_enforced():
         ("{matchExpressions: [{key: a, operator: DoesNotExist}]}", {"labels": {"a": ""}},
          "the workload's labels do not match a DoesNotExist"),
         ("{image: '*'}", {"image": "x", "inside": True},
-         "the cgroup is inside the workload's own, where only selector.cgroup matches"),
+         "the cgroup is inside the workload's own cgroup, where only selector.cgroup matches"),
         ("{image: '*', cgroup: '**'}", {"image": "x", "inside": True}, ""),
     ],
 )  # fmt: skip
