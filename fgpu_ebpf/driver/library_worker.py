@@ -95,7 +95,7 @@ class Examiner:
             return ""
 
     def read(self, pid: int, one: MappedFile) -> Stamp | None:
-        """Store the digest of a file's contents in Trust. Return the file's stamp, or None if the file is unreadable."""
+        """Store the digest of a file's contents in Trust. Return the file's stamp, or None for an unreadable file."""
         file = one.dev, one.ino
         try:
             fd = target_of(pid, one).open()

@@ -23,7 +23,7 @@ def keepers(orphan: Mapping[str, Any]) -> str:
 
 
 def sentence(orphan: Mapping[str, Any]) -> str:
-    """Return a sentence with the held bytes, the process of these bytes, the processes that keep the memory, and the fix."""
+    """Return a sentence with the held bytes, their process, the processes that keep the memory, and the fix."""
     what = f"{memory_text(orphan['bytes'])} on gpu {orphan['gpu']}"
     why = "which has ended" if orphan["ended"] else "which exported and freed them"
     found = f"{what} stay charged for process {orphan['pid']}, {why}: {keepers(orphan)}"
