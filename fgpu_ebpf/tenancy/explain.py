@@ -276,7 +276,8 @@ def _device_line(device: dict[str, Any]) -> str:
     text += f", {memory_text(parked)} parked" if parked else ""
     text += "" if device["counts"] else ", the limit counts against the device from the tenant's first use on"
     outside = device["outside_bytes"]
-    text += f", {memory_text(outside)} of the limit for contexts, besides the limit in programs" if outside else ""
+    for_contexts = f", {memory_text(outside)} of the limit for contexts, besides the limit that programs see"
+    text += for_contexts if outside else ""
     times = "once" if device["refused"] == 1 else f"{device['refused']} times"
     text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]
