@@ -19,7 +19,7 @@ from pathlib import Path
 from fgpu_ebpf.agent import gatekeeper_process
 from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, programs, shim_store
-from fgpu_ebpf.linux import clear_path, file_locks, procfs
+from fgpu_ebpf.linux import atomic_file, clear_path, file_locks, procfs
 from fgpu_ebpf.policy import last_good
 from fgpu_ebpf.tenancy import tenant_names
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
@@ -69,9 +69,8 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
             log.warning(text, shim)
     if published:
         _published(published)
-    last_good.FILE.unlink(missing_ok=True)
-    for name in _FILES:
-        _unlink(run_dir / name)
+    for path in (last_good.FILE, *(run_dir / name for name in _FILES)):
+        _unlink(path)
     _leave(run_dir / "shim")
     if is_locked:  # the last file: an agent can start from now on
         _unlink(run_dir / file_locks.AGENT)
@@ -103,8 +102,9 @@ def _published(shim: Path) -> None:
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file of the run folder, and the folders that were renamed to free the name of the file."""
+    """Remove a file, the temporary file of a killed writer, and folders that were renamed to free the file's name."""
     path.unlink(missing_ok=True)
+    atomic_file.temporary_of(path).unlink(missing_ok=True)
     clear_path.remove_moved(path)
 
 

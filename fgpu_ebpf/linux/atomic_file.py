@@ -24,8 +24,7 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     Raises:
         OSError: nothing was replaced.
     """
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.new")
+    temporary = str(temporary_of(path))
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -36,6 +35,11 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Return the temporary file of write(). A writer that was killed leaves this file behind."""
+    return path.with_name(f".{path.name}.new")
 
 
 def _replace(temporary: str, path: Path) -> None:
