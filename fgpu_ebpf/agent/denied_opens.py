@@ -24,7 +24,7 @@ class DeniedOpens:
     """The state of `onBypass: deny` on this host.
 
     Args:
-        ledger: the ledger.
+        ledger: the kernel's ledger.
         truth: returns the last result of NVML.
         tenants: all tenants.
         fault: returns the reason why no BPF program decides about opens, or an empty text if a program decides.

@@ -63,8 +63,7 @@ class Parkable:
         devices = sorted({device for process in processes.values() for device in devices_of(process)})
         if split := [device for device in devices if self.nvml.in_mig_mode(device)]:
             return f"gpu {split[0]} is in MIG mode"
-        uses_mps = tenant.shares and not any(share.isolated for share in tenant.shares.values())
-        if uses_mps and (shared := self.ledger.times.concurrent().intersection(devices)):
+        if tenant.shares and (shared := self.ledger.times.concurrent().intersection(devices)):
             return f"gpu {min(shared)} is concurrent, and the driver cannot copy programs that use MPS"
         unwitnessed = self.unwitnessed()
         for pid, process in processes.items():

@@ -21,15 +21,15 @@ class AloneCost:
     """The recent mean cost of a launch. `fresh_launches`, `fresh_ns`: launches and time since the last begin().
 
     Most programs launch in bursts, one in each step. A time that begins or ends within a step has too many or too few
-    launches, so times are counted from the begin of a burst to the begin of a later burst. A burst begins if there are
-    launches after an observation without launches. For a tenant that launches steadily any time is counted.
+    launches, so a time is counted from the first launches of a burst to those of a later burst. A burst begins if there
+    are launches after an observation without launches. For a tenant that launches steadily any time is counted.
     """
 
     fresh_launches: int = 0
     fresh_ns: int = 0
     _launches: float = 0.0
     _ns: float = 0.0
-    _step_launches: int = 0  # since the begin of the burst, or since the tenant is alone
+    _step_launches: int = 0  # since the burst began, or since the tenant is alone
     _step_ns: int = 0
     _is_whole: bool = False  # whether the time began with a burst
     _has_paused: bool = False  # whether there was an observation without launches
@@ -55,8 +55,7 @@ class AloneCost:
         Args:
             is_idle: whether the tenant had no work at the last observation.
         """
-        self._step_launches = self._step_ns = 0
-        self._is_whole = self._has_paused = False
+        self._begin_step(0, is_whole=False)
         self._steady_ns = 0 if is_idle else self._steady_ns
 
     def observe(self, launches: int, ns: int) -> None:
@@ -70,15 +69,19 @@ class AloneCost:
         if launches and self._has_paused:
             if self._is_whole:
                 self.learn(self._step_launches, self._step_ns)
-            self._step_launches, self._step_ns, self._steady_ns = launches, 0, 0
-            self._is_whole, self._has_paused = True, False
+            self._begin_step(launches)
+            self._steady_ns = 0
             return
         self._step_launches += launches
         self._has_paused |= not launches
         self._steady_ns = 0 if self._has_paused else self._steady_ns + ns
         if self._steady_ns >= STEADY_NS or self._step_ns >= LONGEST_NS:
             self.learn(self._step_launches, self._step_ns)
-            self._step_launches, self._step_ns, self._is_whole, self._has_paused = 0, 0, True, False
+            self._begin_step(0)
+
+    def _begin_step(self, launches: int, is_whole: bool = True) -> None:
+        self._step_launches, self._step_ns = launches, 0
+        self._is_whole, self._has_paused = is_whole, False
 
     def learn(self, launches: int, ns: int) -> None:
         """Add launches, and the time that they took while the tenant had the device alone."""

@@ -5,6 +5,7 @@ The packages are unpacked into build/engines once and never installed.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,19 @@ class OfLxd(Inits):
         self._packages = self._unpacked()
         self._data = fresh_host.ROOTS / f".{self.daemon}-{work.name}"  # on the file system of the roots
         self._data.mkdir()
-        self._roots.append(self._data)
         installed = ["unshare", "-m", "sh", "-euc", INSTALLED, "sh", self._packages, work / "users"]
         with open(self._log("daemon"), "wb") as log:
             self._daemon = subprocess.Popen(
                 [*installed, self.daemon, "--group", "root"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self._programs(),
             )  # fmt: skip
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
         eventually(lambda: self._lxc("query", "/1.0").returncode == 0, 30, self.daemon)
         self._must("storage", "create", "default", "dir")
         self._must("profile", "device", "add", "default", "root", "disk", "path=/", "pool=default")
@@ -99,12 +106,10 @@ class OfLxd(Inits):
 
     def close(self) -> None:
         """End every container, and the daemon."""
-        for tenant in self.tenants[::-1]:
-            self.end(tenant)
-        self.tenants.clear()
+        super().close()
         self._daemon.terminate()
         self._daemon.wait(30)
-        super().close()
+        shutil.rmtree(self._data)
 
 
 class OfIncus(OfLxd):
