@@ -104,7 +104,7 @@ def _published(shim: Path) -> None:
 def _unlink(path: Path) -> None:
     """Remove a file, the temporary file of a killed writer, and folders that were renamed to free the file's name."""
     path.unlink(missing_ok=True)
-    atomic_file.temporary_of(path).unlink(missing_ok=True)
+    Path(atomic_file.temporary_of(path)).unlink(missing_ok=True)
     clear_path.remove_moved(path)
 
 

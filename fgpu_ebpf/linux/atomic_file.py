@@ -24,7 +24,7 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     Raises:
         OSError: nothing was replaced.
     """
-    temporary = str(temporary_of(path))
+    temporary = temporary_of(path)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -37,9 +37,10 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
         raise
 
 
-def temporary_of(path: Path) -> Path:
+def temporary_of(path: str | os.PathLike[str]) -> str:
     """Return the temporary file of write(). A writer that was killed leaves this file behind."""
-    return path.with_name(f".{path.name}.new")
+    folder, name = os.path.split(path)  # a Path would intern the name for ever
+    return os.path.join(folder, f".{name}.new")
 
 
 def _replace(temporary: str, path: Path) -> None:

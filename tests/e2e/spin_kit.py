@@ -10,6 +10,7 @@ from typing import IO
 from tests.support.commands import ask
 from tests.support.host import ENVIRONMENT, FGPU, GIB
 
+KERNEL_US = 200
 SECONDS = 3
 
 
@@ -21,7 +22,7 @@ class Spin:
         program: Path,
         name: str,
         *limits: str,
-        kernel_us: int = 200,
+        kernel_us: int = KERNEL_US,
         stderr: IO[bytes] | None = None,
         before: Sequence[str] = (),
     ) -> None:

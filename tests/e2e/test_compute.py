@@ -18,13 +18,21 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.held_file import HeldFile
-from tests.e2e.spin_kit import SECONDS, Spin, together
+from tests.e2e.spin_kit import KERNEL_US, SECONDS, Spin, together
 from tests.support.commands import ask, events, fgpu, metrics
 from tests.support.host import BUILD, ENVIRONMENT, FGPU, GIB, ROOT, SIM, cgroup_root
 from tests.support.service import Service
 from tests.support.wait import eventually, remove_cgroup
 
 pytestmark = pytest.mark.timed
+
+
+def share_of_device(kernels: float, seconds: float) -> float:
+    """Return the share of the device's time that kernels of spin's default length took.
+
+    A run without a limit is no measure of the whole device: beside other programs, spin then waits for a processor.
+    """
+    return kernels * KERNEL_US / 1_000_000 / seconds
 
 
 def test_weights_divide_the_device(start) -> None:
@@ -41,7 +49,8 @@ def test_a_ceiling_that_is_set_on_a_running_program_holds_on_an_idle_device(star
     time.sleep(0.2)
     (limited,) = together(one)
     assert one.compute()["throttled"] > 10
-    assert limited / free == pytest.approx(0.25, abs=0.06)
+    assert limited < free
+    assert share_of_device(limited, SECONDS) == pytest.approx(0.25, abs=0.06)
 
 
 def test_a_tenant_runs_after_another_is_killed_and_status_ps_and_explain_show_shares(start) -> None:
@@ -102,12 +111,11 @@ def test_a_ceiling_holds_for_a_program_that_always_reports_a_rest(start, restles
     many reports.
     """
     liar, seconds = start("restless", before=restless), 16
-    (free,) = together(liar)
     fgpu("set", "restless", "--compute", "25%")
     liar.begin(4)  # run until the agent has read NVML's figures
     liar.said()
     liar.begin(seconds)
-    assert liar.kernels() / seconds / (free / SECONDS) <= 0.25 + 0.1 + 0.06
+    assert share_of_device(liar.kernels(), seconds) <= 0.25 + 0.1 + 0.03
     assert liar.compute()["throttled"] > 0
     assert liar.compute()["owned_seconds"] > 1
 
