@@ -1,18 +1,20 @@
 """A client of Kubernetes' API server, with the service account of the pod.
 
-This module runs in the asyncio loop of the DRA driver. Each request has its own connection, so an outage cannot break
-any state. The token is read for each request, because kubelet replaces it.
+This module runs in the asyncio loop of the DRA driver. A connection serves one request at a time, and is closed if no
+request follows within a few seconds: a TLS handshake takes longer than a request, and an old connection may lead to a
+server that has gone. The token is read for each request, because kubelet replaces the token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from typing import Any
 FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 REQUEST_SECONDS = 10.0
 WATCH_SECONDS = 300  # the server ends a watch after this time
+IDLE_SECONDS = 5.0  # after which a connection without a request is closed
+MOST_IDLE = 4  # connections; each connection has buffers of 256 KiB
 MOST_BYTES = 4 << 20  # of an answer
 JSON = "application/json"
 APPLY = "application/apply-patch+yaml"  # of a PATCH that sets fields as their owner; JSON is YAML
@@ -41,6 +45,7 @@ class ApiServer:
     host: str
     port: int
     folder: Path = FOLDER
+    _idle: list[_Connection] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of_pod(cls, folder: Path = FOLDER) -> ApiServer:
@@ -55,7 +60,10 @@ class ApiServer:
     ) -> dict[str, Any]:
         """Send a request and return the object of the answer. `kind`: the media type of `body`. Raises ApiError."""
         try:
-            async with asyncio.timeout(REQUEST_SECONDS), self._answer(method, path, body, kind) as (status, chunks):
+            async with (
+                asyncio.timeout(REQUEST_SECONDS),
+                self._answer(method, path, body, kind, True) as (status, chunks),
+            ):
                 data = bytearray()
                 async for chunk in chunks:
                     data += chunk
@@ -84,10 +92,13 @@ class ApiServer:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON, is_kept: bool = False
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """Send a request. Yields the status, and the chunks of the answer's body."""
-        writer = None
+        """Send a request. Yields the status, and the chunks of the answer's body.
+
+        `is_kept`: the caller reads the whole body, and the connection may serve the next request.
+        """
+        connection = None
         try:
             token = (self.folder / "token").read_text().strip()
             trust = _trust((self.folder / "ca.crt").read_text(encoding="ascii", errors="ignore"))
@@ -96,20 +107,74 @@ class ApiServer:
             lines = [
                 f"{method} {path} HTTP/1.1", f"Host: {authority}:{self.port}", f"Authorization: Bearer {token}",
                 f"Accept: {JSON}", f"Content-Type: {kind}", f"Content-Length: {len(data)}",
-                "User-Agent: fgpu", "Connection: close",
+                "User-Agent: fgpu", *([] if is_kept else ["Connection: close"]),
             ]  # fmt: skip
             async with asyncio.timeout(REQUEST_SECONDS):
-                reader, writer = await asyncio.open_connection(self.host, self.port, ssl=trust, limit=_MOST_HEADERS)
-                writer.write("\r\n".join([*lines, "", ""]).encode() + data)
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+                connection, text = await self._send("\r\n".join([*lines, "", ""]).encode() + data, trust)
+            head = text.decode("latin-1").split("\r\n")
             headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in head)}
-            yield int(head[0].split()[1]), _chunks(reader, headers)
+            yield int(head[0].split()[1]), _chunks(connection.reader, headers)
+            if is_kept and _has_end(headers):
+                self._keep(connection)
+                connection = None
         except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:  # OSError: or a timeout
             reason = str(error) or f"nothing for {REQUEST_SECONDS:.0f} s"
             raise ApiError(0, f"the API server {self.host}:{self.port} does not answer: {reason}") from error
         finally:
-            if writer:
-                writer.transport.abort()  # close() would wait for the peer
+            if connection:
+                connection.close()
+
+    async def _send(self, request: bytes, trust: ssl.SSLContext) -> tuple[_Connection, bytes]:
+        """Send a request on an idle connection or a new one. Return the connection and the head of the answer.
+
+        A request is repeated if the server closes an idle connection. Each request of this package can be repeated.
+        """
+        while self._idle:
+            connection = self._idle.pop()
+            connection.timer.cancel()
+            with contextlib.suppress(OSError, EOFError):
+                return connection, await connection.send(request)
+        connection = _Connection(*await asyncio.open_connection(self.host, self.port, ssl=trust, limit=_MOST_HEADERS))
+        return connection, await connection.send(request)
+
+    def _keep(self, connection: _Connection) -> None:
+        if len(self._idle) == MOST_IDLE:
+            connection.close()
+            return
+        self._idle.append(connection)
+        connection.timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire, connection)
+
+    def _expire(self, connection: _Connection) -> None:
+        self._idle.remove(connection)
+        connection.close()
+
+
+class _Connection:
+    """An open connection. `timer`: closes the connection while it is idle."""
+
+    timer: asyncio.TimerHandle
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self._writer = reader, writer
+
+    async def send(self, request: bytes) -> bytes:
+        """Send a request, and return the head of the answer. After an error the connection is closed."""
+        try:
+            self._writer.write(request)
+            return await self.reader.readuntil(b"\r\n\r\n")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection, without waiting for the server."""
+        self._writer.transport.abort()
+
+
+def _has_end(headers: Mapping[str, str]) -> bool:
+    """Return whether another answer can follow an answer on the connection."""
+    has_length = headers.get("transfer-encoding", "").lower() == "chunked" or "content-length" in headers
+    return has_length and headers.get("connection", "").lower() != "close"
 
 
 @lru_cache(maxsize=1)
@@ -127,6 +192,8 @@ async def _chunks(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> A
             if size > MOST_BYTES:
                 raise ValueError(f"a part of the answer has {size} bytes, more than {MOST_BYTES}")
             yield (await reader.readexactly(size + 2))[:-2]
+        while (await reader.readline()).strip():  # trailers, and the empty line after them
+            pass
     elif "content-length" in headers:
         yield await reader.readexactly(min(int(headers["content-length"]), MOST_BYTES + 1))
     else:

@@ -35,7 +35,7 @@ from fgpu_ebpf.policy.rules import DeviceChoice
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
 LOOK_SECONDS = 2.0
-MOST_REQUESTS = 16  # to the API server at once; each request has its own TLS buffers of 256 KiB
+MOST_REQUESTS = 4  # to the API server at once; a waiting request uses the connection of the request before
 STATUS_SECONDS = (1.0, 2.0, 10.0)  # pauses before a status is written, and written again; preparations have precedence
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
 SILENT_SECONDS = 5.0  # after this time without an answer of the agent, no device is published. Upgrades take less time.
@@ -89,6 +89,7 @@ class _Driver:
         self._answered_at = time.monotonic()  # when the agent last answered
         self._free = asyncio.Semaphore(MOST_REQUESTS)
         self._reports = set[asyncio.Task[None]]()  # references that keep running tasks
+        self._asking: asyncio.Task[tuple[Host, Mapping[str, Any], Parts]] | None = None
         self._said = ""
 
     async def run(self) -> None:
@@ -105,7 +106,7 @@ class _Driver:
         """Publish the agent's report, and serve kubelet after the agent's first answer or after a timeout."""
         while True:
             try:
-                host, facts, parts = await self._ask()
+                host, facts, parts = await self._answer()
                 choices = self._options.devices
                 offered = resource_slices.devices(host, facts, choices)
                 self._publisher.want(offered)
@@ -141,6 +142,12 @@ class _Driver:
             self._parts = parts
             self._options.files.renew(parts)
 
+    async def _answer(self) -> tuple[Host, Mapping[str, Any], Parts]:
+        """Return the agent's next answer, for which simultaneous callers share one request. Raises ClaimError."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        return await asyncio.shield(self._asking)
+
     async def _ask(self) -> tuple[Host, Mapping[str, Any], Parts]:
         """Return the agent's devices, facts and files. Raises ClaimError: no answer, or an incomplete answer."""
         try:
@@ -161,7 +168,7 @@ class _Driver:
         until = time.monotonic() + SILENT_SECONDS
         while True:
             try:
-                host, _, parts = await self._ask()
+                host, _, parts = await self._answer()
                 break
             except ClaimError:
                 if time.monotonic() >= until:

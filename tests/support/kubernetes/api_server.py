@@ -6,7 +6,9 @@ resourceVersion, and a watch reports each change. Imports nothing of fgpu.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import ssl
 import subprocess
 import threading
@@ -44,7 +46,7 @@ class ApiServer:
         self.port = 0
         self._version = 0
         self._changed = threading.Condition()
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
 
     def start(self) -> None:
         """Listen, at the same port as before."""
@@ -57,11 +59,12 @@ class ApiServer:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Stop listening, and end all watches."""
+        """Stop listening, and end all connections."""
         if self._server:
             server, self._server = self._server, None
             server.shutdown()
             server.server_close()
+            server.end_connections()
             with self._changed:
                 self._changed.notify_all()
 
@@ -118,12 +121,29 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self._accepted: list[socket.socket] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection."""
+        sock, address = super().get_request()
+        self._accepted.append(sock)
+        return sock, address
+
+    def end_connections(self) -> None:
+        """End the connections that are open."""
+        for sock in self._accepted:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that have gone away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer has two writes
     timeout = 20
 
     @property

@@ -1,4 +1,4 @@
-"""An API server that does not answer: each request ends with an ApiError, and the watch goes on."""
+"""Connections to the API server. If the server does not answer, each request ends with an ApiError."""
 
 from __future__ import annotations
 
@@ -109,3 +109,75 @@ def test_the_watch_goes_on_after_each_failure(account: Path, monkeypatch: pytest
 
     asyncio.run(run())
     assert tried > 2
+
+
+# -- connections
+
+
+class Plain:
+    """A server without TLS that gives each request the next of its answers, and counts connections."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> None:
+        self.answers, self.connections, self.open = list(answers), 0, 0
+        connect = asyncio.open_connection
+        monkeypatch.setattr(asyncio, "open_connection", lambda host, port, ssl, limit: connect(host, port, limit=limit))
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.open += 1
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                answer = self.answers.pop(0)
+                writer.write(answer)
+                if b"close" in answer.lower():
+                    break
+        self.open -= 1
+        writer.close()
+
+
+def answer(text: str, *headers: str) -> bytes:
+    return "\r\n".join(["HTTP/1.1 200 OK", f"Content-Length: {len(text)}", *headers, "", text]).encode()
+
+
+CHUNKED = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{"a"\r\n3\r\n:1}\r\n0\r\n\r\n'
+LAST = answer("{}", "X-Note: then the server will close the connection")  # without an announcement
+
+
+def asked(account: Path, plain: Plain, at_once: int = 1) -> list[dict[str, Any]]:
+    """Request each of the answers, `at_once` requests at a time. Return the objects."""
+
+    async def run() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        async with await asyncio.start_server(plain, "127.0.0.1", 0) as listener, asyncio.timeout(20):
+            server = ApiServer("127.0.0.1", listener.sockets[0].getsockname()[1], account)
+            while plain.answers:
+                found += await asyncio.gather(*(server.call("GET", "/asked") for _ in range(at_once)))
+            until = asyncio.get_running_loop().time() + 5
+            while plain.open and asyncio.get_running_loop().time() < until:
+                await asyncio.sleep(0.01)
+        return found
+
+    return asyncio.run(run())
+
+
+def test_requests_share_a_connection_until_it_is_idle(account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_server, "IDLE_SECONDS", 0.2)
+    plain = Plain(monkeypatch, CHUNKED, answer('{"b":2}'), CHUNKED)
+    assert asked(account, plain) == [{"a": 1}, {"b": 2}, {"a": 1}]
+    assert (plain.connections, plain.open) == (1, 0)
+
+
+@pytest.mark.parametrize("last", [LAST, answer("{}", "Connection: close"), b"HTTP/1.1 200 OK\r\nX: close\r\n\r\n{}"])
+def test_a_closed_connection_is_replaced(account: Path, monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
+    plain = Plain(monkeypatch, last, last, answer('{"b":2}'))
+    assert asked(account, plain) == [{}, {}, {"b": 2}]
+    assert plain.connections == 3
+
+
+def test_few_connections_stay_open(account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_server, "MOST_IDLE", 2)
+    monkeypatch.setattr(api_server, "IDLE_SECONDS", 0.2)
+    plain = Plain(monkeypatch, *[answer("{}")] * 12)
+    assert asked(account, plain, 6) == [{}] * 12
+    assert (plain.connections, plain.open) == (6 + 4, 0)
