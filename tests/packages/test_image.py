@@ -49,7 +49,7 @@ def docker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[e
 def commands() -> list[list[str]]:
     """Return the commands of the page's section, as lists of words."""
     text = (kit.ROOT / "docs/install.md").read_text()
-    section = text.split("\n## Anywhere else: the image\n")[1].split("\n## ")[0]
+    section = text.split("\n## Other distributions: the image\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"(?:^ {4}\S?.*\n)+", section, re.MULTILINE)
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
