@@ -29,7 +29,7 @@ SCALES = ("quick", "ci", "full")
 BEGAN = time.monotonic()
 TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
-MOST_SECONDS = 240  # time limit of a test, except in a full run; alone on a machine no test takes half of it
+MOST_SECONDS = 240  # time limit of a test, except in a full run and a cluster; alone on a machine no test takes half of it
 AUTOGROUP = Path("/proc/self/autogroup")
 TIMED_NICE = -15  # a worker with this nice level gets thirty times the processor time of another busy worker
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
@@ -84,7 +84,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests out of a quick run, repeat tests that lost processor time, and limit the time of each test."""
-    is_full = os.environ.get("FGPU_TEST_SCALE") == "full"
+    is_full = os.environ.get("FGPU_TEST_SCALE") == "full" or "FGPU_TEST_CLUSTER" in os.environ
     for item in items:
         limit = item.get_closest_marker("timeout")
         if limit and limit.args[0] > MOST_SECONDS and not is_full:

@@ -200,7 +200,14 @@ def test_the_time_of_a_preparation(cluster: Cluster) -> None:
     counted = COUNTED.search(metrics(cluster))
     assert counted
     assert len(took) == int(counted[1]) == 12
-    print_times("a claim each", took)
+    print_times("a claim each, ten at the same time", took)
+    names = [f"single-{number}" for number in range(20)]
+    cluster.apply(template("single", memory="768Mi"))
+    for name in names:
+        cluster.apply(claiming(name, "single"))
+        assert filled(cluster, name)
+    print_times("a claim each, one after another", preparations(cluster)[12:])
+    gone(cluster, *names)
 
 
 def preparations(cluster: Cluster) -> list[float]:
