@@ -224,7 +224,7 @@ NODES = [
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),
     series("Tenants at the same time", "Part of the time in which all tenants of a device could launch at the same "
-           "time, because each of them gained by it.", "percentunit",
+           "time, because no tenant launched less than in turns.", "percentunit",
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_lent_seconds_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),
     series("Probe hits", "Calls of the driver and requests of the shim that reached a probe, per second.", "ops",

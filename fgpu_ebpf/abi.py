@@ -213,7 +213,7 @@ class Hello(Structure):
 
 
 class Answer(Structure):
-    """The gatekeeper's answer to a hello. The descriptors of the process's pages are sent with it."""
+    """The gatekeeper's answer to a hello. The descriptors of the process's pages are sent with the answer."""
 
     _fields_ = (
         ("magic", u32), ("version", u16), ("size", u16), ("code", u32), ("levels", u32), ("devices", u32),
@@ -347,7 +347,7 @@ class ParkedKey(Structure):
 
 
 class Parked(Structure):
-    """A value of the map `parked`: bytes of a process that no device holds."""
+    """A value of the map `parked`: bytes of a process, which no device holds."""
 
     _fields_ = (("since_ns", u64), ("level", Level), ("bytes", u64 * DEVICES), ("spare", u64))
 
@@ -389,7 +389,7 @@ class Event(Structure):
 
 
 class CgroupEvent(Structure):
-    """An Event of a cgroup. `path` has at most PATH bytes; the rest of a longer path is missing."""
+    """An Event of a cgroup. `path` has at most PATH bytes. A longer path is cut off."""
 
     _fields_ = (("event", Event), ("path", ctypes.c_char * PATH))
 

@@ -33,7 +33,7 @@ class RequestError(Exception):
 
 
 class NoAnswerError(ConnectionError):
-    """The error of a missing answer. `fix`: what to do. `denied`: an agent runs, and this user has no access to it."""
+    """The error of a missing answer. `fix`: what to do. `denied`: an agent runs, to which this user has no access."""
 
     def __init__(self, text: str, fix: str, denied: bool = False) -> None:
         super().__init__(text)

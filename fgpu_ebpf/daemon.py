@@ -158,7 +158,7 @@ def _handle_signals(service: Agent) -> None:
 
 @contextlib.contextmanager
 def _reachable(service: Agent) -> Iterator[None]:
-    """Serve the control socket and the metrics address within the context. Limits must be in force before."""
+    """Serve the control socket and the metrics address within the context. Limits must already be in force."""
     commands = control_server.ControlServer(service)
     web = control_server.MetricsAddress(service)
     try:
@@ -171,7 +171,7 @@ def _reachable(service: Agent) -> Iterator[None]:
 
 
 def load(options: Options) -> str:
-    """Compile and pin the BPF programs. An agent compiles the programs at its start if they are not pinned.
+    """Compile and pin the BPF programs. An agent compiles unpinned programs at its start.
 
     If `fgpu load` has run before, the agent's process needs less memory.
 
@@ -179,7 +179,7 @@ def load(options: Options) -> str:
         The digest of the programs.
 
     Raises:
-        AgentError: the reason why the programs cannot be pinned, and how to fix it.
+        AgentError: the reason why the programs cannot be pinned, and the fix.
         ProgramError: the compiler or the kernel rejects a program.
     """
     os.umask(0o022)
@@ -223,7 +223,10 @@ def take_away(run_dir: Path, hung: bool) -> bool:
 
 
 def wake_all(run_dir: Path) -> bool:
-    """Wake all parked tenants while no agent runs. Return False if an agent starts or exits. Raise ParkedError."""
+    """Wake all parked tenants while no agent runs. Return False if an agent starts or exits.
+
+    Raise ParkedError on failure.
+    """
     if not ledger.PINS.exists():  # leave no lock file on a host without limits
         return True
     with _alone(run_dir) as is_held:

@@ -40,8 +40,8 @@ class ComputeView:
     `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
     tenant and has no ceiling, so the tenant's time is not measured. `waiting_seconds`: how long the tenant has waited
     for its next turn; None if the tenant is not waiting. `beyond_ratio`: the part of the device's time in which the
-    tenant's kernels ran, as NVML samples it, minus the part that the tenant owned, in the last ten seconds. This part
-    is usually below 0, as kernels do not fill turns. `shortfall`: None if the tenant got its time or was not busy.
+    tenant's kernels ran, by NVML's samples, minus the part that the tenant owned, in the last ten seconds. The value is
+    usually below 0, as kernels do not fill turns. `shortfall`: None if the tenant got its time or was not busy.
     """
 
     limit_ratio: float
@@ -108,10 +108,10 @@ class ParkingView:
     """A tenant's parking since the agent's start.
 
     `state`: running, parking, parked, waiting (for room or for the parker, to be woken), waking or unknown (until the
-    driver reports it). `seconds`: the time in this state, or None. `why`: why the tenant waits, or why the state is
-    unknown. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies. `after_seconds`: the idle
-    time after which the policy parks the tenant. `idle_seconds`, `parked_in_seconds`: the idle time, the time until
-    parking; None unless the tenant runs. `refused`: the reason for the last refusal.
+    driver reports the state). `seconds`: the time in this state, or None. `why`: why the tenant waits, or why the state
+    is unknown. `park_seconds` and `wake_seconds`: the sums of the times of the driver's copies. `after_seconds`: the
+    idle time after which the policy parks the tenant. `idle_seconds`, `parked_in_seconds`: the idle time, the time
+    until parking; None unless the tenant runs. `refused`: the reason for the last refusal.
     """
 
     state: str

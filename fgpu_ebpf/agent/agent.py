@@ -122,11 +122,11 @@ class Agent:
     # -- the main loop
 
     def end(self, *_: object) -> None:
-        """Make run() return after the current step. Signal handlers call this method, so it may run at any point."""
+        """Make run() return after the current step. Signal handlers may call this method at any point."""
         self._ended = True
 
     def reload(self) -> tuple[ConfigError, ...]:
-        """Read the policies again, and return the errors found. After an error the last good set stays in force."""
+        """Read the policies again, and return the errors. After an error the last good policy set stays in force."""
         return self.parts.policies.ask()
 
     def policy_error(self) -> str:

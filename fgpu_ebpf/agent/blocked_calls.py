@@ -62,7 +62,7 @@ def find(pid: int, known: Known) -> Iterable[tuple[int, Sleep, Where]]:
 
 
 def _is_of_mps(pid: int) -> bool:
-    """Return whether a process has the variable that names an MPS daemon. Raise OSError if the process is gone."""
+    """Return whether a process has the variable that names an MPS daemon. Raise OSError if the process has ended."""
     words = procfs.read(f"/proc/{pid}/environ").split(b"\0")
     return any(word.startswith(b"CUDA_MPS_PIPE_DIRECTORY=") for word in words)
 

@@ -32,7 +32,7 @@ class Bypasses:
     reasons: Reasons
 
     def how(self, tgid: int, process: Process) -> str:
-        """Return the way in which a process bypasses the shim, or an empty text for a process that does not bypass it.
+        """Return the way in which a process bypasses the shim, or an empty text if there is no bypass.
 
         The result is the first way in this list that applies. The first three ways apply only to processes that have
         memory:
@@ -67,7 +67,7 @@ class Bypasses:
     def why(self, tgid: int, process: Process, how: str) -> str:
         """Return why a bypassing process has no shim.
 
-        The text is empty if the process has a shim or the reason is unknown.
+        The result is empty if the process has a shim or the reason is unknown.
         """
         if how not in _WITHOUT or process.flags & abi.Seen.SHIM:
             return ""

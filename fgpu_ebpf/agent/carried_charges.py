@@ -2,9 +2,9 @@
 
 An agent that finds pinned maps of another layout at its start copies the charges of each level into its own ledger, as
 orphaned bytes without an entry (`other_layouts`). The first reconcile passes charge each running program with the bytes
-that NVML shows for the program. This module then releases the same number of orphaned bytes. The rest is memory that
-NVML shows for no process, or memory of exited processes. `OrphanRelease` releases the rest once the device no longer
-holds this memory.
+that NVML shows for the program. This module then releases the same number of orphaned bytes. The remaining orphaned
+bytes are memory that NVML shows for no process, or memory of exited processes. `OrphanRelease` releases these bytes
+once the device no longer holds this memory.
 
 This module runs in the reconcile thread, in the first seconds after an agent's start with a changed layout. After an
 error the bytes stay charged.

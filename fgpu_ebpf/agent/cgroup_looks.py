@@ -1,7 +1,7 @@
 """Scans of cgroups in short steps, which find changes that no kernel event has reported.
 
 A scan runs in the agent's main loop, in slices (`sliced_looks`). A step handles a bounded number of cgroups, however
-many a workload has made. A step raises the errors of the parts that it calls.
+many cgroups a workload has made. A step raises the errors of the parts that it calls.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HostLook:
     def steps(self, path: str) -> Iterator[None]:
         """Return the steps of a scan of the cgroup at `path` and all cgroups below.
 
-        With ALL, all cgroups are scanned.
+        If `path` is ALL, all cgroups of the host are scanned.
         """
         return self._everything() if path == ALL else self._inside(path)
 

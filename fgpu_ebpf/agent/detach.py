@@ -1,8 +1,8 @@
 """`fgpu detach`: the removal of everything that fgpu has left on the host, with seven exceptions.
 
 The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), versions of the shim that
-processes have mapped, the folder of the gatekeeper's socket while a container has it mounted, cgroups in which programs
-of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the store of
+processes have mapped, the folder of the gatekeeper's socket while a container has mounted this folder, cgroups in which
+programs of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the store of
 `fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError the next
 call removes the remaining parts.
 """
@@ -109,7 +109,7 @@ def _unlink(path: Path) -> None:
 
 
 def _leave(folder: Path) -> None:
-    """Keep the shim's folder if containers have it mounted, so that the next agent uses the same folder.
+    """Keep the shim's folder if containers have mounted this folder, so that the next agent uses the same folder.
 
     A shim that finds the sticky bit does not wait for an answer. The next gatekeeper clears the bit. A reboot removes
     the folder.

@@ -42,11 +42,11 @@ Life = tuple[int, int, int]  # pid, generation and changes of a process
 class Reading(NamedTuple):
     """The bytes in use that live processes and the known rest do not explain, from several samples of one pass.
 
-    `most`: the upper bound, for which each process counts with the least bytes that NVML shows for it. `least`: the
-    lower bound, for which each process counts with its charge or with the most bytes that NVML shows for it, whichever
-    is larger. In the lower bound a process in a call counts with the sum of the charge and these bytes, because the
-    process may be allocating memory, or may have freed memory that another process has open. `calm`: no process of the
-    ledger allocated or freed memory between the first sample and the last.
+    `most`: the upper bound, for which each process counts with the least bytes that NVML shows. `least`: the lower
+    bound, for which each process counts with its charge or with the most bytes that NVML shows, whichever is larger. In
+    the lower bound a process in a call counts with the sum of the charge and these bytes, because the process may be
+    allocating memory, or may have freed memory that another process has open. `calm`: no process of the ledger
+    allocated or freed memory between the first sample and the last.
     """
 
     most: int

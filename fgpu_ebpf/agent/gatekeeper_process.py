@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 2.0  # how long a shim waits for the answer to its first hell
 HANG_UP_SECONDS = 0.5  # the longest wait for a gatekeeper of another layout to close the connection after a hello
 ABSENT = Check(
     "gatekeeper", False, "not running: new programs are refused memory",
-    "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
+    "wait for the agent to start a gatekeeper (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
 # The delays before the agent starts a gatekeeper: after the exit of its own gatekeeper, and of a service's gatekeeper.
@@ -83,7 +83,7 @@ class GatekeeperProcess:
             return
         if time.monotonic() - self._seen < (OWN_SECONDS if self._child else OTHERS_SECONDS):
             return
-        log.warning("the gatekeeper has exited: starting another")
+        log.warning("the gatekeeper has exited: starting a new gatekeeper")
         self.start()
 
     def wait(self) -> bool:
@@ -130,12 +130,12 @@ def check(run_dir: Path) -> Check:
 
 
 def _hangs_up(place: Path) -> bool:
-    """Return whether the gatekeeper closes the connection when it receives a hello of this layout."""
+    """Return whether the gatekeeper closes a connection with a hello of this layout."""
     return _hello(place, HANG_UP_SECONDS) == b""
 
 
 def _hello(place: Path, seconds: float) -> bytes | None:
-    """Send a hello as a shim does, and return the reply without the descriptors of pages that come with it.
+    """Send a hello as a shim does, and return the reply without the descriptors of pages.
 
     The result is empty if there is no gatekeeper or the gatekeeper closes the connection. The result is None if there
     is no reply within `seconds`.
@@ -170,7 +170,7 @@ def _accepts(place: Path) -> bool:
 
 
 def is_up(run_dir: Path) -> bool:
-    """Return whether a gatekeeper holds its lock and has its socket. Only `check` tests whether it answers a hello."""
+    """Return whether a gatekeeper has its lock and its socket. Only `check` tests whether the gatekeeper answers."""
     # The paths are strings instead of Paths, because this function is called often: see is_locked.
     return file_locks.is_locked(f"{run_dir}/{file_locks.GATEKEEPER}") and os.path.exists(f"{run_dir}/shim/shim.sock")
 
@@ -201,7 +201,7 @@ def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
 
 
 def end_any(run_dir: Path) -> None:
-    """Stop the gatekeeper that holds the lock, even an earlier agent's, and wait up to UP_SECONDS for the exit.
+    """Stop the gatekeeper that holds the lock, whichever agent started it, and wait up to UP_SECONDS for the exit.
 
     A gatekeeper that keeps running would create the folder of its socket again.
     """

@@ -89,7 +89,7 @@ def _profile_share(value: str) -> str:
     if len(value) > MOST_NAME_CHARACTERS:
         raise ValueError(
             f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: "
-            "shorten it, because the length of kubelet's device ids is limited"
+            "shorten this text, because the length of kubelet's device ids is limited"
         )
     return value
 
@@ -141,7 +141,7 @@ class DriversDocument(Model):
     """The mapping under `drivers:` in agent.yaml: trusted files of libcuda, and the memory that a driver may take."""
 
     trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
-        "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the setting."
+        "SHA-256 of files of libcuda that are trusted like the host's own files; `fgpu doctor` prints the setting."
     )
     modules: Size = absent(
         "The most memory for code and data that the driver may load by itself in a process. If NVML shows more than"
@@ -152,7 +152,7 @@ class DriversDocument(Model):
 class BoundsDocument(Model):
     """The mapping under `bounds:` in agent.yaml."""
 
-    levels: Annotated[int, Field(ge=1, le=4096)] = absent("Maximum number of cgroups with own limits, per workload.")
+    levels: Annotated[int, Field(ge=1, le=4096)] = absent("Maximum number of cgroups with a limit, per workload.")
     allocations: Annotated[int, Field(ge=1, le=262_144)] = absent(
         "Maximum number of allocations in the ledger, per workload."
     )
@@ -184,7 +184,7 @@ class PrioritiesDocument(Model):
     def _has_each_name_once(self) -> Self:
         names = [name for names in self.model_dump(exclude_unset=True).values() for name in names]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"{shown(twice)} is listed twice: keep one")
+            raise ValueError(f"{shown(twice)} is listed twice: keep one entry")
         return self
 
     def classes(self) -> Classes:
@@ -198,7 +198,7 @@ class HostDocument(Model):
 
     listen: Annotated[str, AfterValidator(_address)] = absent("The address of the web page and /metrics.")
     listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
-        "Host names in requests for the page; absent: any, or localhost alone if no other host can reach the page."
+        "Host names in requests for the page; absent: any name, or only localhost if no other host can reach the page."
     )
     overcommit: Literal["forbid", "allow", "park"] = Field(
         "forbid",
@@ -216,7 +216,7 @@ class HostDocument(Model):
     policy_folder: _Path = absent("The folder of policies.")
     metric_labels: MetricLabels = absent("Labels that every tenant's metrics carry.")
     engines: Annotated[list[Annotated[str, AfterValidator(_engine)]], Field(max_length=16)] = absent(
-        "Engines to ask for labels, as `docker:`, `podman:` or `cri:` and a socket; `[]`: none."
+        "Engines that report labels, as `docker:`, `podman:` or `cri:` and a socket; `[]`: no engine."
     )
     log_format: Literal["text", "json", "journal"] = absent(
         "Format of the agent's log. Default: journal under systemd, else text."
@@ -233,13 +233,13 @@ class HostDocument(Model):
         "Shares that containers may ask for by name."
     )
     profiles: Annotated[list[ProfileDocument], Field(max_length=64), AfterValidator(_different)] = absent(
-        "Shares that a device plugin offers to Kubernetes, and how many of each."
+        "Shares that a device plugin offers to Kubernetes, and the number of each share."
     )
     ignored_xids: Annotated[list[Annotated[int, Field(ge=1, le=MOST_XID)]], Field(max_length=256)] = absent(
         "XIDs after which shares of a device are still offered to Kubernetes; absent: the XIDs that programs cause."
     )
-    drivers: DriversDocument = absent("Trusted files of libcuda, and the memory that a driver takes by itself.")
-    bounds: BoundsDocument = absent("The most that one workload may use of shared tables, with all cgroups inside it.")
+    drivers: DriversDocument = absent("Trusted files of libcuda, and the memory that a driver allocates by itself.")
+    bounds: BoundsDocument = absent("The most that one workload, with all inner cgroups, may use of shared tables.")
     priorities: PrioritiesDocument = absent(
         "Priorities by the name of a PriorityClass of Kubernetes or a quality of service of Slurm."
     )

@@ -1,4 +1,4 @@
-"""Park tenants automatically when they have been idle for the time in their policies (`memory.park.after`).
+"""Park tenants automatically that have been idle for the time in their policies (`memory.park.after`).
 
 This module runs in the agent's main loop, once a second, and does nothing if no policy with `memory.park.after`
 applies. Signs of work are the counts of the kernel's ledger (changes of charges, requests, the calls that the shim
@@ -122,7 +122,7 @@ class IdleParking:
         return self._idleness.seconds(now, tenant.cgroup)
 
     def hindrance(self, now: float, tenant: Tenant, own: Mapping[int, Process]) -> str:
-        """Return why a tenant must not be parked to make room for another tenant, or an empty text if it may be parked.
+        """Return why a tenant must not be parked to make room for another tenant, or an empty text.
 
         The tenant's policy must have `memory.park.after`. Even if `after` is longer, STAY_SECONDS without work suffice.
         """
@@ -171,7 +171,7 @@ class IdleParking:
     def view(self, tenant: Tenant) -> ParkingView | None:
         """Return the state of a tenant's parking.
 
-        The result is None if it was never parked and its policy does not park it.
+        The result is None if the tenant was never parked and no policy parks the tenant.
         """
         view, cgroup, now = self._parking.view(tenant.cgroup), tenant.cgroup, time.monotonic()
         if not tenant.park.after_ns or not self._parking.parkable.is_on:
@@ -184,7 +184,7 @@ class IdleParking:
         return replace(view, after_seconds=after, idle_seconds=idle, parked_in_seconds=left, refused=refused)
 
     def explain(self, tenant: Tenant) -> str:
-        """Return a text on whether and when a tenant is or can be parked. The text is empty if parking is off."""
+        """Return a text on whether and when a tenant is or can be parked. The result is empty if parking is off."""
         parkable, view = self._parking.parkable, self.view(tenant)
         if view and self._parking.is_away(tenant.cgroup):
             usage = self._ledger.usage(tenant.cgroup) or []

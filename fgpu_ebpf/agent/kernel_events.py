@@ -138,7 +138,7 @@ class KernelEvents:
     def _bounds_met(self, event: Event) -> str:
         """Return the bounds because of which the event's level was refused entries.
 
-        The text is empty for other refusals.
+        The result is empty for other refusals.
         """
         tenant = self._enforcer.get(event.cgroup) if event.reason == abi.Reason.ENTRIES else None
         return "; ".join(self._enforcer.places.crowds([tenant.path])) if tenant else ""

@@ -56,7 +56,7 @@ class Corrections:
 
         Args:
             ended: the bytes of each row, by pid, that belong to ended processes.
-            drift: filled with ledger minus NVML for each process.
+            drift: a dict that gets ledger minus NVML for each process.
         """
         known, is_unquiet = sample.processes, False
         self._look_for_the_unnamed(device, sample)

@@ -178,4 +178,4 @@ def _held_by(holders: list[Holder]) -> str:
     """Return a text with the tenants that hold the device, and why these tenants cannot be parked."""
     named = [f"{h.tenant.name} ({h.hindrance or _TOO_SMALL})" for h in islice(holders, MOST_NAMES)]
     more = [f"{len(holders) - MOST_NAMES} more"] if len(holders) > MOST_NAMES else []
-    return f"held by {', '.join(named + more)}" if named else "no tenant holds it"
+    return f"held by {', '.join(named + more)}" if named else "no tenant holds memory of the device"

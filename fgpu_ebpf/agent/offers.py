@@ -92,7 +92,7 @@ class Offers:
     def _failure(self, index: int) -> str:
         """Return why no share of a device may be offered.
 
-        The text is empty if NVML answers and the device has no fatal XID.
+        The result is empty if NVML answers and the device has no fatal XID.
         """
         reported = self.truth.xids.get(index)
         if reported and reported.fatal is not None:

@@ -1,8 +1,8 @@
 """The release of orphaned bytes that a device no longer holds.
 
 The invariant: the bytes that stay charged are the bytes that the device holds and that no live process explains, but at
-most the orphaned bytes. `device_balance` computes these bytes for the whole device, and EndedRows computes them for the
-pid of each row. Both estimates are upper bounds, so an error keeps orphans longer than necessary. The invariant
+most the orphaned bytes. `device_balance` computes these bytes for the whole device, and EndedRows computes these bytes
+for the pid of each row. Both estimates are upper bounds, so an error keeps orphans longer than necessary. The invariant
 determines how many bytes are released. The choice of orphans is not part of the invariant, because NVML names no owner
 of memory that is in no row: see EndedRows._key().
 

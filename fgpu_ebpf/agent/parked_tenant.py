@@ -65,7 +65,7 @@ class Errand:
         self.is_done, self.seconds, self.error, self.waits = True, seconds, error, ""
 
     def view(self) -> dict[str, object]:
-        """Return the state of the request for the command that waits for it."""
+        """Return the state of the request for the command that waits for the result."""
         return {
             "errand": self.number, "goal": self.goal, "tenant": self.tenant, "bytes": self.bytes,
             "done": self.is_done, "seconds": self.seconds, "error": self.error, "waits": self.waits,
@@ -118,9 +118,9 @@ class ParkedTenant:
     parked. `why`: why the tenant waits, or why the driver must be queried. `next_at`: the time of the next attempt, on
     the monotonic clock. `op`: the last request that changes the driver's state; None if an earlier agent sent the
     request. `failures`: the number of failed attempts to restore the tenant. `seconds`: the time of the driver's copy.
-    `shall_wake`: why the tenant is to be woken once it is parked; empty if it is to stay parked. `reason`: why the
-    tenant was parked; empty for a request of a user. `has_claim`: the tenant waits while room is being made, which no
-    other tenant may use to wake up.
+    `shall_wake`: why the tenant is to be woken after the parking; empty if the tenant is to stay parked. `reason`: why
+    the tenant was parked; empty for a request of a user. `has_claim`: the tenant waits while room is being made. No
+    other tenant may use this room to wake up.
     """
 
     cgroup: int
@@ -199,7 +199,7 @@ def needs_of(parked: ParkedTenant, ledger: Ledger) -> Counter[int]:
 
 
 def coming_to(asker: ParkedTenant | None, tenants: Collection[ParkedTenant], parkable: Parkable) -> Counter[int]:
-    """Return the bytes by device that other tenants may take, because they are charged already or room is being made.
+    """Return the bytes by device that other tenants may take: charged bytes, and bytes for which room is made.
 
     A tenant that is being parked uses its bytes again if the parking fails. `asker` is None for a request for memory.
     """

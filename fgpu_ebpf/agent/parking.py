@@ -311,7 +311,7 @@ class Parking:
                 log.debug("no entry of pid %d to end: %s", life[0], os.strerror(error))
 
     def _wake(self, parked: ParkedTenant) -> None:
-        """Charge the tenant, and request that the parker restores its memory. If there is no room, try again later."""
+        """Charge the tenant, and request the restoration of the memory. If there is no room, try again later."""
         needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self.parkable)
         needs.update({device: coming[device] for device in needs})
         if why := self.parkable.full_device(needs):
@@ -326,7 +326,7 @@ class Parking:
         if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
             self._release(parked.members)
-            self._wait(parked, full_level(parked, self._ledger, self._enforcer) or "a group around it has no room")
+            self._wait(parked, full_level(parked, self._ledger, self._enforcer) or "a surrounding group has no room")
             return
         parked.enter(Phase.WAKING)
         self._ask(parked, sock, Goal.WAKE)

@@ -41,7 +41,7 @@ class Start(NamedTuple):
 def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
     """Read the folder.
 
-    A missing folder is an error if a set of the folder is stored on disk, else it counts as empty.
+    A missing folder is an error if a set of the folder is stored on disk, else the folder counts as empty.
     """
     policies = PolicyFolder(folder)
     reading = policies.read()
@@ -85,7 +85,7 @@ class Policies:
 
     @property
     def trouble(self) -> str:
-        """The reason why the policies in force are not the files' policies, or an empty text if they are the same."""
+        """The reason why the policies in force are not the files' policies, or an empty text."""
         if not self.errors:
             return ""
         in_force = "the limits in force stay" if self._manager.policies_unknown else "the last good set stays in force"

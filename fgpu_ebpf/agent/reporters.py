@@ -37,7 +37,7 @@ _MOUNT_WORDS = {
 }
 _MOUNT_FIX = (
     "restart the container: its mount shows the removed folder as long as the container runs; where a mount hides the "
-    f"folder, create the container again, so that it has the folder at {BESIDE} too"
+    f"folder, create the container again, so that the container has the folder at {BESIDE} too"
 )
 _MOST_LOOKED_AT = 64
 _MOST_NAMED = 5

@@ -155,7 +155,7 @@ class RoomRequests:
             # Programs of a parked tenant may run already, because the parker unlocks them before the agent reads the
             # result.
             own.shall_wake = own.shall_wake or "a request for memory"
-            return True, "it is being woken"
+            return True, "the tenant is being woken"
         first = next(r for r in self._requests.values() if r.device == device and r.cgroup not in away)
         name = self._enforcer.name_of(first.cgroup) if first is not request else self._maker.claimant([device])
         if name:

@@ -35,7 +35,7 @@ class Attached(NamedTuple):
 
 
 def take_lock(run_dir: Path) -> file_locks.FileLock:
-    """Take the lock that keeps a second agent from starting, and return it.
+    """Take the lock that keeps a second agent from starting, and return the lock.
 
     The lock is held until release() or the end of this process.
 

@@ -27,9 +27,9 @@ Percent: TypeAlias = Mapping[int, int]  # by host pid: percent of a device's tim
 class Verdict(NamedTuple):
     """The result of an audit, for tenants that have been observed for ten seconds.
 
-    `beyond`: the ratio of a device's time that a tenant ran minus the ratio that it owned. The value is usually below
-    0, because kernels do not fill a whole turn. `outside`: host pids that run on a device on which the `beyond` of
-    their tenant is above MUCH. `empty`: host pids with contexts on a device, if their tenant owned more than MUCH of
+    `beyond`: the ratio of a device's time that a tenant ran minus the ratio that the tenant owned. The value is usually
+    below 0, because kernels do not fill a whole turn. `outside`: host pids that run on a device on which the `beyond`
+    of their tenant is above MUCH. `empty`: host pids with contexts on a device, if their tenant owned more than MUCH of
     the device's time and ran almost nothing (NOTHING_PARTS).
     """
 

@@ -5,9 +5,9 @@ gatekeeper measures the device's time of a gated tenant (source `turns`). For ot
 their processes (source `nvml`). If NVML does not report this time, time and idleness are not measured (source `none`).
 Every half minute the amounts are written to the store on disk.
 
-The last turns of a tenant are added by the first measurement after the exit of its last process. The gatekeeper
-publishes turns every half second. If the tenant's cgroup is removed before its last turns are published, up to half a
-second of turns is lost. The use of memory since the last measurement, at most a second, is always lost.
+The last turns of a tenant are added by the first measurement after the exit of the tenant's last process. The
+gatekeeper publishes turns every half second. If the tenant's cgroup is removed before its last turns are published, up
+to half a second of turns is lost. The use of memory since the last measurement, at most a second, is always lost.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class UsageMeter:
             self._left = {}
 
     def stop(self) -> None:
-        """Pass the remaining amounts to the store, and stop its writer."""
+        """Pass the remaining amounts to the store, and stop the store's writer."""
         self.write()
         self._writer.stop()
 
@@ -110,7 +110,7 @@ class UsageMeter:
             self._add(tenant, device, source, Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited))
 
     def _enter_rest(self, tenant: Tenant, device: int, counts: TurnCounts, seconds: float) -> None:
-        """Add a tenant's turns and waiting from the last measurement to the exit of its last process."""
+        """Add a tenant's turns and waiting from the last measurement to the exit of the last process."""
         key = tenant.cgroup, device
         source, ran, _ = self._ran(key, counts, None, frozenset(), seconds)
         rest = Used(run=ran, waited=self._waited(key, counts))

@@ -1,6 +1,6 @@
 """Wake all parked tenants while no agent runs, before the removal of parts that tenants need in order to wake up.
 
-The steps are those of an agent for which parking is off: the driver is queried, room is charged, and the parker
+The steps are the steps of an agent for which parking is off: the driver is queried, room is charged, and the parker
 restores the tenant. This module runs in the process of a command, which holds the agent's lock. Entries of tenants that
 are not woken stay in the ledger, so that the next agent or the next call continues.
 """

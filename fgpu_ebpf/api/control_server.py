@@ -287,7 +287,7 @@ def _limits(request: dict[str, Any], classes: Classes) -> dict[str, Any]:
     if request.get("priority_class") is not None:
         name = _text(request, "priority_class")
         if priority is not None:
-            raise RequestError("priority and priority class are both given: give one", 2)
+            raise RequestError("priority and priority class are both given: give only one option", 2)
         asked |= {"priority": classes.get(name, ""), "priority_class": name if name in classes else ""}
     if not any(asked.values()):
         raise RequestError("no limit is given: set memory, compute, weight or priority", 2)

@@ -30,7 +30,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     if policies and not policies["good"]:
         yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
     elif policies and policies["unsaved"]:
-        fix = "free space in that folder: the next start needs the stored policies if a policy file has an error"
+        fix = "free space on this file system: the next start needs the stored policies if a policy file has an error"
         yield Check("policies", False, policies["unsaved"], fix)
     elif policies:
         more = "" if policies["count"] else NONE

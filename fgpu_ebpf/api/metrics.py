@@ -25,7 +25,7 @@ _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...
     ("fgpu_memory_peak_bytes", "Most bytes charged to the tenant at any time", lambda d: d.peak_bytes),
     (
         "fgpu_memory_drift_bytes",
-        "Bytes in the ledger minus bytes in the driver, as far as NVML reports them",
+        "Bytes in the ledger minus bytes in the driver, as far as NVML reports these bytes",
         lambda d: d.drift_bytes,
     ),
     (
@@ -43,7 +43,7 @@ _PARKING_COUNTERS: tuple[tuple[str, str, Callable[[ParkingView], float]], ...] =
     ("fgpu_tenant_parks", "Times that the tenant was parked", lambda p: p.parks),
     ("fgpu_tenant_wakes", "Times that the tenant was woken", lambda p: p.wakes),
     ("fgpu_tenant_park_seconds", "Time that the driver took to copy the tenant to the host", lambda p: p.park_seconds),
-    ("fgpu_tenant_wake_seconds", "Time that the driver took to copy the tenant back", lambda p: p.wake_seconds),
+    ("fgpu_tenant_wake_seconds", "Time that the driver took to restore the tenant", lambda p: p.wake_seconds),
 )
 _TENANT_COUNTERS: tuple[tuple[str, str, Callable[[TenantDevice], int]], ...] = (
     ("fgpu_memory_admitted_bytes", "Bytes admitted, without contexts", lambda d: d.admitted_bytes),
@@ -122,7 +122,7 @@ _USAGE_COUNTERS: tuple[tuple[str, str, Callable[[UsageView], float]], ...] = (
     ),
     (
         "fgpu_tenant_idle_seconds",
-        "Time for which the tenant had memory on the device and ran there for less than 1 % of the time",
+        "Time for which the tenant had memory on the device and ran on the device for less than 1 % of the time",
         lambda u: u.idle_seconds,
     ),
 )
@@ -131,7 +131,8 @@ _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], float]], ...] = (
     ("fgpu_slice_overruns", "Turns that passed to the next tenant with work in flight", lambda s: s.overruns),
     (
         "fgpu_slice_lent_seconds",
-        "Time for which all tenants of the device could launch at the same time, because each of them gained by it",
+        "Time for which all tenants of the device could launch at the same time, because no tenant launched less than"
+        " in turns",
         lambda s: s.lent_seconds,
     ),
 )
@@ -328,7 +329,7 @@ def _maps(snapshot: Snapshot) -> Iterator[Metric]:
 
 def _engines(snapshot: Snapshot) -> Iterator[Metric]:
     labels = ["engine", "socket"]
-    up = GaugeMetricFamily("fgpu_engine_up", "1: the engine answered when last asked for labels", labels=labels)
+    up = GaugeMetricFamily("fgpu_engine_up", "1: the engine answered the last request for labels", labels=labels)
     waiting = GaugeMetricFamily("fgpu_engine_waiting", "Containers whose labels are not reported yet", labels=labels)
     asked = CounterMetricFamily(
         "fgpu_engine_asked", "Requests to the engine for labels, by outcome", labels=[*labels, "outcome"]

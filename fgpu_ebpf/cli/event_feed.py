@@ -27,7 +27,7 @@ class EventFeed:
     def begin(self) -> list[Event]:
         """Return the new events, at first all events later than `after_seconds`.
 
-        Raise ConnectionError or RequestError.
+        Raise ConnectionError or RequestError on failure.
         """
         answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
         if answer["last"] < self._number:  # a new agent has answered, and no request failed in between

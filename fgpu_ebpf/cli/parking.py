@@ -37,7 +37,7 @@ def park(target: str) -> None:
 
 @examples("fgpu wake alice", "fgpu wake --all")
 @click.command()
-@click.option("--all", "is_all", is_flag=True, help="Wake all parked tenants, also if no agent runs.")
+@click.option("--all", "is_all", is_flag=True, help="Wake all parked tenants, even if no agent runs.")
 @optional_target
 def wake(target: str | None, is_all: bool) -> None:
     """Copy the device memory of TARGET, which is parked, back to the device. Wait until there is room.

@@ -37,7 +37,7 @@ def policy() -> None:
 @policy.command()
 @_PATHS
 def check(paths: Paths) -> None:
-    """Check PATHS (files or folders), or this host's policies; print every error and exit with 1 if there is one.
+    """Check PATHS (files or folders), or this host's policies; print every error, and exit with 1 after an error.
 
     A selector or device that no host can match is a warning, which does not change the exit code. A policy of this host
     with memory.park causes a warning too, unless agent.yaml turns parking on.
@@ -61,7 +61,7 @@ def check(paths: Paths) -> None:
 @_PATHS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_policies(paths: Paths, as_json: bool) -> None:
-    """List policies in the order in which they are tried: the first that matches a workload decides.
+    """List policies in the order in which they are tried: the first policy that matches decides.
 
     For this host's own policies, the list shows how many tenants each policy matches now, if an agent runs.
     """

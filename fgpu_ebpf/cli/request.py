@@ -19,7 +19,7 @@ NO_TARGET = 4  # the exit code if a target does not exist
 
 
 def run_dir() -> Path:
-    """Return the folder of the agent's sockets, from the option --run-dir. Only click's thread may call this."""
+    """Return the folder of the agent's sockets, from --run-dir. Only click's thread may call this function."""
     folder: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
     return folder
 

@@ -93,18 +93,18 @@ def mps() -> None:
 @click.option(
     "--driver-root",
     type=click.Path(path_type=Path),
-    help="Root of the NVIDIA driver's libraries; default: the running agent's value, else that of agent.yaml.",
+    help="Root of the NVIDIA driver's libraries; default: the running agent's value, else the value in agent.yaml.",
 )
 @click.option(
     "--loader",
-    help="Python interpreter that can import BCC; default: the running agent's value, else that of agent.yaml.",
+    help="Python interpreter that can import BCC; default: the running agent's value, else the value in agent.yaml.",
 )
 @click.option(
     "--config", type=click.Path(path_type=Path), help="File with the host's settings (default: /etc/fgpu/agent.yaml)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(as_json: bool, **options: Any) -> None:
-    """Check this host: what is missing, and how to fix it."""
+    """Check this host, and print how to fix each problem."""
     from fgpu_ebpf import doctor as host
     from fgpu_ebpf.agent.settings import Options
 
@@ -127,7 +127,7 @@ def check_line(check: Check) -> str:
 
 @examples("fgpu detach", "fgpu detach --yes")
 @click.command()
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation. Without a terminal the command never asks.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation. Without a terminal, no confirmation is required.")
 def detach(yes: bool) -> None:
     """Open all gates, remove all limits, probes and set-up files, and stop the agent.
 

@@ -39,7 +39,8 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> str:
 @click.argument("engine", type=click.Choice(NAMES))
 @click.option(
     "--memory", metavar="SIZE", callback=_size,
-    help="Also write a first policy (SIZE, as 8GiB or 50%, for each container), start the service, check the host.",
+    help="Also write a first policy (SIZE, as 8GiB or 50%, for each container), start the service, and check the"
+    " host.",
 )  # fmt: skip
 @click.option("--undo", "is_undo", is_flag=True, help="Restore the settings and remove the files that the setup wrote.")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Only print which files would be written.")
@@ -170,7 +171,10 @@ def _go_on(is_first: bool) -> bool:
 
 
 def _undo(name: str, engine: Engine, is_named: bool) -> None:
-    """Undo the setup of an engine, and print which files are restored or kept. Raise SetupError or OSError."""
+    """Undo the setup of an engine, and print which files are restored or kept.
+
+    Raise SetupError or OSError on failure.
+    """
     from fgpu_ebpf.cli import host_service
     from fgpu_ebpf.containers import engine_setup, first_policy
     from fgpu_ebpf.containers.engine_setup import STATE
@@ -190,7 +194,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
 
 
 def _take_back(part: Engine, state: Path) -> bool:
-    """Undo the setup of one file, and return whether the file was changed. Raise SetupError or OSError."""
+    """Undo the setup of one file, and return whether the file was changed. Raise SetupError or OSError on failure."""
     from fgpu_ebpf.containers import engine_setup
 
     is_known, is_unchanged = state.exists(), engine_setup.unchanged(state) is not None

@@ -29,7 +29,8 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
             "--priority", type=click.Choice(["high", "normal", "low"]), help="Tenants with a higher priority run first."
         ),
         click.option(
-            "--priority-class", help="Priority by a name in `priorities` of agent.yaml; another name: the policy's."
+            "--priority-class",
+            help="Priority by a name in `priorities` of agent.yaml; another name: the priority of the policy.",
         ),
         click.option("--weight", type=int, help="Weight when tenants compete for a device; the default is 100."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
@@ -122,7 +123,7 @@ def _now(level: Mapping[str, Any] | None) -> str:
 
 @click.group(cls=Sections)
 def device() -> None:
-    """Report the repair of a device, or make the agent release all devices or open them again."""
+    """Report the repair of a device, or make the agent release all devices or open all devices again."""
 
 
 @examples("fgpu device clear 0", "fgpu device clear GPU-1f3a5b00-8d41-4b7e-9c06-5a2f7e1d3b90")

@@ -86,7 +86,7 @@ def usage(since: int, by: str, as_csv: bool, as_json: bool) -> None:
     minute may be missing. SOURCE of GPU TIME:
       turns   measured by the gatekeeper
       nvml    sampled by NVML, for tenants that do not take turns
-      none    unknown: NVML does not report it
+      none    unknown: NVML does not report this time
     HELD is the time with memory on a device. IDLE is the part of HELD in
     which the tenant used less than 1 % of the device's time.
     """

@@ -103,9 +103,7 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 @examples("fgpu events --since 10m --tenant alice", "fgpu events -f --json")
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Print new events until interrupted, across restarts of the agent.")
-@click.option(
-    "--since", metavar="DURATION", callback=_seconds, help="Only events not older than this, e.g. 10m, 2h or 1d."
-)
+@click.option("--since", metavar="DURATION", callback=_seconds, help="Maximum age of the events, e.g. 10m, 2h or 1d.")
 @click.option("--tenant", default="", help="Only events of the tenant with this name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> None:

@@ -25,9 +25,9 @@ _READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
 
 
 class Parts(NamedTuple):
-    """Files of the host: the shim, the folder of its socket, the list that preloads it, and the helper `fgpu-oci`.
+    """Files of the host: the shim, the folder of the shim's socket, the list that preloads the shim, and `fgpu-oci`.
 
-    In a container the helper has the name `fgpu-info`, and prints the container's limits.
+    In a container the helper `fgpu-oci` has the name `fgpu-info`, and prints the container's limits.
     """
 
     shim: Path
@@ -58,7 +58,7 @@ def shim_spec(parts: Parts) -> dict[str, Any]:
 
 
 def share_spec(parts: Parts, names: Iterable[str]) -> dict[str, Any]:
-    """Return a specification with a device for each share. Raises QuantityError if a name is invalid."""
+    """Return a specification with a device for each share. Raise QuantityError if a name is invalid."""
     devices = [_share(parts, share_name.parse(name)) for name in dict.fromkeys(names)]
     # Names that begin with a digit need version 0.5.0 of the interface. All other parts need 0.3.0.
     version = "0.5.0" if any(device["name"][0].isdigit() for device in devices) else "0.3.0"

@@ -2,7 +2,7 @@
 
 This module runs in `fgpu setup` and `fgpu doctor`. The module writes nothing and reads only other settings of the
 engine. The engines are Docker, Podman, containerd, CRI-O, k3s and RKE2. With the computed settings, these engines run
-`fgpu-oci`. Settings that are not fgpu's are kept. SetupError: settings cannot be read or have an unknown form.
+`fgpu-oci`. Settings that are not fgpu's are kept. Unreadable or unknown settings raise SetupError.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Settings(NamedTuple):
 class Wanted:
     """The settings to write. `links`, `files`: targets of links and texts of files to create, by path.
 
-    The settings name these links and files. Their paths are relative to the helper's folder. `note`: a text for the
-    administrator about a part of the settings, or empty.
+    The settings name these links and files. The paths of the links and files are relative to the helper's folder.
+    `note`: a text for the administrator about a part of the settings, or empty.
     """
 
     text: str
@@ -59,10 +59,10 @@ class Engine:
     `after`: returns the settings with fgpu. `without`: returns the text of settings without fgpu; its second argument
     is the text before the setup, or None if this text is unknown. `reload`, `reload_undone`: the command that makes the
     engine read the settings after the setup, and after --undo. `is_drop_in`: the file has only fgpu's settings, is the
-    last of several files, and is computed from the others. `programs`: the engine is installed if one of these programs
-    is. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of its containers'
-    cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a folder that was
-    created for the file stays after --undo. `read`: parses a text that `fgpu doctor` compares.
+    last of several files, computed from the other files. `programs`: the engine is installed if one of these programs
+    is installed. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of the
+    containers' cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a
+    folder that was created for the file stays after --undo. `read`: parses a text that `fgpu doctor` compares.
     """
 
     file: Path
@@ -104,9 +104,9 @@ def docker_after(of: Settings) -> Wanted:
 
 
 def docker_lacks_cdi(of: Settings) -> bool:
-    """Return whether Docker ignores CDI specifications because daemon.json has no setting for them.
+    """Return whether Docker ignores CDI specifications because daemon.json has no setting for CDI.
 
-    Returns False if the setting has the value false, which is an administrator's decision.
+    Return False if the setting has the value false, which is an administrator's decision.
 
     Raises:
         SetupError: daemon.json is damaged.
@@ -147,7 +147,7 @@ def _features(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_json(text: str, _: Path | None = None) -> dict[str, Any]:
-    """Return the contents of daemon.json. Raises SetupError."""
+    """Return the contents of daemon.json. Raise SetupError on failure."""
     try:
         settings = json.loads(text or "{}")
     except ValueError as error:
@@ -212,7 +212,7 @@ def _with_binary(text: str, table: tuple[str, ...], runtime: Mapping[str, Any], 
 
 
 def _header(text: str, table: tuple[str, ...]) -> re.Match[str] | None:
-    """Return the line that begins the table. Its keys may be quoted or not, because containerd writes both forms."""
+    """Return the line that begins the table. The table's keys may be quoted: containerd writes both forms."""
     lines = re.finditer(r"^[ \t]*\[[^][\n]+\][^\n]*\n", text, re.M)
     return next((line for line in lines if _keys(line[0]) == table), None)
 
@@ -242,7 +242,7 @@ _OURS = re.compile(
 
 
 def containerd_without(text: str, _: str | None = None) -> str:
-    """Return config.toml, or a template of it, without the lines that fgpu has written."""
+    """Return config.toml, or a template of config.toml, without the lines that fgpu has written."""
     return _OURS.sub("", text)
 
 
@@ -299,12 +299,12 @@ def check_is_ours(of: Settings) -> None:
 
 
 def drop_in_without(text: str, _: str | None = None) -> str:
-    """Return an empty text if the file is fgpu's, else its text."""
+    """Return an empty text if the file is fgpu's, else the file's text."""
     return "" if text.startswith(HEAD) else text
 
 
 def podman_after(of: Settings) -> Wanted:
-    """Return settings with a folder of hooks that Podman alone reads, after its other folders of hooks.
+    """Return settings with a folder of hooks that Podman alone reads, after Podman's other folders of hooks.
 
     Buildah and CRI-O reject fgpu's hooks, so the hooks cannot be in a folder that these engines read too.
     """
@@ -320,7 +320,7 @@ def podman_after(of: Settings) -> Wanted:
 
 
 def crio_after(of: Settings) -> Wanted:
-    """Return a copy of the default runtime's table with another path. The name stays, because pods may request it."""
+    """Return a copy of the default runtime's table with another path and the same name, which pods may request."""
     name = ""
     tables: dict[str, Any] = {}
     for settings in _others(of, "crio.conf", "*"):
@@ -330,7 +330,7 @@ def crio_after(of: Settings) -> Wanted:
     table = tables.get(name)
     if table is None:
         what = f"no [crio.runtime.runtimes.{name}]" if name else "no default_runtime"
-        fix = "add it, because fgpu-oci runs the default runtime"
+        fix = "add this setting, because fgpu-oci runs the default runtime"
         raise SetupError(f"CRI-O's settings beside {of.file} have {what}: {fix}")
     if table.get("runtime_type", "") not in ("", "oci", "pod"):
         raise SetupError(f"CRI-O's default runtime {name} is not an OCI runtime: only OCI runtimes are supported")
@@ -345,7 +345,7 @@ def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, 
     Args:
         real: the name or the path of the runtime that the helper runs.
         engine: the name of the engine, for names of links.
-        helper: the path of `fgpu-oci`. SetupError: `real` is in its folder, so the helper would run itself.
+        helper: the path of `fgpu-oci`. A `real` in the helper's folder would run itself, and raises SetupError.
     """
     if Path(real).parent == helper.parent:
         where = f"the settings name fgpu's {real} outside of fgpu's own lines"
@@ -373,7 +373,7 @@ def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
 def _drop_in(table: str, values: Mapping[str, Any]) -> str:
     text = HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
     if list(_loads(text)) != [table.split(".")[0]]:
-        raise SetupError(f"the table [{table}] cannot be written as TOML: write it by hand")
+        raise SetupError(f"the table [{table}] cannot be written as TOML: write the table by hand")
     return text
 
 
@@ -386,14 +386,14 @@ def _toml_value(value: Any) -> str:
 
 
 def _loads(text: str) -> dict[str, Any]:
-    """Return the contents of a TOML document. Raises ValueError."""
+    """Return the contents of a TOML document. Raise ValueError on failure."""
     import tomllib  # imported when needed: most processes that import this module read no TOML
 
     return tomllib.loads(text)
 
 
 def read_toml(text: str, file: Path) -> dict[str, Any]:
-    """Return the contents of a TOML file. Raises SetupError."""
+    """Return the contents of a TOML file. Raise SetupError on failure."""
     try:
         return _loads(text)
     except ValueError as error:

@@ -50,7 +50,9 @@ def as_installed(engine: Engine) -> Engine:
 
 
 def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> Wanted | None:
-    """Write the engine's settings. Returns them, or None if they are up to date. Raises SetupError, OSError.
+    """Write the engine's settings. Return the written settings, or None if nothing has to be written.
+
+    Raise SetupError or OSError on failure.
 
     Args:
         engine: the engine, as as_installed() returns it.
@@ -80,7 +82,7 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
 
 
 def undo(engine: Engine, state: Path) -> bool:
-    """Restore the settings, and keep later changes that are not fgpu's. Returns False if nothing has to be restored."""
+    """Restore the settings, and keep later changes that are not fgpu's. Return False if nothing has to be restored."""
     now, kept = _text(engine.file), _kept(state)
     before = _before(engine, now, kept)
     if before != now:
@@ -174,8 +176,8 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
 
     Args:
         like: the new file gets the owner, group and mode of this file. If that file does not exist, all users may read
-            the new file. Without `like` only root may access the new file. A state must be private to root, because it
-            has a copy of settings with their passwords, and names the file to which undo() writes that copy.
+            the new file. Without `like` only root may access the new file. A state must be private to root, because a
+            state has a copy of settings with passwords, and names the file to which undo() writes that copy.
     """
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -205,13 +207,14 @@ def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER)
         except PermissionError as error:
             check = Check(name, False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")
         except (SetupError, OSError) as error:
-            check = Check(name, False, str(error), f"then run fgpu setup {name}, or fgpu setup {name} --undo")
+            fix = f"then run fgpu setup {name}, or fgpu setup {name} --undo"
+            check = Check(name, False, str(error), fix)
         if check:
             yield check
 
 
 def check_cdi(run_dir: Path, state: Path = STATE) -> Check | None:
-    """Check that Docker does not ignore fgpu's CDI specifications. Returns None if Docker or they are missing.
+    """Check that Docker does not ignore fgpu's CDI specifications. Return None without Docker or specifications.
 
     Args:
         run_dir: the run folder of the agent, which has the list of the specifications.
@@ -229,11 +232,11 @@ def check_cdi(run_dir: Path, state: Path = STATE) -> Check | None:
     if lacks:
         found = f"Docker {'.'.join(map(str, docker.version))} ignores CDI: features.cdi is not set in {docker.file}"
         return Check("docker cdi", False, found, "sudo fgpu setup docker, then systemctl restart docker")
-    return Check("docker cdi", True, "features.cdi is set, or this version of Docker does not need it")
+    return Check("docker cdi", True, "features.cdi is set, or this version of Docker does not need this setting")
 
 
 def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
-    """Check an engine. Returns None if the engine was not set up. Raises SetupError, OSError: a file cannot be read."""
+    """Check an engine. Return None without a setup. Raise SetupError or OSError if a file cannot be read."""
     kept, engine = _kept(state), where_it_is(usual, state)
     if kept["after"] is None:
         return None

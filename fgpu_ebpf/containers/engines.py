@@ -1,4 +1,4 @@
-"""The engines that `fgpu setup` supports: settings files, the commands to reload them, and cgroups of containers.
+"""The engines that `fgpu setup` supports: settings files, commands that reload these files, and cgroups of containers.
 
 This module runs in the commands and does no I/O. Slurm is treated like an engine, because its cgroups get limits from a
 policy.

@@ -19,7 +19,7 @@ def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> 
     """Return an Engine that describes the policy file of the engine `name`. `memory`: the limit, as in a policy."""
     text = (
         f"# Written by `fgpu setup {name} --memory {memory}`. `fgpu setup {name} --undo` removes this file, unless it\n"
-        "# has changed since. Policies of files that come before this one are tried first.\n"
+        "# has changed since. Policies in files with earlier names are tried first.\n"
         "apiVersion: fgpu.dev/v1alpha1\n"
         "kind: GpuPolicy\n"
         f"metadata: {{name: {name}}}\n"

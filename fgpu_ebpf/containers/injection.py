@@ -2,8 +2,8 @@
 
 This module runs in the agent's main thread, and in commands. The files are RUN/containers (read by `fgpu-oci`),
 RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. This module does not
-change settings of engines (`engine_setup` changes them on request). After an OSError, containers that start get the
-previous files.
+change settings of engines (`engine_setup` changes these settings on request). After an OSError, containers that start
+get the previous files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UNSAFE = frozenset('"\\\n')
 
 
 def parts(run_dir: Path, shim: Path, helper: Path) -> Parts:
-    """Return the paths of the parts. Raises ValueError if a path has a character that settings cannot contain."""
+    """Return the paths of the parts. Raise ValueError if a path has a character that settings cannot contain."""
     for path in (run_dir, shim, helper):
         if _UNSAFE & set(str(path)):
             raise ValueError(f"{path}: paths must not contain quotes, backslashes or line breaks")
@@ -70,7 +70,9 @@ def publish_helper(built: Path) -> Path:
 
 
 def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
-    """Write the files with which containers can request the shim and these shares. Raises OSError, QuantityError.
+    """Write the files with which containers can request the shim and these shares.
+
+    Raise OSError or QuantityError on failure.
 
     Args:
         of: the files of the host that containers get.
@@ -95,7 +97,7 @@ def _setup(of: Parts) -> str:
 
 
 class Lists:
-    """Preload lists of images. `fgpu-oci precreate` stores them in the run folder, because Podman passes no bundle.
+    """Preload lists of images, which `fgpu-oci precreate` stores in the run folder, because Podman passes no bundle.
 
     A list that no container starts with is removed after UNUSED_SECONDS of the monotonic clock.
     """

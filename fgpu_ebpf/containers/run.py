@@ -29,7 +29,7 @@ _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_AGAIN = "restart the agent: it installs the shim again"
+_AGAIN = "restart the agent, which installs the shim again"
 
 
 class LaunchError(Exception):
@@ -62,7 +62,7 @@ def _mark(run_dir: Path, host: Path) -> Path:
 
 
 def _create_preload_file(run_dir: Path, host: Path) -> None:
-    """Create an empty file of the host if the file does not exist, and mark it, so that `fgpu detach` removes it."""
+    """Create an empty file of the host if the file does not exist, and mark the created file for `fgpu detach`."""
     try:
         os.close(os.open(host, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except FileExistsError:
@@ -177,10 +177,10 @@ def _exec(command: Sequence[str]) -> NoReturn:
 
 
 def enter(target: LaunchTarget) -> None:
-    """Move this process into the tenant, and preload the shim for its programs.
+    """Move this process into the tenant, and preload the shim for the programs of this process.
 
     Raises:
-        LaunchError: the process is not in the tenant, or not in a state in which it may run the program.
+        LaunchError: the process is not in the tenant, or not in a state that permits the program.
     """
     if os.geteuid():
         raise LaunchError("this command needs root: sudo fgpu run … (the program runs as your user)")
@@ -195,7 +195,7 @@ def run(target: LaunchTarget, command: Sequence[str]) -> int:
     """Enter the tenant and exec the program.
 
     With a pid namespace this process waits, and returns the program's exit code, or 128 plus the number of the signal
-    that has killed it. Otherwise the function does not return.
+    that has killed the program. Otherwise the function does not return.
     """
     enter(target)
     if not target.pid_namespace:

@@ -90,7 +90,7 @@ def _gatekeeper(run_dir: Path) -> str:
 
 
 def _refused(root: Path, need: Need) -> list[str]:
-    """Return the rights that the kernel refuses. Raises OSError if the kernel's policy lacks the label or the class."""
+    """Return the rights that the kernel refuses. Raise OSError if the kernel's policy lacks the label or the class."""
     kind = root / "class" / need.kind
     answer = ask(root, f"{CONTAINER} {need.label} {(kind / 'index').read_text().strip()}")
     allowed = int(answer.split()[0], 16)
@@ -99,7 +99,7 @@ def _refused(root: Path, need: Need) -> list[str]:
 
 
 def ask(root: Path, question: str) -> str:
-    """Return the answer of selinuxfs's file `access`. Raises OSError.
+    """Return the answer of selinuxfs's file `access`. Raise OSError on failure.
 
     Args:
         root: the mount point of selinuxfs.

@@ -14,7 +14,7 @@ from pathlib import Path
 from fgpu_ebpf.containers.engine_config import HEAD, Settings, SetupError, Wanted, check_is_ours, drop_in_without
 
 POLICY = Path("/etc/fgpu/policy.d/30-slurm.yaml")  # the setup uses the folder that agent.yaml names
-_TEXT = f"""{HEAD}# Cgroups of Slurm that its prolog has not limited, such as those of jobs without a GPU, get nothing.
+_TEXT = f"""{HEAD}# Cgroups of Slurm that its prolog has not limited, such as cgroups of jobs without GPUs, get nothing.
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
 metadata: {{name: jobs}}
@@ -30,7 +30,7 @@ _SCRIPTS = {"Prolog": "prolog.py", "Epilog": "epilog.sh", "TaskProlog": "task.sh
 
 
 def after(of: Settings) -> Wanted:
-    """Return the policy, with a note of the lines that slurm.conf lacks. Raises SetupError: an administrator's file."""
+    """Return the policy, with a note of the lines that slurm.conf lacks. Raise SetupError if the file is not fgpu's."""
     check_is_ours(of)
     conf = _conf()
     missing = [line for line in lines() if not _has(conf, line)]
@@ -43,7 +43,7 @@ def without(text: str, before: str | None) -> str:
 
 
 def lines() -> list[str]:
-    """Return the lines of slurm.conf. Raises SetupError: the scripts are not installed."""
+    """Return the lines of slurm.conf. Raise SetupError if the scripts are not installed."""
     from fgpu_ebpf.driver.start_checks import AgentError, package_file  # `fgpu doctor` does not wait for this import
 
     try:

@@ -104,7 +104,7 @@ class Probes:
                 self._ledger.enter_file(*file, check)
 
     def lost(self) -> frozenset[File | None]:
-        """Return files whose pinned links were removed, so that calls are missed. None stands for process events."""
+        """Return files whose pinned links were removed, so that calls are missed. None means process events."""
         try:
             there = set(os.listdir(self._links))
         except FileNotFoundError:
@@ -115,7 +115,7 @@ class Probes:
     def attach_again(self, lost: Set[File | None]) -> None:
         """Attach lost process events again, and remove the remaining links of lost files.
 
-        A later attach() then probes these files again. Raises ProbeError.
+        A later attach() then probes these files again. Raise ProbeError on failure.
         """
         self._links.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in lost:
@@ -130,14 +130,14 @@ class Probes:
         return frozenset(self._files)
 
     def of(self, file: File) -> Attachment | None:
-        """Return the latest probes of a file; None: the file has no probes. Safe in any thread."""
+        """Return the latest probes of a file, or None if the file has no probes. Any thread may call this method."""
         found = self._files.get(file)
         return found[-1] if found else None
 
     def attach_process_ends(self) -> None:
         """Attach the programs to the process events and, if possible, to the cgroup events.
 
-        Raises ProbeError: the kernel does not report a process event, or a program is no longer pinned.
+        Raise ProbeError if the kernel does not report a process event, or a program is no longer pinned.
         """
         for program, event in TRACEPOINTS.items():
             try:
@@ -189,7 +189,7 @@ class Probes:
         self._events.add(path.name)
 
     def attach(self, target: Target, role: Role) -> None:
-        """Probe one of the host's own files. Raises ProbeError: the file cannot be probed; no new links exist."""
+        """Probe one of the host's own files. If the file cannot be probed, raise ProbeError and leave no new links."""
         file = target.dev, target.ino
         now = self.of(file)
         if now and now.role is role:
@@ -205,7 +205,7 @@ class Probes:
             raise ProbeError(f"{target.path} cannot be probed ({error})") from error
 
     def make(self, fd: int, made: Plan) -> MadeLinks:
-        """Attach the programs to an open file, and return the links. Safe in any thread. Raises OSError."""
+        """Attach the programs to an open file in any thread, and return the links. Raise OSError on failure."""
         found: MadeLinks = []
         try:
             for program, places, at_return in made.programs:
@@ -225,7 +225,7 @@ class Probes:
             os.close(fd)
 
     def enter(self, target: Target, made: Plan, found: MadeLinks, stamp: Stamp | None, beside: bool = False) -> None:
-        """Take over the links that make() has returned, and enter the file. Raises OSError: all links are closed.
+        """Take over the links that make() has returned, and enter the file. After an OSError all links are closed.
 
         Args:
             target: the file.
@@ -301,7 +301,8 @@ def drop(found: MadeLinks) -> None:
 def _check_of(there: Set[str]) -> int | None:
     """Return the offset of the breakpoint to check, or None if the links are incomplete.
 
-    `there`: the names of the links, and the name of their mark. The mark has the number of the links and the offset.
+    `there`: the names of the links, and the name of the mark of these links. The mark has the number of the links and
+    the offset.
     """
     marks = [mark for name in there if (mark := _MARK.fullmatch(name.rpartition("-")[2]))]
     return next((int(mark[2], 16) for mark in marks if int(mark[1]) == len(there) - 1), None)

@@ -27,7 +27,7 @@ IsShim = Callable[[int, int], bool]
 
 
 class Reason(StrEnum):
-    """A reason why a process does not use the shim. Its value is its name in metrics.
+    """A reason why a process does not use the shim. The value is the reason's name in metrics.
 
     `words`: the meaning of the reason, and the fix.
     """
@@ -66,7 +66,7 @@ class Reason(StrEnum):
     )
     HIDDEN = (
         "hidden",
-        "the shim is loaded, but the program executes memory that no file backs: libcuda cannot be probed there",
+        "the shim is loaded, but the program executes memory that no file backs: such memory cannot be probed",
     )
     STALE_MOUNT = (
         "stale_mount",
@@ -74,8 +74,8 @@ class Reason(StrEnum):
     )
     RUN_HIDDEN = (
         "run_hidden",
-        f"a mount in the container hides {shim_mounts.FOLDER}: create the container again, so that it has the folder "
-        f"at {shim_mounts.BESIDE} too",
+        f"a mount in the container hides {shim_mounts.FOLDER}: create the container again, so that the container "
+        f"has the folder at {shim_mounts.BESIDE} too",
     )
     UNUSED = "unused", "the shim is loaded, but the program calls the driver without the shim"
 
@@ -113,7 +113,7 @@ def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
 
 
 def loader_of(pid: int) -> str:
-    """Return the path of a process's loader, quoted because the process may have chosen the path; empty: no loader."""
+    """Return the path of a process's loader, or an empty text. The path, which the process may choose, is quoted."""
     try:
         path = procfs.loader(pid)
     except OSError:

@@ -36,7 +36,10 @@ class CompileError(Exception):
 
 
 def import_bcc() -> ModuleType:
-    """Return the distribution's BCC. PyPI's project of that name is a crystallography lattice. Raises CompileError."""
+    """Return the distribution's BCC. PyPI's project of that name is a crystallography lattice.
+
+    Raise CompileError on failure.
+    """
     try:
         import bcc  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
@@ -54,7 +57,7 @@ def kernel_release() -> tuple[int, int]:
 
 
 def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
-    """Return the offset in bytes of a member in a struct of the running kernel. Raises CompileError: unknown offset."""
+    """Return the offset in bytes of a member in a kernel's struct. Raise CompileError if the offset is unknown."""
     library = bcc.lib  # BCC's library also has libbpf's functions, because it is linked with libbpf
     library.btf__load_vmlinux_btf.restype = library.btf__type_by_id.restype = ctypes.c_void_p
     library.btf__name_by_offset.restype = ctypes.c_char_p
@@ -73,7 +76,7 @@ def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
 
 
 def kernel_flags(bcc: ModuleType) -> list[str]:
-    """Return the compiler flags that adapt the programs to this kernel. Raises CompileError."""
+    """Return the compiler flags that adapt the programs to this kernel. Raise CompileError on failure."""
     release = kernel_release()
     flags = [f"-DSPARSE={int(release >= SPARSE_FROM)}", f"-DENDS={int(release < PEER_PIDFD_FROM)}"]
     if release < GROUP_DEAD_FROM:
@@ -95,7 +98,7 @@ def whole_text(sources: str) -> str:
 
 
 def compile_programs(bcc: ModuleType, sources: str) -> Any:
-    """Return BCC's module of the programs. Their maps exist until this process exits. Raises CompileError."""
+    """Return BCC's module of the programs. Their maps exist until this process exits. Raise CompileError on failure."""
     os.environ["BCC_KERNEL_SOURCE"] = sources  # SOURCES/include has the stub headers
     flags = ["-I" + sources, *kernel_flags(bcc), "-Wno-everything", *LEAN]
     try:

@@ -72,7 +72,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
-    """Return the bytes of a context by ledger index. The file `state` stores them by model and driver version.
+    """Return the bytes of a context by ledger index. The file `state` stores the sizes by model and driver version.
 
     If a size cannot be measured, DEFAULT_CONTEXT_BYTES is used and logged, and the next start measures again.
     """

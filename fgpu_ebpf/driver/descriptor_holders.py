@@ -41,7 +41,7 @@ class Keepers:
         self._thread: threading.Thread | None = None
 
     def look(self, held: Sequence[Held]) -> None:
-        """Set the orphans to search for; to be called regularly. The thread runs as long as there are orphans."""
+        """Set the orphans to search for. The agent repeats this call. The thread runs as long as there are orphans."""
         self._held = held
         if not held:
             self._found = {}
@@ -81,7 +81,7 @@ def find(held: Held) -> tuple[int, ...]:
 
 
 def _below(path: str) -> Iterable[int]:
-    """Yield the processes of a cgroup and of all cgroups below it, at most MOST_PROCESSES."""
+    """Yield the processes of a cgroup and of all cgroups below, at most MOST_PROCESSES."""
     inside = f"{path.rstrip('/')}/"
     found = (pid for pid in procfs.pids() if f"{procfs.cgroup_path(pid) or ''}/".startswith(inside))
     return islice(found, MOST_PROCESSES)
@@ -108,7 +108,7 @@ def descriptors(pid: int, most: int) -> list[str]:
 
 
 def device_files(pid: int) -> list[str]:
-    """Return the driver's device files that a process has open or mapped; empty: no such file, or exited process."""
+    """Return the driver's device files that a process has open or mapped. The result is empty for an exited process."""
     found = set(descriptors(pid, MOST_DESCRIPTORS))
     with contextlib.suppress(OSError):
         lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
@@ -117,7 +117,7 @@ def device_files(pid: int) -> list[str]:
 
 
 def parent(pid: int) -> int:
-    """Return the parent of a process; 0: exited process, or the parent is the host's init, which adopts any process."""
+    """Return the parent of a process, or 0 if the process has exited or its parent is the host's init."""
     try:
         found = int(procfs.read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):

@@ -1,7 +1,7 @@
 """Device nodes of the NVIDIA driver: their major numbers on this host, and their names.
 
 This module runs in the agent's main thread. Only the major number of nvidiactl and nvidia0 is fixed. The kernel chooses
-the others when a module of the driver is loaded.
+the other major numbers when a module of the driver is loaded.
 """
 
 from __future__ import annotations

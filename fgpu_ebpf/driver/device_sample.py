@@ -52,8 +52,8 @@ def take(
     """Sample a device; None: NVML does not respond.
 
     Args:
-        nvml: NVML.
-        ledger: the ledger.
+        nvml: the connection to NVML.
+        ledger: the kernel's ledger.
         device: the ledger index.
         before: the ledger's processes.
         samples: the number of samples. `taken` of the result has one entry for each sample, or no entry if NVML does

@@ -42,7 +42,7 @@ SEARCH_SECONDS = 5.0  # between two searches of one process
 
 
 class Discovery:
-    """Finds libcuda and shim files, and requests their probes.
+    """The discovery of libcuda and shim files, which requests the probes of these files.
 
     Args:
         attached: the probes of all files.
@@ -91,9 +91,9 @@ class Discovery:
     def start(self) -> Set[File] | None:
         """Probe the host's own libcuda and shim files, and all such files that processes map.
 
-        This method also removes the probes of files that no process maps any longer. Returns (dev, ino) of all mapped
-        libcuda and shim files; None: the mappings of some processes cannot be read. Raises ProbeError: one of the
-        host's own files cannot be probed.
+        This method also removes the probes of files that no process maps any longer. The result is (dev, ino) of all
+        mapped libcuda and shim files; None: the mappings of some processes cannot be read. Raise ProbeError if one of
+        the host's own files cannot be probed.
         """
         self._libraries.attach_own()
         scanned: list[Scanned] = []
@@ -161,7 +161,7 @@ class Discovery:
     def explain(self, pid: int, then: Callable[[Reason | None], None]) -> bool:
         """Let a worker find the reason why a process has no shim. The main thread calls `then` with the reason.
 
-        Returns False if the job was not queued: the process's cgroup has used its time.
+        Return False if the job was not queued: the process's cgroup has used its time.
         """
         return self._libraries.work(self._cgroup(pid), lambda: partial(then, reason(pid, self.is_shim)))
 
@@ -234,7 +234,7 @@ class Discovery:
         return searched
 
     def _ask(self, pid: int, search: bool = False) -> bool:
-        """Let a worker read the mappings of a process. Returns False if the job was not queued."""
+        """Let a worker read the mappings of a process. Return False if the job was not queued."""
         cgroup = self._cgroup(pid)
         return self._libraries.work(cgroup, partial(self._read, pid, cgroup, search))
 
@@ -264,7 +264,7 @@ class Discovery:
 
         Args:
             pid: the process.
-            cgroup: the cgroup to which the work of probing is charged; empty: unknown.
+            cgroup: the cgroup to which the work of probing is charged; empty: the cgroup is unknown.
             found: the files.
             verify: also check files that are already probed.
         """
@@ -281,7 +281,7 @@ class Discovery:
     def look_into(self, pid: int) -> None:
         """Probe the libraries in the root of a process that starts, if no process has started in that root before.
 
-        A file that cannot be probed is logged only when a process maps it.
+        A file that cannot be probed is logged only when a process maps the file.
         """
         cgroup = self._cgroup(pid)
         if not procfs.is_outside(cgroup) and self._libraries.room(cgroup):
@@ -324,7 +324,7 @@ class Discovery:
         """Remove the probes of the files in `left` that the scan found in no process and in no process's root.
 
         The files that a process in `scanned.left_out` maps are unknown. These files lose their probes if no other
-        process maps them, and a process in `scanned.left_out` then gets no answer to its hello.
+        process maps the files, and a process in `scanned.left_out` then gets no answer to its hello.
         """
         left = (left & self._libraries.unmapped()) - scanned.used if scanned.is_whole else set()
         kept = self._roots.processes_inside(left, scanned.pids)

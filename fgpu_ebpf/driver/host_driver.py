@@ -1,8 +1,8 @@
 """The driver of this host, with probes on each of its files that is in use.
 
-This module runs in the agent's main thread, at its start. The start has two steps. prepare() needs no BPF programs, so
-it runs while the programs are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose
-text has the reason and the fix.
+This module runs in the agent's main thread, at its start. The start has two steps. prepare() needs no BPF programs, and
+runs while the programs are compiled. Prepared.attach() needs the programs. Errors are AgentError and ERRORS, whose text
+has the reason and the fix.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
     def attach(self, digest: str, ledger: Ledger, run_dir: Path, trusted: Iterable[str], most_files: int) -> HostDriver:
         """Enter the devices in the ledger, probe every file in use, publish the shim, and take over other layouts.
 
-        Raises ERRORS and OSError.
+        Raise ERRORS or OSError on failure.
 
         Args:
             digest: the digest of the loaded BPF programs.
@@ -86,7 +86,7 @@ class Prepared(NamedTuple):
         )  # fmt: skip
 
     def _publish(self, discovery: Discovery) -> Path:
-        """Probe the shim, and then publish it. Programs that start before the publication get the previous version."""
+        """Probe and then publish the shim. Programs that start before the publication get the previous version."""
         used = discovery.start()
         shim = self.release.publish()
         if self.store and used is not None:
@@ -96,7 +96,7 @@ class Prepared(NamedTuple):
 
 
 def libcuda(root: Path) -> list[Path]:
-    """Return the files of libcuda under a driver root. Raises AgentError, DriverError: the root has no such file."""
+    """Return the files of libcuda under a driver root. Raise AgentError or DriverError if the root has no such file."""
     libraries = driver_libraries(root, "libcuda.so.1")
     if not libraries:
         Nvml(root)  # if there is no driver at all, this raises a more precise error
@@ -108,7 +108,7 @@ def prepare(
     root: Path, libraries: list[Path], shim: Path, store: Path | None, pins: Path, loading: Loading,
     mark: Callable[[str], None],
 ) -> Prepared:  # fmt: skip
-    """Do all steps of the start that need no BPF programs. Raises ERRORS and AgentError.
+    """Do all steps of the start that need no BPF programs. Raise ERRORS or AgentError on failure.
 
     Args:
         root: the driver root.

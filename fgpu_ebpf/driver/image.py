@@ -43,7 +43,7 @@ class Image(NamedTuple):
 
 
 def parsed(text: str) -> Image:
-    """Parse the compiler's output. Raises ValueError: the output is not an image."""
+    """Parse the compiler's output. Raise ValueError if the output is not an image."""
     try:
         found = json.loads(text)
         maps = {name: bpf.Form(*map(int, form)) for name, form in found["maps"].items()}
@@ -54,7 +54,7 @@ def parsed(text: str) -> Image:
 
 
 def load(image: Image, pins: Path) -> None:
-    """Load all programs. Pin them under PINS/programs and their maps under PINS/maps. Raises ProgramError."""
+    """Load all programs, and pin programs and maps under PINS/programs and PINS/maps. Raise ProgramError on failure."""
     for folder in ("maps", "programs"):
         (pins / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
@@ -74,9 +74,9 @@ def load(image: Image, pins: Path) -> None:
 
 
 def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:
-    """Open the pinned maps, create all others, and return the descriptors in the order of the image.
+    """Open the pinned maps, create all other maps, and return the descriptors in the order of the image.
 
-    New maps are pinned, except those in UNPINNED.
+    New maps are pinned, except the maps in UNPINNED.
     """
     found: dict[str, int] = {}
     for name in sorted(image.maps, key=lambda name: name != INNER):
@@ -102,8 +102,8 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
     known = wanted._replace(max_entries=SHORTER.get(path.name, wanted.max_entries))
     if found not in (wanted, known):
         raise ProgramError(
-            f"{path} is of another version of fgpu (type, sizes and flags {tuple(found)}, not {tuple(wanted)}): its "
-            "limits stay in force; start that version again, or remove them with `fgpu detach`"
+            f"{path} is of another version of fgpu (type, sizes and flags {tuple(found)}, not {tuple(wanted)}): the "
+            "limits stay in force; start that version again, or remove the limits with `fgpu detach`"
         )
 
 
@@ -115,7 +115,7 @@ def _write_sizes(maps: Mapping[str, int]) -> None:
 
 
 def _program(name: str, code: bytes, maps: list[int]) -> int | None:
-    """Load a program and return its descriptor; None: the program is optional, and this kernel refuses it."""
+    """Load a program and return its descriptor; None: the program is optional, and this kernel refuses the program."""
     whole = bytearray(code)
     for at in range(0, len(code), _INSTRUCTION.size):
         operation, _, number = _INSTRUCTION.unpack_from(code, at)
@@ -144,7 +144,10 @@ def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> No
 
 
 def _pin(fd: int, path: Path) -> None:
-    """Pin a program under another name and rename the pin, so that the path always exists. Raises ProgramError."""
+    """Pin a program under another name and rename the pin, so that the path always exists.
+
+    Raise ProgramError on failure.
+    """
     beside = path.with_name(path.name + "-new")  # a name in a bpffs may not contain a dot
     try:
         beside.unlink(missing_ok=True)

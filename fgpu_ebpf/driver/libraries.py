@@ -81,7 +81,7 @@ class Libraries:
     # -- the host's own files
 
     def attach_own(self) -> None:
-        """Probe the host's own files. Raises ProbeError: one of these files cannot be probed."""
+        """Probe the host's own files. Raise ProbeError if one of these files cannot be probed."""
         for target, role in self._own:
             self._probes.attach(target, role)
 
@@ -109,7 +109,7 @@ class Libraries:
     def work(self, cgroup: str, job: Job) -> bool:
         """Queue a job for a cgroup, or for the host if `cgroup` is empty.
 
-        Returns False if the cgroup's queue is full or its processor time is used up.
+        Return False if the cgroup's queue is full or the cgroup's processor time is used up.
         """
         if cgroup and not self._budget.has_time(cgroup):
             return False
@@ -139,7 +139,7 @@ class Libraries:
             self.take()
 
     def keep(self) -> None:
-        """Check that files trusted by their contents are unchanged. To be called in every round of the main loop."""
+        """Check that files trusted by their contents are unchanged. The main loop calls this method in every round."""
         self._budget.refill()
         for file in self.tenant_files():
             now = self._probes.of(file)
@@ -157,7 +157,7 @@ class Libraries:
         return self._probes.known - self.own_files
 
     def knows(self, pid: int, one: MappedFile) -> bool:
-        """Record that a process maps a file. Returns whether the file is already probed and needs no further work."""
+        """Record that a process maps a file. Return whether the file is already probed and needs no further work."""
         file = one.dev, one.ino
         now = self._probes.of(file)
         if not now or file in self.own_files:
@@ -186,7 +186,7 @@ class Libraries:
             self._examining[key] = {}
             self._coming[cgroup] += 1
         elif not self._probes.of(key[0]):
-            self._note_unprobed(pid, key[0], "too many files of its cgroup wait to be examined")
+            self._note_unprobed(pid, key[0], "too many files of the cgroup wait to be examined")
 
     def _examined(self, pid: int, cgroup: str, one: MappedFile) -> Taken:
         return partial(self._take, pid, cgroup, one, self.examiner.mapped(pid, one))
@@ -204,7 +204,7 @@ class Libraries:
             self.want(other, cgroup, its)
 
     def enter(self, cgroup: str, examined: Examined) -> str:
-        """Take over the probes that a worker has attached. Returns why that fails, or an empty text."""
+        """Take over the probes that a worker has attached. Return the reason for a failure, or an empty text."""
         file = examined.file
         if self._probes.of(file) is not examined.before:  # the result of another worker came first
             attach.drop(examined.links)
@@ -301,7 +301,7 @@ class Libraries:
     # -- removal of files, and refusals
 
     def look_around(self) -> None:
-        """Discard refusals, so that these files are tried again, and let workers check all tenants' files."""
+        """Discard refusals, so that the refused files are tried again, and let workers check all tenants' files."""
         for file in self._refused:
             self._budget.forget(file)
         self._refused.clear()

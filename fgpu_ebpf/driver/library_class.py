@@ -62,7 +62,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, fd: int) -> Stamp:
-        """Return the stamp of an open file. Raises OSError."""
+        """Return the stamp of an open file. Raise OSError on failure."""
         at = os.fstat(fd)
         return cls(at.st_size, at.st_mtime_ns, at.st_ctime_ns)
 
@@ -70,8 +70,8 @@ class Stamp(NamedTuple):
 def digest(fd: int, stamp: Stamp) -> str:
     """Return the SHA-256 of an open file with this stamp, as `sha256:…`; empty: the file is too large or has changed.
 
-    The function waits for TICK_SECONDS before it reads, so that a change during the reading gets another time. Raises
-    OSError.
+    The function waits for TICK_SECONDS before the reading, so that a change during the reading gets another time. Raise
+    OSError on failure.
     """
     if stamp.size > MOST_BYTES:
         return ""
@@ -104,7 +104,7 @@ class Trust:
         self._files[file] = role
 
     def trust_contents(self, digest: str) -> None:
-        """Trust all files whose contents have this digest. The digest is that of a host driver's file."""
+        """Trust all files whose contents have this digest. The digest belongs to a host driver's file."""
         self._drivers.add(digest)
 
     @property
@@ -127,7 +127,7 @@ class Trust:
         self._known.pop(file, None)
 
     def digest(self, file: File, stamp: Stamp | None) -> str | None:
-        """Return the stored digest of a file with this stamp; None: unread file; empty: too large or changed file."""
+        """Return the stored digest of a file with this stamp; None: unread; empty: the file is too large or changed."""
         found = self._known.get(file)
         return found[1] if found and found[0] == stamp else None
 

@@ -41,12 +41,12 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> Target:
-        """Return the target for one of the host's own files. Raises OSError."""
+        """Return the target for one of the host's own files. Raise OSError on failure."""
         place = os.path.realpath(path)
         return cls(place, *mapped_files.as_mapped(place), True, place)
 
     def open(self) -> int:
-        """Open exactly this file, and return the descriptor. Raises OSError; ESTALE: another file has replaced it."""
+        """Open exactly this file, and return the descriptor. Raise OSError, with ESTALE if the file was replaced."""
         fd = self._open()
         try:
             if mapped_files.mapped_as(fd) != (self.dev, self.ino):
@@ -93,7 +93,7 @@ def driver_files(root: Path) -> dict[Path, tuple[int, int] | None]:
 
 
 def file_at(path: Path) -> tuple[int, int] | None:
-    """Return (dev, ino) of the file at a path, by os.stat(); None: no file, or a mount shows a removed file."""
+    """Return (dev, ino) of the file at a path, by os.stat(); None: no file exists, or a mount shows a removed file."""
     try:
         at = path.stat()
     except OSError:
@@ -116,7 +116,7 @@ def _loader_cache() -> list[str]:
 
 
 def target_of(pid: int, mapped: mapped_files.MappedFile) -> Target:
-    """Return the target for a file that a process maps. Raises OSError: the file cannot be opened.
+    """Return the target for a file that a process maps. Raise OSError if the file cannot be opened.
 
     The process determines its paths, so each path is tried, and the opened file is compared with the mapping. The path
     in map_files is a link of the kernel to the mapped file.

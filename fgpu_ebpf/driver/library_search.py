@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 class Search:
-    """Finds the files of libcuda and the shim. `known` returns whether a file is already probed."""
+    """The search for the files of libcuda and the shim. `known` returns whether a file is already probed."""
 
     def __init__(self, known: Callable[[File], bool]) -> None:
         self._known = known
@@ -89,7 +89,10 @@ class Search:
 
 
 def is_libcuda(fd: int) -> bool:
-    """Return whether an open file has libcuda's soname, or all required functions of a driver. Raises OSError."""
+    """Return whether an open file has libcuda's soname, or all required functions of a driver.
+
+    Raise OSError on failure.
+    """
     try:
         library = elf.Library(fd)
         return library.name in _NAMES or all(library.offset(name) is not None for name in REQUIRED)

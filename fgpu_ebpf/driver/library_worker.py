@@ -51,7 +51,7 @@ class Examined:
 
 
 class Examiner:
-    """Examines files and attaches missing probes. The result for each file is an Examined."""
+    """The examiner of files, which attaches missing probes. The result for each file is an Examined."""
 
     def __init__(self, probes: Probes, trust: Trust) -> None:
         self._probes, self._trust = probes, trust
@@ -135,7 +135,8 @@ class Examiner:
     def _role(self, file: File, fd: int, stamp: Stamp, before: Attachment | None) -> Role:
         """Return the role of a file.
 
-        A file is read at once if its size is that of a shim, which is short, or if an earlier agent trusted the file.
+        A file is read at once if the file has the size of a shim, which is short, or if an earlier agent trusted the
+        file.
         """
         was_trusted = before is not None and before.stamp is None and before.role is Role.LISTED
         if self._trust.digest(file, stamp) is None and (was_trusted or self._trust.may_be_a_shim(stamp)):

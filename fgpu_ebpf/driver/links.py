@@ -21,7 +21,10 @@ _FEW = 2  # number of links of a file if each program has one
 
 
 def pin(links: Iterable[int], path: Path) -> set[str]:
-    """Pin links at `path` and beside `path`, and return their names. Raises OSError. Always closes all descriptors."""
+    """Pin links at `path` and beside `path`, and return their names. Always close all descriptors.
+
+    Raise OSError on failure.
+    """
     rest = list(links)
     places = [path, *(path.with_name(f"{path.name}{_NTH}{n}") for n in range(1, len(rest)))]
     try:

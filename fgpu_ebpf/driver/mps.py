@@ -39,7 +39,7 @@ def check(run_dir: Path) -> Check:
 
 
 def serve(run_dir: Path) -> int:
-    """Run the daemon until SIGTERM or SIGINT, or until it exits. Return the exit status of the command.
+    """Run the daemon until SIGTERM or SIGINT, or until the daemon exits. Return the exit status of the command.
 
     Programs that run at the end of the daemon lose their contexts.
     """

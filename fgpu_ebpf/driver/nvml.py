@@ -1,8 +1,8 @@
-"""NVIDIA's management library: the devices, and the memory of each process on them.
+"""NVIDIA's management library: the devices, and the memory of each process on a device.
 
 This module runs in the agent's reconcile thread, in its main thread at its start and for arrived(), and in `fgpu
-doctor`. Only this module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError:
-no driver responds, or the driver lists no device.
+doctor`. Only this module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError is
+raised if no driver responds or the driver lists no device.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ class Nvml:
             raise OSError(f"no {_NVML} under {root}")
 
     def _find(self) -> tuple[list[Device], dict[str, str]]:
-        """Get handles of more devices. Returns these devices, and why other devices lack a handle. Raises NVMLError."""
+        """Get handles of more devices. Return these devices, and why other devices lack a handle.
+
+        Raise NVMLError on failure.
+        """
         found, missing = [], {}
         for number in range(pynvml.nvmlDeviceGetCount()):
             try:
@@ -110,7 +113,10 @@ class Nvml:
         return sorted(found, key=lambda device: device.index), missing
 
     def _device(self, number: int) -> Device | None:
-        """Return a new device, or None if the device has a handle or no ledger index is free. Raises NVMLError."""
+        """Return a new device, or None if the device has a handle or no ledger index is free.
+
+        Raise NVMLError on failure.
+        """
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         uuid = uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
         index = device_indexes.index_of(uuid, number, self._known, self._handles)
@@ -134,7 +140,7 @@ class Nvml:
         self._restart()
 
     def _handle(self, index: int) -> Any:
-        """Return the handle of a device. Raises NVMLError: the devices are released."""
+        """Return the handle of a device. Raise NVMLError if the devices are released."""
         if self.released:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
         return self._handles[index]
@@ -159,7 +165,7 @@ class Nvml:
         return found
 
     def used_bytes(self, index: int) -> int | None:
-        """Return the bytes in use on a device, including those of the driver; None: NVML does not report them."""
+        """Return the bytes in use on a device, with the driver's bytes; None: NVML does not report the bytes."""
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).used)
         except pynvml.NVMLError as error:
@@ -167,9 +173,9 @@ class Nvml:
             return None
 
     def free_bytes(self, index: int) -> int | None:
-        """Return the bytes of a device that no process holds; None: NVML does not report them. Safe in any thread.
+        """Return the bytes of a device that no process holds, or None if NVML does not report the bytes.
 
-        Unlike used_bytes(), this method never restarts NVML.
+        Any thread may call this method. Unlike used_bytes(), this method never restarts NVML.
         """
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).free)
@@ -184,14 +190,14 @@ class Nvml:
             return False
 
     def taken_bytes(self, index: int) -> int | None:
-        """Return the bytes in use on a device without the driver's reserve; None: NVML does not report them."""
+        """Return the bytes in use on a device without the driver's reserve; None: NVML does not report the bytes."""
         used, device = self.used_bytes(index), next((d for d in self.devices if d.index == index), None)
         return None if used is None or device is None else used - (device.capacity_bytes - device.usable_bytes)
 
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Return bytes by host pid on a device.
 
-        The bytes of a process, or the whole result, are None if NVML does not report them ("N/A").
+        The bytes of a process, or the whole result, are None if NVML reports "N/A".
         """
         try:
             return self._rows.ask(self._handle(index))
@@ -258,7 +264,7 @@ class Nvml:
         self._events = None
 
     def process_percent(self, index: int, since: float) -> dict[int, int] | None:
-        """Return the percentage of a device's time by host pid, from the last sample after a time; None: not reported.
+        """Return the percentage of a device's time by host pid, from the last sample after a time, or None.
 
         Processes that ran no kernels are left out.
 
@@ -277,7 +283,7 @@ class Nvml:
 
 
 class Events:
-    """The XID events of NVML for registered handles. Raises NVMLError.
+    """The XID events of NVML for registered handles. The constructor raises NVMLError on failure.
 
     Each event is reported once. Events from before the registration are not reported.
     """
@@ -295,7 +301,7 @@ class Events:
         return True
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """Yield device and XID of all events that are available. Raises NVMLError."""
+        """Yield device and XID of all events that are available. Raise NVMLError on failure."""
         for _ in range(_MOST_EVENTS):
             try:
                 event = pynvml.nvmlEventSetWait_v2(self._set, 0)
@@ -365,7 +371,7 @@ def _mig(nvml: Nvml) -> list[Check]:
 
 
 def uuid_bytes(text: str) -> bytes:
-    """Return the 16 bytes of a device's UUID from the form `GPU-…` that NVML prints. Raises ValueError."""
+    """Return the 16 bytes of a device's UUID from the form `GPU-…` that NVML prints. Raise ValueError on failure."""
     raw = bytes.fromhex(text.removeprefix("GPU-").replace("-", ""))
     if len(raw) != 16:
         raise ValueError(f"not the UUID of a device: {text!r}")
@@ -373,7 +379,7 @@ def uuid_bytes(text: str) -> bytes:
 
 
 def uuid_text(raw: bytes) -> str:
-    """Return a device's UUID in the form `GPU-…` that NVML prints. Raises ValueError unless `raw` has 16 bytes."""
+    """Return a device's UUID in the form `GPU-…` that NVML prints. Raise ValueError unless `raw` has 16 bytes."""
     if len(raw) != 16:
         raise ValueError(f"a UUID has 16 bytes, not {len(raw)}")
     text = raw.hex()

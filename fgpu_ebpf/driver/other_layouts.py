@@ -69,9 +69,9 @@ def devices(pins: Path) -> dict[bytes, int]:
 
 
 def take_over(pins: Path, ledger: Ledger) -> bool:
-    """Enter the levels of other layouts in this ledger, and unpin their maps. Returns False without other layouts.
+    """Enter the levels of other layouts in this ledger, and unpin their maps. Return False if none exist.
 
-    Raises ProgramError and OSError (see the module).
+    Raise ProgramError and OSError (see the module).
     """
     found = folders(pins)
     for folder in found:
@@ -81,9 +81,9 @@ def take_over(pins: Path, ledger: Ledger) -> bool:
 
 
 def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
-    """Enter the levels of one folder in this ledger, except those that the ledger already has.
+    """Enter the levels of one folder in this ledger, except the levels that the ledger already has.
 
-    `layout`: the number with which the pages of the folder begin. Raises ProgramError and OSError (see the module).
+    `layout`: the number with which the pages of the folder begin. Raise ProgramError and OSError (see the module).
     """
     if not (folder / "maps" / "pages").exists():
         return
@@ -94,7 +94,7 @@ def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
         except (OSError, ValueError) as error:
             raise ProgramError(
                 f"limits of another version of fgpu in {folder} cannot be read ({error}): they stay in force; start "
-                "that version again, or remove them with `fgpu detach`"
+                "that version again, or remove these limits with `fgpu detach`"
             ) from error
         _close(maps["shelf"], list(levels.values()))
         new = {cgroup: level for cgroup, level in levels.items() if ledger.page_missing(cgroup)}
@@ -147,7 +147,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
-    """Return the levels by cgroup. `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
+    """Return the levels by cgroup. `opened` closes their pages. Raise ValueError if the maps have an unknown form."""
     if [bpf.form(maps[name]).key_size for name in ("pages", "shelf")] != [_U64.size, _U32.size]:
         raise ValueError("the keys of the maps have an unexpected size")
     levels: dict[int, _Level] = {}
@@ -181,7 +181,7 @@ def _read(fd: int) -> bytes:
 
 
 def _carried(cgroup: int, level: _Level) -> LevelLimits:
-    """Return the limits of a level, without FGPU_KILL: shims of the other layout cannot request admission here."""
+    """Return the limits of a level, without FGPU_KILL: shims of the other layout cannot request admission."""
     raw, flags = _read(level.page), 0
     used = [_USAGE.unpack_from(raw, _HEAD.size + device * _USAGE.size)[0] for device in range(abi.DEVICES)]
     for _, its in level.limits.values():

@@ -1,4 +1,4 @@
-"""The functions of libcuda and the shim that are probed, and the offsets in a file at which they are probed.
+"""The functions of libcuda and the shim that are probed, and the offsets of the probes in a file.
 
 This module runs in the agent's main thread and library workers, and in `fgpu doctor`. The file may belong to a tenant,
 so reads of the file are bounded. The text of a ProbeError names the fix.
@@ -68,7 +68,7 @@ class ProbeError(Exception):
 
 
 def symbol_offsets(path: str, names: Iterable[str]) -> dict[str, int]:
-    """Return the file offsets of the named functions that a library exports. Raises ProbeError: not a library."""
+    """Return the file offsets of the named functions that a library exports. Raise ProbeError for any other file."""
     try:
         fd = mapped_files.open_regular(os.path.realpath(path))
         try:
@@ -80,7 +80,7 @@ def symbol_offsets(path: str, names: Iterable[str]) -> dict[str, int]:
 
 
 def _offsets(fd: int, names: Collection[str]) -> dict[str, int]:
-    """Return the file offsets at which the functions are probed. Raises OSError."""
+    """Return the file offsets at which the functions are probed. Raise OSError on failure."""
     found = elf.function_offsets(fd, names)
     return {name: at + shift(os.pread(fd, _CODE_BYTES, at)) for name, at in found.items()}
 
@@ -103,19 +103,22 @@ _looked_up: dict[File, dict[str, int]] = {}  # offsets in the host's own files, 
 
 
 def look_up(paths: Iterable[Path]) -> None:
-    """Find the functions of these files in advance, so that attaching takes milliseconds. Raises ProbeError."""
+    """Find the functions of these files in advance, so that attaching takes milliseconds.
+
+    Raise ProbeError on failure.
+    """
     for path in paths:
         target = Target.of(str(path))
         _looked_up[target.dev, target.ino] = symbol_offsets(target.path, _ALL)
 
 
 def looked_up(file: File) -> dict[str, int] | None:
-    """Return the offsets that look_up() has found in a file, and remove them from the cache; None: no offsets."""
+    """Remove the offsets that look_up() has found in a file from the cache. Return these offsets, or None."""
     return _looked_up.pop(file, None)
 
 
 def missing_functions(path: str) -> list[str]:
-    """Return the required functions that a driver library lacks, or one text: why the library is unreadable."""
+    """Return the required functions that a driver library lacks, or the reason why the library is unreadable."""
     try:
         return sorted(set(REQUIRED) - set(symbol_offsets(path, REQUIRED)))
     except ProbeError as error:
@@ -126,8 +129,8 @@ def missing_functions(path: str) -> list[str]:
 class Plan:
     """The probes of a file.
 
-    `programs`: for each BPF program its name, pairs of file offset and cookie, and whether it runs at the return.
-    `check`: the offset at which a breakpoint proves that the file is probed.
+    `programs`: for each BPF program its name, pairs of file offset and cookie, and whether the program runs at the
+    return. `check`: the offset at which a breakpoint proves that the file is probed.
     """
 
     role: Role
@@ -142,9 +145,9 @@ def plan(fd: int, path: str, role: Role, offsets: Mapping[str, int] | None = Non
 
     Args:
         fd: the file.
-        path: its path, for messages.
-        role: its role.
-        offsets: the file offsets of its functions, if they are known.
+        path: the file's path, for messages.
+        role: the file's role.
+        offsets: the offsets of the functions in the file, if known.
 
     Raises:
         ProbeError: the file lacks a required function, or none of its functions has a probe that can be checked.

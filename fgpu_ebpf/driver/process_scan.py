@@ -2,7 +2,8 @@
 
 A process can have any number of mappings, and a user any number of processes. Therefore each cgroup has its own jobs. A
 job ends after SLICE_SECONDS and is charged to the cgroup's budget of processor time (`file_budget`). Processes that are
-left out because the budget is used up are examined when they register, or when NVML shows that they use a device.
+left out because the budget is used up are examined when the processes register, or when NVML shows that the processes
+use a device.
 
 This module runs in the agent's main thread, which does not wait for a process. `_group` and `_slice` run in a worker
 thread.
@@ -43,7 +44,7 @@ class Scanned:
 
 @dataclass(eq=False)
 class _Look:
-    """A running scan. `then`: called at its end. `open`: by cgroup, the processes that must still be read."""
+    """A running scan. `then`: called at the end of the scan. `open`: by cgroup, the processes still to be read."""
 
     then: Callable[[Scanned], None]
     began: float
@@ -58,7 +59,7 @@ class HostScan:
         work: queues a job for a cgroup; returns False if the cgroup's budget is used up or its queue is full.
         cgroup_of: returns the cgroup to which work for a process is charged; called in a worker thread.
         read: reads the mappings of a process; called in a worker thread.
-        see: called in the main thread with a process, its cgroup and the files that it maps.
+        see: called in the main thread with a process, the process's cgroup and the mapped files.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class HostScan:
     def begin(self, then: Callable[[Scanned], None]) -> None:
         """Start a scan, and call `then` with its result in the main thread.
 
-        Does nothing if a scan is running that began less than MOST_SECONDS ago. Ends an older scan first; processes
-        that the older scan has not read are in `left_out` of its result.
+        Do nothing if a scan is running that began less than MOST_SECONDS ago. End an older scan first. Processes that
+        the older scan has not read are in `left_out` of the result of the older scan.
         """
         if self._look and monotonic() - self._look.began < MOST_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""The BPF programs in the kernel: compiling, loading and pinning them, unless exactly these programs are pinned.
+"""The BPF programs in the kernel: compiled, loaded and pinned, unless exactly these programs are pinned.
 
 Compiling needs BCC and takes seconds. The output is kept in CACHE for the next start on this kernel, for example after
 a boot. This module runs in the agent's main thread at its start, in `fgpu load` and in `fgpu doctor`. The text of a
@@ -98,7 +98,7 @@ class Loading:
             return child.communicate(timeout=COMPILER_SECONDS)
 
     def end(self) -> None:
-        """Kill the compiler if it is still running."""
+        """Kill the compiler if the compiler is still running."""
         if self._child and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
@@ -142,7 +142,10 @@ def _start_compiler(command: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> str:
-    """Pin the programs unless exactly these programs are pinned, and return their digest. Raises ProgramError."""
+    """Pin the programs unless exactly these programs are pinned, and return their digest.
+
+    Raise ProgramError on failure.
+    """
     loading = Loading(sources, pins, loader, cache)
     try:
         return loading.wait()
@@ -151,7 +154,7 @@ def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path 
 
 
 def mount_bpffs(pins: Path) -> None:
-    """Mount a bpffs at /sys/fs/bpf if none is mounted, and create the folder `pins`. Raises ProgramError."""
+    """Mount a bpffs at /sys/fs/bpf if none is mounted, and create the folder `pins`. Raise ProgramError on failure."""
     root = Path("/sys/fs/bpf")
     if not os.path.ismount(root):
         done = subprocess.run(["mount", "-t", "bpf", "bpf", str(root)], capture_output=True, text=True, check=False)
@@ -164,7 +167,7 @@ def mount_bpffs(pins: Path) -> None:
 
 
 def unmount_made() -> None:
-    """Unmount the bpffs that an agent has mounted, unless another program has pinned an object there."""
+    """Unmount the bpffs that an agent has mounted, unless another program has pinned an object in this bpffs."""
     root = Path("/sys/fs/bpf")
     if not (root / MADE).is_dir():
         return

@@ -1,9 +1,9 @@
-"""Search for the libcuda that a program would find in its own root, before the program maps it.
+"""Search for the libcuda that a program would find in its own root, before the program maps the file.
 
 This module runs in the agent: libraries() in worker threads, root_of() in worker threads and the main thread, and Roots
 in the main thread. No link is followed out of a root. File systems that are mounted into a root are not opened, because
-they may never respond, and because drivers that an engine mounts into a container are the host's own files. After a
-failed search, a process that maps a libcuda is found by its hello or by NVML.
+these file systems may never respond, and because drivers that an engine mounts into a container are the host's own
+files. After a failed search, a process that maps a libcuda is found by its hello or by NVML.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # since Linux 6.11
 
 
 class Roots:
-    """The roots that were searched. A root is searched once, as long as the files found in it are probed."""
+    """The roots that were searched. A root is searched once, as long as the files found in this root are probed."""
 
     def __init__(self, own: str = "/") -> None:
         """Create an empty set. `own`: the host's root, which is never searched."""
@@ -39,7 +39,7 @@ class Roots:
         self._found: dict[File, set[Root]] = {}
 
     def __contains__(self, root: Root) -> bool:
-        """Return whether a root has been searched, or is the host's. Safe in any thread."""
+        """Return whether a root has been searched, or is the host's root. Any thread may call this method."""
         return root in self._seen or root[1:] == self._own
 
     def enter(self, root: Root) -> None:

@@ -34,7 +34,7 @@ def stable_path(store: Path = STORE) -> Path:
 
 
 def stage(shim: Path, store: Path = STORE) -> Path:
-    """Copy this shim into the store without publishing it, and return its path. Raises OSError.
+    """Copy this shim into the store without a publication, and return its path. Raise OSError on failure.
 
     Shims with equal contents are one file.
     """
@@ -87,7 +87,10 @@ def _record(store: Path, content: bytes) -> None:
 
 
 def publish(staged: Path) -> Path:
-    """Make this version `current`, for programs that start later, and return stable_path(). Raises OSError."""
+    """Make this version `current`, for programs that start later, and return stable_path().
+
+    Raise OSError on failure.
+    """
     store, version = staged.parent.parent, staged.parent.name
     if not staged.is_file():
         raise FileNotFoundError(f"{staged} does not exist")
@@ -118,7 +121,7 @@ class Release:
                 self.file = self._stable() or shim
 
     def files(self) -> list[Path]:
-        """Return the files that programs may get and that must be probed: this and the published version's."""
+        """Return the files that must be probed: the files of this version and of the published version."""
         stable = self._stable()
         return [self.file, stable] if stable else [self.file]
 
@@ -133,7 +136,10 @@ class Release:
 
     def failed_checks(self) -> dict[str, Check]:
         """Return the finding for `fgpu doctor` by name; empty if there was no error."""
-        fix = "free space on this file system, or make it writable, and restart the agent: limits stay enforced"
+        fix = (
+            "free space on this file system, or make the file system writable, and restart the agent: "
+            "limits stay enforced"
+        )
         return {"store": Check("store", False, self.error, fix)} if self.error else {}
 
     def _stable(self) -> Path | None:
@@ -167,7 +173,7 @@ def retire(store: Path, used: Set[tuple[int, int]]) -> list[str]:
 
 
 def remove(store: Path, used: Set[tuple[int, int]]) -> bool:
-    """Remove every version that no process has mapped, and dangling links. Returns False if a version is left."""
+    """Remove every version that no process has mapped, and dangling links. Return False if a version is left."""
     for folder in _versions(store):
         if _identity(folder / FILE) not in used:
             shutil.rmtree(folder)

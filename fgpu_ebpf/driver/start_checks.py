@@ -42,7 +42,7 @@ class AgentError(Exception):
 
 
 def package_file(*names: str) -> Path:
-    """Return the path of a file of the package, or of a build in a checkout. Raises AgentError: not installed."""
+    """Return the path of a file of the package, or of a build in a checkout. Raise AgentError for a missing file."""
     package = Path(__file__).parents[1]
     for base in (package, package.parent, package.parent / "build"):
         path = base.joinpath(*names)
@@ -52,13 +52,13 @@ def package_file(*names: str) -> Path:
 
 
 def check_kernel(loading: programs.Loading, shim: Path) -> None:
-    """Check the kernel before the first use of the BPF programs. Raises AgentError: probes would kill processes."""
+    """Check the kernel before the first use of the BPF programs. Raise AgentError if probes would kill processes."""
     if loading.begun and (why := unfit(str(shim))):
         raise AgentError(why)
 
 
 def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:
-    """Return whether a process under Docker's seccomp profile survives a return probe. Raises OSError.
+    """Return whether a process under Docker's seccomp profile survives a return probe. Raise OSError on failure.
 
     From Linux 6.11 to early 6.13, the trampoline of return probes is a system call. The profile refuses this call
     (number `denied`), and the kernel kills the process.

@@ -17,7 +17,7 @@ _FIX = "see dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; reset th
 
 
 class Reported(NamedTuple):
-    """The XIDs of one device since it was first watched: `counts` by XID, and the number of `ignored` ones.
+    """The XIDs of one device since the device was first watched: `counts` by XID, and the number of ignored XIDs.
 
     `fatal`: the first XID that was not ignored since the device was last found again or cleared; None: there was no
     such XID.
@@ -45,8 +45,8 @@ class Tally:
 
         Args:
             watched: the devices that NVML watches now.
-            came: pairs of device and XID in order; XID None: the device has been found again after a
-                loss or a reset, or `fgpu device clear` has cleared it.
+            came: pairs of device and XID in order; XID None: the device has been found again after a loss or a reset,
+                or `fgpu device clear` has cleared the device.
         """
         for device in watched:
             self._reported.setdefault(device, Reported({}))
@@ -76,7 +76,7 @@ def check(devices: Iterable[Mapping[str, Any]]) -> Check:
     return Check(
         "xids",
         True,
-        "no device has reported a fatal XID since it was last reset or cleared"
+        "no device has reported a fatal XID since its last reset or clearing"
         if seen
         else "not checked: NVML reports no XIDs",
     )

@@ -3,10 +3,10 @@
 This module runs in the gatekeeper's main thread. The kernel identifies the peer by a pidfd. The data that the peer
 sends is not used to identify the peer.
 
-A workload (a bound owner with all cgroups inside it) may have MOST_PER_TENANT connections. At most MOST_SILENT of these
-connections may be without a hello for longer than SILENCE_NS. Workloads are served in turn, one hello each. Processor
-time that the gatekeeper uses for a workload is added up, and each heartbeat subtracts FORGIVE_NS. Hellos of the
-workload wait if the sum exceeds WAIT_NS; hellos of new processes wait only if the sum exceeds STORM_NS. If the sum
+A workload (a bound owner with all cgroups inside the owner) may have MOST_PER_TENANT connections. At most MOST_SILENT
+of these connections may be without a hello for longer than SILENCE_NS. Workloads are served in turn, one hello each.
+Processor time that the gatekeeper uses for a workload is added up, and each heartbeat subtracts FORGIVE_NS. Hellos of
+the workload wait if the sum exceeds WAIT_NS; hellos of new processes wait only if the sum exceeds STORM_NS. If the sum
 exceeds REFUSE_NS, further connections of known processes are closed at once. As a result, many processes that start at
 the same time are answered at once, and an endless series of connections is refused. No peer can cause an OSError. A
 connection that the peer closes is counted.
@@ -72,7 +72,7 @@ class Connections:
     """All connections, oldest first.
 
     Args:
-        counts: counters of `gatekeeper.json`, which are incremented here.
+        counts: counters of `gatekeeper.json`, which this object increments.
         managed_state_of: returns the epoch and the ledger's state of a process, given its pid and cgroup.
         look: called in turn for each connection that has sent its hello, and called again later if the connection was
             not dropped.
@@ -115,8 +115,8 @@ class Connections:
     def take(self, pid: int, descriptor: int) -> None:
         """Take a connection from a process that may not connect. The process has both ends; `descriptor` is one end.
 
-        The process may have closed the descriptor, and the number may be that of another file. Therefore nothing is
-        read unless the kernel has recorded this process as the peer, and the first message is a hello.
+        The process may have closed the descriptor, and the number may belong to another file. Therefore nothing is read
+        unless the kernel has recorded this process as the peer, and the first message is a hello.
         """
         began_ns = thread_time_ns()
         try:
@@ -253,7 +253,10 @@ class Connections:
         return bool(self._spent_ns or self._hints)
 
     def forgive(self) -> None:
-        """Subtract FORGIVE_NS from the processor time charged to each tenant. To be called at every heartbeat."""
+        """Subtract FORGIVE_NS from the processor time charged to each tenant.
+
+        The caller calls this method at every heartbeat.
+        """
         self._spent_ns = Counter({t: ns - FORGIVE_NS for t, ns in self._spent_ns.items() if ns > FORGIVE_NS})
         self._hints = {pid: tenant for pid, tenant in self._hints.items() if tenant in self._spent_ns}
         if len(self._hints) > MOST_HINTS:

@@ -39,8 +39,8 @@ class DiscoveryRequests:
     def add(self, connection: Connection) -> None:
         """Queue a request about this process.
 
-        Does nothing if the connection or its tenant had a request recently, if requests about MOST_TENANTS tenants of
-        the workload were made since the last heartbeat, or if the agent did not receive a message within DEAF_NS.
+        Do nothing if the connection or its tenant had a request recently, if requests about MOST_TENANTS tenants of the
+        workload were made since the last heartbeat, or if the agent did not receive a message within DEAF_NS.
         """
         tenant, owner = connection.managed_state.tenant, connection.tenant
         if connection.told or tenant in self._new or max(self._deaf_ns, self._told.get(tenant, 0)) > monotonic_ns():
@@ -71,6 +71,6 @@ class DiscoveryRequests:
         return True
 
     def forget(self) -> None:
-        """Allow requests about all tenants again. To be called at every heartbeat."""
+        """Allow requests about all tenants again. The caller calls this method at every heartbeat."""
         self._told.clear()
         self._tenants.clear()

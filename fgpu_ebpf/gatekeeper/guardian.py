@@ -2,8 +2,8 @@
 
 All clients of an MPS server share one context on the device. If a client is killed while its kernels run, the driver
 frees the client's memory, these kernels fault, and the fault terminates all other clients. The driver frees the memory
-when the last descriptor of its files is closed. The guardian holds copies of each client's descriptors and closes them
-only after the client's kernels should have ended.
+when the last descriptor of the driver's files is closed. The guardian holds copies of each client's descriptors and
+closes the copies only after the client's kernels should have ended.
 
 The gatekeeper's main thread calls the methods. A thread, which starts with the first client, searches for new
 descriptors, which a client opens when it creates a context. Errors of single clients are ignored, because a client can
@@ -58,8 +58,8 @@ class Guardian:
 
         Args:
             key: identifies the client.
-            pid: its pid.
-            client: its pidfd, which is duplicated.
+            pid: the client's pid.
+            client: the client's pidfd, which is duplicated.
             owner: the workload for which the copies count.
         """
         with self._lock:
@@ -72,7 +72,7 @@ class Guardian:
                 _thread.start_new_thread(self._serve, ())
 
     def end(self, key: int, busy_until_ns: int) -> None:
-        """Record that a client exits. Its copies are closed after `busy_until_ns`, when its kernels should be done."""
+        """Record that a client exits. The copies are closed after `busy_until_ns`, when the kernels should be done."""
         with self._lock:
             if client := self._clients.pop(key, None):
                 now_ns = monotonic_ns()
@@ -106,7 +106,7 @@ class Guardian:
 
 
 def _copy(client: _Client, most: int, now_ns: int) -> int:
-    """Copy a client's new descriptors, and close copies of descriptors that it has closed. Return the new copies.
+    """Copy a client's new descriptors, and close copies of closed descriptors. Return the new copies.
 
     At most `most` descriptors are copied, and the first MOST_SCANNED are examined.
     """

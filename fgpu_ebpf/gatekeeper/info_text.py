@@ -26,7 +26,7 @@ def text(ledger: Ledger, cgroups: Iterable[int], devices: Iterable[tuple[int, by
 
     Args:
         ledger: the ledger.
-        cgroups: the ids of the process's cgroup and of the cgroups around it, innermost first.
+        cgroups: the ids of the process's cgroup and of all enclosing cgroups, innermost first.
         devices: ledger index and UUID of the host's devices.
         now_ns: the current time of CLOCK_MONOTONIC.
     """
@@ -35,7 +35,7 @@ def text(ledger: Ledger, cgroups: Iterable[int], devices: Iterable[tuple[int, by
         return "no limit: no policy, share or command of fgpu applies to this container\n"
     found = [line for index, name in devices for line in _lines(ledger, pages, index, name, now_ns)]
     if any(page.flags & abi.LimitFlag.OBSERVE for page in pages):
-        found.append("limits are only observed here: nothing is refused")
+        found.append("limits of this container are only observed: nothing is refused")
     return "".join(f"{line}\n" for line in found)
 
 

@@ -1,8 +1,8 @@
 """A cache of ledger lookups for one iteration of the gatekeeper's loop, so that many hellos share each lookup.
 
 This module runs in the gatekeeper's main thread. The cache never outlives the iteration, because a decision that was
-made before a process connected must apply to its hello. The cache owns the descriptors of the usage pages that it
-opens. Errors are OSError of bpf(2) or of /proc.
+made before a process connected must apply to this process's hello. The cache owns the descriptors of the usage pages
+that the cache opens. Errors are OSError of bpf(2) or of /proc.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Decisions(Protocol):
 
 
 def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
-    """Combine the decisions about a cgroup and about the cgroups around it.
+    """Combine the decisions about a cgroup and about all enclosing cgroups.
 
     The first rule that applies determines the result:
 
         any of the cgroups is refused                             refused
-        a cgroup has a page, but no decision that it is managed   undecided
+        a cgroup has a page, but no decision "managed"            undecided
         any of the cgroups is managed                             managed, with all managed cgroups as levels
         the cgroup itself is unmanaged, by decision               unmanaged
         no rule above applies                                     undecided, even inside an unmanaged cgroup: a new
@@ -68,7 +68,7 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
 
     Args:
         ledger: the decisions; None: the ledger is not open yet.
-        ids: the ids of the cgroup and of the cgroups around it, innermost first.
+        ids: the ids of the cgroup and of all enclosing cgroups, innermost first.
 
     Raises:
         OSError: the kernel's maps cannot be read.
@@ -89,7 +89,8 @@ def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
 class Lineages:
     """A cache of the ancestors and the bound owner of each cgroup, until forget().
 
-    The ancestors of a cgroup and their ids never change. The owner may change when a cgroup around it gets a limit.
+    The ancestors of a cgroup and their ids never change. The owner may change when a cgroup around the cgroup gets a
+    limit.
     """
 
     def __init__(self, root: Path) -> None:
@@ -100,7 +101,7 @@ class Lineages:
     def of(self, pid: int, cgroup: int) -> tuple[int, ...]:
         """Return the ids of a process's cgroup and its ancestors, innermost first.
 
-        Raises OSError: the process has exited, or its cgroup was removed.
+        Raise OSError if the process has exited, or its cgroup was removed.
         """
         known = self._known.get(cgroup)
         if known is None:
@@ -110,14 +111,17 @@ class Lineages:
         return known
 
     def owner(self, pid: int, cgroup: int, levels: Collection[int]) -> int:
-        """Return the id of the process's bound owner. `levels`: the process's levels. Raises OSError."""
+        """Return the id of the process's bound owner. `levels`: the process's levels. Raise OSError on failure."""
         if cgroup not in self._owners:
             path = procfs.cgroup_path(pid)
             self._owners[cgroup] = owner_of(self._root, path, levels.__contains__).cgroup if path else cgroup
         return self._owners[cgroup]
 
     def forget(self) -> None:
-        """Clear the cache. To be called regularly: owners may change, and most cgroups are never looked up again."""
+        """Clear the cache.
+
+        The caller calls this method regularly, because owners change, and most entries are never used again.
+        """
         self._known.clear()
         self._owners.clear()
 

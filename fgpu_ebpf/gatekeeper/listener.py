@@ -30,7 +30,7 @@ class Listener:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def open(self) -> None:
-        """Create the folder and the socket, even if they exist already. Raises OSError."""
+        """Create the folder and the socket, even if both exist already. Raise OSError on failure."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._shim, 0o755)
         folder = os.open(self._shim, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -66,7 +66,7 @@ class Listener:
         return shim.st_dev, shim.st_ino, sock.st_dev, sock.st_ino
 
     def intact(self) -> bool:
-        """Return True if the folder and the socket file are still the ones that the last open() created."""
+        """Return True if the folder and the socket file that the last open() created still exist."""
         return bool(self._seen) and self._look() == self._seen
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
 """The gatekeeper's main loop, which answers the hello of each shim and updates the pages of registered processes.
 
-Run as `python -m fgpu_ebpf.gatekeeper`. The loop runs in the main thread. A file lock prevents a second gatekeeper.
+The command is `python -m fgpu_ebpf.gatekeeper`. The loop runs in the main thread. A file lock prevents a second
+gatekeeper.
 
 The kernel identifies a tenant's process by the pidfd of its connection. The data that the process sends is not used to
 identify the process. The loop never waits for a tenant. Only the agent writes limits.
 
 When the gatekeeper exits, the heartbeats on pages stop, and shims open their gates after the lease. Limits stay in
-force in the kernel. The gatekeeper exits if the path of its lock no longer leads to the file that it has locked,
-because shims would not find the gatekeeper's socket in the new run folder.
+force in the kernel. The gatekeeper exits if the path of its lock no longer leads to the locked file, because shims
+would not find the gatekeeper's socket in the new run folder.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Gatekeeper:
     def run(self) -> bool:
         """Serve until end() is called or the lock is lost. A stand-in exits if another gatekeeper waits for the lock.
 
-        The run folder and the socket file stay. Returns False if the lock was lost.
+        The run folder and the socket file stay. Return False if the lock was lost.
         """
         jobs = {
             self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS,
@@ -251,7 +252,7 @@ class Gatekeeper:
             self._answer(connection, Code.MANAGED, grant, descriptors)
 
     def _answer_info(self, connection: Connection, epoch: int) -> None:
-        """Answer a request of fgpu-info with a text about its cgroup. The process gets no pages and no session."""
+        """Answer a request of fgpu-info with a text about the peer's cgroup. The peer gets no pages and no session."""
         assert self._ledger
         levels = self._lineages.of(*procfs.identity(connection.pidfd))
         said = info_text.REFUSED
@@ -277,7 +278,7 @@ class Gatekeeper:
     def _session(self, connection: Connection, header: PageHeader) -> Session | None:
         """Create or update the session of a connection's process, and return the session.
 
-        Returns None after dropping the connection: the process has exited, or no place is free for the process.
+        Return None after dropping the connection: the process has exited, or no place is free for the process.
         """
         session = self._sessions.get(connection.pid)
         if not procfs.alive(connection.pidfd) or (session and session.has_ended):

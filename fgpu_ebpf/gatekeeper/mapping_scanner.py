@@ -1,8 +1,8 @@
-"""Worker threads that list the libcuda and shim files that a process maps, and check breakpoints in its memory.
+"""Worker threads that list the libcuda and shim files that a process maps, and check breakpoints in mapped memory.
 
-Reading /proc/PID/maps takes the process's mmap lock, and reading /proc/PID/mem loads its pages: both may block. A
-process that cannot be read blocks one worker thread and its tenant's queue (`linux.worker_threads`), but not the
-gatekeeper's main loop.
+Reading /proc/PID/maps takes the process's mmap lock, and reading /proc/PID/mem loads the process's pages. Both readings
+may block. A process that cannot be read blocks one worker thread and its tenant's queue (`linux.worker_threads`), but
+not the gatekeeper's main loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fgpu_ebpf.linux.worker_threads import Workers
 
 
 class MappingScanner:
-    """The worker threads. They call `wake` when take() has something to return. `check` is Ledger.file_check."""
+    """The worker threads. The threads call `wake` when take() has something to return. `check` is Ledger.file_check."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.check: Callable[[int, int], int | None] = lambda *_: None

@@ -25,7 +25,7 @@ _STATUS_HEAD = bytes(StatusPage(version=LAYOUT))[:8]
 
 
 def _fence() -> None:
-    """Order all earlier stores before all later ones: a ctypes call releases and takes the interpreter's lock."""
+    """Order all earlier stores before all later stores: a ctypes call releases and takes the interpreter's lock."""
     LIBC.getppid()
 
 
@@ -44,8 +44,8 @@ def _sealable(name: str) -> int:
 class ControlMemory:
     """A control page that only this process can write. Other processes get `descriptor`, which is read-only.
 
-    `page` is a view of the mapping and does not exist after close(). Descriptors that were sent stay readable. Raises
-    OSError.
+    `page` is a view of the mapping and does not exist after close(). Descriptors that were sent stay readable. The
+    constructor raises OSError on failure.
     """
 
     __slots__ = ("_map", "descriptor", "page")
@@ -76,7 +76,7 @@ class ControlMemory:
         page.sequence += 1
 
     def leave(self) -> None:
-        """Close the descriptor. The page is unmapped with its last reference: another thread may still use it."""
+        """Close the descriptor. The page is unmapped with its last reference: another thread may still use the page."""
         os.close(self.descriptor)
 
     def close(self) -> None:
@@ -88,7 +88,10 @@ class ControlMemory:
 
 
 class StatusMemory:
-    """A status page: the tenant writes through `descriptor`, this process reads `page`. Raises OSError."""
+    """A status page: the tenant writes through `descriptor`, this process reads `page`.
+
+    The constructor raises OSError on failure.
+    """
 
     __slots__ = ("_map", "_page", "descriptor")
 

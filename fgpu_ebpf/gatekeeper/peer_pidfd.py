@@ -18,7 +18,7 @@ SO_PEERPIDFD = 77  # since Linux 6.5
 
 
 class PeerIdentifier:
-    """Identifies the processes at the other ends of the gatekeeper's connections.
+    """The identification of the processes at the other ends of the gatekeeper's connections.
 
     Args:
         ended_ns: returns a time after which no process with a given pid has exited; None: unknown.
@@ -36,7 +36,7 @@ class PeerIdentifier:
         self._alone_ns = since_ns
 
     def pidfd(self, sock: socket.socket) -> int:
-        """Return a pidfd of the process that connected, which the caller closes. Raises OSError.
+        """Return a pidfd of the process that connected, which the caller closes. Raise OSError on failure.
 
         Before Linux 6.5, the kernel reports only the pid of the peer. The method then opens a pidfd by that pid, and
         accepts the pidfd only if no process with that pid has exited since a moment before the connection.
@@ -52,4 +52,4 @@ class PeerIdentifier:
         if ended_ns is not None and ended_ns < self._alone_ns:
             return pidfd
         os.close(pidfd)
-        raise ProcessLookupError(errno.ESRCH, "the process may have exited, and another may have its pid")
+        raise ProcessLookupError(errno.ESRCH, "the process may have exited, and another process may have this pid")

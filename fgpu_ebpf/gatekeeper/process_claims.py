@@ -51,7 +51,7 @@ def read(words: ctypes.Array[ctypes.c_uint64], row: Row, ahead_ns: int, now_ns: 
     Args:
         words: the status page.
         row: the device, from row_of().
-        ahead_ns: how far the clock of the process is ahead of the gatekeeper's.
+        ahead_ns: how far the clock of the process is ahead of the gatekeeper's clock.
         now_ns: the current time of the gatekeeper's CLOCK_MONOTONIC.
     """
     threads, drained, launches = _STATUS.unpack_from(words, row[1])

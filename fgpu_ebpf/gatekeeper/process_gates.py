@@ -26,8 +26,8 @@ _OPEN = int(abi.Gate.OPEN)
 class ProcessGates:
     """The pages of a process with a share.
 
-    `address`: the address of the word that the process changes to wake the time slicer. `last_value`: the value of the
-    word when it was last read. `wakeups`: how often the word has changed since the time slicer last reset this count.
+    `address`: the address of the word that the process changes to wake the time slicer. `last_value`: the last value
+    that was read from the word. `wakeups`: how often the word has changed since the time slicer last reset this count.
     `place`: the slot of the word among the watched words; -1: the word is not watched. `used`: the devices that the
     process uses.
     """
@@ -74,7 +74,7 @@ class ProcessGates:
         self._unused = [process_claims.row_of(device) for device in self._shared - self.used]
 
     def has_begun_to_use(self) -> bool:
-        """Return True if the process has begun to use a device that it has not used before."""
+        """Return True if the process has begun to use a new device."""
         found = [row[0] for row in self._unused if process_claims.is_used(self.words, row)]
         if found:
             self.use(found)
@@ -86,7 +86,7 @@ class ProcessGates:
         return max((process_claims.busy_until_ns(self.words, row, ahead_ns) for row in self.rows), default=0)
 
     def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
-        """Return how many nanoseconds the process was idle since the last call; None: idle throughout.
+        """Return how many nanoseconds the process was idle since the last call; None: the whole time.
 
         Args:
             launches: the total number of launches on all devices.

@@ -32,7 +32,10 @@ class LogLines:
                 os.write(2, f"{when}{self._name}: {line}\n".encode())
 
     def renew(self) -> None:
-        """Report how many lines were omitted, and allow MOST_LINES again. To be called once a second."""
+        """Report how many lines were omitted, and allow MOST_LINES again.
+
+        The caller calls this method once a second.
+        """
         more, self._lines = self._lines - MOST_LINES, 0
         if more > 0:
             self.say(f"{more} more lines omitted")

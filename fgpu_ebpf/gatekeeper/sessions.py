@@ -57,7 +57,7 @@ class Session:
     generation: int = 0  # generation of the process's entry in the ledger; 0: no entry yet
 
     def show(self, rows: bytes) -> None:
-        """Write these rows to the control page if they differ from its rows."""
+        """Write these rows to the control page if the page has other rows."""
         if rows != self.rows:
             self.control.show(rows)
             self.rows = rows
@@ -103,7 +103,7 @@ class Sessions:
     def add(self, pid: int, pidfd: int, tenant: int, owner: int, header: PageHeader) -> Session | None:
         """Add a session, which then owns the pidfd, and return the session.
 
-        Returns None if no place is free. Raises OSError. In both cases the caller still owns the pidfd.
+        Return None if no place is free. Raise OSError on failure. In both cases the caller still owns the pidfd.
         """
         if not self._has_place(owner):
             return None
@@ -124,7 +124,9 @@ class Sessions:
         return own < FEW_PROCESSES or taken < self._most // 2
 
     def page_of_unmanaged(self, pid: int) -> ControlMemory:
-        """Return the control page for unmanaged processes with the clock offset of this process. Raises OSError.
+        """Return the control page for unmanaged processes with the clock offset of this process.
+
+        Raise OSError on failure.
 
         If there are too many different offsets, the page has no heartbeat. The shims of its processes then assume that
         the gatekeeper has exited, and register again and again. The usual offset 0 always has its page.
@@ -154,7 +156,10 @@ class Sessions:
         return bool(self._sessions or self._shared)
 
     def update(self, session: Session, tenant: int, owner: int, levels: tuple[int, ...], header: PageHeader) -> None:
-        """Update a session and its pages before the next answer. A new header needs a new page. Raises OSError."""
+        """Update a session and its pages before the next answer. A new header needs a new page.
+
+        Raise OSError on failure.
+        """
         if session.header != header:
             control = self._control(header)
             session.control.leave()
@@ -197,10 +202,10 @@ class Sessions:
     def _close_after_exec(self, processes: Mapping[int, Process]) -> None:
         """Close the sessions of processes that have executed another program.
 
-        The pages of such a process are no longer mapped, so its status page could show a waiting thread for ever.
+        The pages of such a process are no longer mapped, so the status page could show a waiting thread forever.
 
-        A process that has only left its cgroups still maps its pages. Its gates are opened and its epoch is changed, so
-        that the process registers again.
+        A process that has only left its cgroups still maps its pages. The gates of this process are opened and the
+        epoch on its page is changed, so that the process registers again.
         """
         for session in list(self._sessions.values()):
             process = processes.get(session.pid)
@@ -220,7 +225,7 @@ class Sessions:
         take_one(self._members, session.owner)
 
     def show(self, processes: Mapping[int, Process]) -> None:
-        """Close the sessions whose entries in the ledger have ended, and update the rows of all others."""
+        """Close the sessions whose entries in the ledger have ended, and update the rows of all other sessions."""
         self._close_after_exec(processes)
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
@@ -256,14 +261,14 @@ class Sessions:
 
 
 def take_one(count: Counter[int], key: int) -> None:
-    """Subtract one from a counter, and remove its entry at zero."""
+    """Subtract one from a counter, and remove the counter's entry at zero."""
     count[key] -= 1
     if count[key] <= 0:
         del count[key]
 
 
 def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
-    """Return the rows of each tenant, sorted; of more than abi.ROWS rows, those with the most bytes.
+    """Return the rows of each tenant, sorted. If there are too many, return the abi.ROWS rows with the most bytes.
 
     A process's tenant is its innermost level.
     """

@@ -1,6 +1,6 @@
 """Set-up of the gatekeeper process before service: its lock, resource limits, capabilities and priority.
 
-Runs once, in the main thread. After an OSError the process prints one line and exits.
+This module runs once, in the main thread. After an OSError the process prints one line and exits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOCK_SECONDS = 0.1
 
 
 def open_ledger(pins: Path, factory: Callable[[Path], Ledger]) -> Ledger | None:
-    """Return the ledger, or None while the loader has not pinned all of its maps."""
+    """Return the ledger, or None while the loader has not pinned all maps of the ledger."""
     try:
         return factory(pins)
     except LedgerMissing:
@@ -29,7 +29,7 @@ def open_ledger(pins: Path, factory: Callable[[Path], Ledger]) -> Ledger | None:
 
 
 def _wait_for(lock: FileLock) -> None:
-    """Take the lock as soon as its holder releases it. Raises OSError.
+    """Take the lock as soon as the holder releases the lock. Raise OSError on failure.
 
     A gatekeeper that an agent has started (--stand-in) exits as soon as another gatekeeper waits.
     """
@@ -42,11 +42,11 @@ def _wait_for(lock: FileLock) -> None:
 
 
 def prepare(lock: FileLock, is_patient: bool) -> Path:
-    """Take the lock and set up the process. Returns the mount point of the cgroup v2 hierarchy.
+    """Take the lock and set up the process. Return the mount point of the cgroup v2 hierarchy.
 
     Args:
         lock: the lock of the gatekeeper.
-        is_patient: wait while another gatekeeper has the lock, and replace that gatekeeper when it exits.
+        is_patient: wait while another gatekeeper has the lock, and replace that gatekeeper at its exit.
 
     Raises:
         OSError: no cgroup2 is mounted, or another gatekeeper has the lock.

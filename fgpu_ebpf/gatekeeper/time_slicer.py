@@ -71,7 +71,7 @@ class TimeSlicer:
     # -- registration and exit of processes
 
     def register(self, session: Session) -> None:
-        """Add a session, or use its new pages. Its gates are set before the process receives the pages."""
+        """Add a session, or use its new pages. The gates are set before the process receives the pages."""
         if session.status is None or self.ledger is None:
             return
         with self._lock:
@@ -90,7 +90,7 @@ class TimeSlicer:
                 self._start()
 
     def shares_changed(self) -> None:
-        """Schedule a reading of the shares if they have changed, SHARES_NS after the last reading at the earliest.
+        """Schedule a reading of changed shares, SHARES_NS after the last reading at the earliest.
 
         The minimum is needed because a tenant can change its cgroups at any rate, and reading all shares takes
         milliseconds if a tenant has hundreds of cgroups.
@@ -202,7 +202,7 @@ class TimeSlicer:
             return monotonic_ns() + AGAIN_NS
 
     def _turn(self) -> int:
-        """Do the steps that are due. Returns the time of the next step, in nanoseconds of CLOCK_MONOTONIC."""
+        """Do the steps that are due. Return the time of the next step, in nanoseconds of CLOCK_MONOTONIC."""
         now_ns = monotonic_ns()
         if self.ledger and now_ns >= self._shares_ns:
             self._shares_ns = now_ns + SHARES_NS
@@ -220,7 +220,7 @@ class TimeSlicer:
         return min(due_ns, now_ns + CROWD_LOOK_NS) if self._unwatched else due_ns
 
     def _forgive(self) -> bool:
-        """Reset the counts of wake-ups. Returns True if a process has woken the thread."""
+        """Reset the counts of wake-ups. Return True if a process has woken the thread."""
         wakeups = [gates.wakeups for _, gates in self._by_session.values()]
         self._is_watching &= max(wakeups, default=0) <= MOST_WAKEUPS
         for _, gates in self._by_session.values():
@@ -364,7 +364,7 @@ class TimeSlicer:
         self._shown = {tenant: self._own_devices(places[tenant]) for tenant in self._gates}
 
     def _own_devices(self, place: Place) -> frozenset[int]:
-        """Return the devices that the tenant uses and on which it has a share of its own, not only a group's share."""
+        """Return the used devices on which the tenant has a share of its own, not only a group's share."""
         return place.seen.devices.intersection(self._shares.get(place.tenant, ()))
 
     def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:

@@ -1,6 +1,6 @@
-"""Rows of the `turns` map by level and device: a tenant's own turns, and for a unit the sum of all tenants inside it.
+"""Rows of the `turns` map by level and device: a tenant's own turns, and for a unit the sum of all inner tenants.
 
-This module runs in the time slicer's thread of the gatekeeper, which writes the rows. This module does no I/O. It
+This module runs in the time slicer's thread of the gatekeeper, which writes the rows. This module does no I/O, and
 stores the last published numbers of each unit.
 """
 

@@ -62,7 +62,7 @@ class Way:
     folders: tuple[Path, ...] = CDI_FOLDERS
 
     def give(self, host: Host, slots: Sequence[Slot]) -> Given:
-        """Return the settings for one container with these slots. Raises AllocationError."""
+        """Return the settings for one container with these slots. Raise AllocationError on failure."""
         uuids = [slot.uuid for slot in slots]
         if self.strategy is Strategy.MOUNTS:
             return Given((), self._visible(uuids), _asked(host, slots), tuple(host.mounts))
@@ -75,7 +75,8 @@ class Way:
     def devices(self, uuids: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Return the CDI names of devices, and the variables that a container with these devices needs.
 
-        The result has no names if the devices are passed to the container by other means. Raises AllocationError.
+        The result has no names if the devices are passed to the container by other means. Raise AllocationError on
+        failure.
         """
         gpus = self._gpus(uuids)
         # With "void", NVIDIA's runtime does not add the devices that the image requests.
@@ -85,7 +86,7 @@ class Way:
         return {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(uuids)}
 
     def _gpus(self, uuids: Sequence[str]) -> list[str]:
-        """Return the CDI names of devices. Indexes are no names, because NVIDIA's and the ledger's may differ."""
+        """Return the CDI names of devices. Indexes are no names, because NVIDIA may number devices differently."""
         if self.gpus not in (Gpus.AUTO, Gpus.CDI):
             return []
         known = _devices(self.folders, GPU_KIND)

@@ -49,7 +49,7 @@ class ApiServer:
 
     @classmethod
     def of_pod(cls, folder: Path = FOLDER) -> ApiServer:
-        """Return the server of the pod in which this process runs. Raises ApiError outside of a pod."""
+        """Return the server of the pod in which this process runs. Raise ApiError outside of a pod."""
         try:
             return cls(os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]), folder)
         except (KeyError, ValueError) as error:
@@ -58,7 +58,10 @@ class ApiServer:
     async def call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON
     ) -> dict[str, Any]:
-        """Send a request and return the object of the answer. `kind`: the media type of `body`. Raises ApiError."""
+        """Send a request and return the object of the answer. `kind`: the media type of `body`.
+
+        Raise ApiError on failure.
+        """
         try:
             async with (
                 asyncio.timeout(REQUEST_SECONDS),
@@ -74,7 +77,7 @@ class ApiServer:
         return _read(status, bytes(data))
 
     async def watch(self, path: str) -> AsyncIterator[None]:
-        """Yield once for each event of a watch, until the server ends it. Raises ApiError."""
+        """Yield once for each event of a watch, until the server ends the watch. Raise ApiError on failure."""
         separator = "&" if "?" in path else "?"
         watched = f"{path}{separator}watch=1&timeoutSeconds={WATCH_SECONDS}"
         async with self._answer("GET", watched) as (status, chunks):
@@ -94,7 +97,7 @@ class ApiServer:
     async def _answer(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON, is_kept: bool = False
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """Send a request. Yields the status, and the chunks of the answer's body.
+        """Send a request. Yield the status, and the chunks of the answer's body.
 
         `is_kept`: the caller reads the whole body, and the connection may serve the next request.
         """
@@ -118,7 +121,7 @@ class ApiServer:
                 self._keep(connection)
                 connection = None
         except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:  # OSError: or a timeout
-            reason = str(error) or f"nothing for {REQUEST_SECONDS:.0f} s"
+            reason = str(error) or f"no bytes for {REQUEST_SECONDS:.0f} s"
             raise ApiError(0, f"the API server {self.host}:{self.port} does not answer: {reason}") from error
         finally:
             if connection:
@@ -179,14 +182,14 @@ def _has_end(headers: Mapping[str, str]) -> bool:
 
 @lru_cache(maxsize=1)
 def _trust(authorities: str) -> ssl.SSLContext:
-    """Return TLS settings that trust these certificates. Raises ssl.SSLError or ValueError: no certificate."""
+    """Return TLS settings that trust these certificates. Raise ssl.SSLError or ValueError on failure."""
     if not authorities:  # ssl would trust the authorities of the system
         raise ValueError("ca.crt is empty")
     return ssl.create_default_context(cadata=authorities)
 
 
 async def _chunks(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
-    """Yield the parts of an answer's body as they arrive. Raises EOFError or ValueError: an incomplete body."""
+    """Yield the parts of an answer's body as they arrive. Raise EOFError or ValueError if the body is incomplete."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
         while size := int((await reader.readline()).split(b";")[0], 16):
             if size > MOST_BYTES:

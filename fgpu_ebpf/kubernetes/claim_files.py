@@ -1,7 +1,7 @@
 """The CDI specifications of prepared ResourceClaims: one file for each claim, named after the UID of the claim.
 
-This module runs in the asyncio loop of the DRA driver. The files are the whole state of the driver. They outlive the
-driver and kubelet, and a boot removes them with all of /var/run. Engines read a file as a whole or not at all.
+This module runs in the asyncio loop of the DRA driver. The files are the whole state of the driver. The files outlive
+the driver and kubelet, and a boot removes the files with all of /var/run. Engines read a file as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ClaimFiles:
         return self.folder / f"{_PREFIX}{uid}{_SUFFIX}"
 
     def prepare(self, uid: str, shares: Sequence[Share], env: Mapping[str, str], parts: Parts) -> list[str]:
-        """Write the file of a claim, and return the CDI device of each share. Raises OSError."""
+        """Write the file of a claim, and return the CDI device of each share. Raise OSError on failure."""
         self._write(self.place(uid), uid, shares, [f"{key}={value}" for key, value in env.items()], parts)
         return [f"{cdi.CLAIM_KIND}={uid}-{number}" for number in range(len(shares))]
 
@@ -42,7 +42,7 @@ class ClaimFiles:
             cdi.write(path, spec)
 
     def unprepare(self, uid: str) -> None:
-        """Remove the file of a claim, if the file exists. Raises OSError."""
+        """Remove the file of a claim, if the file exists. Raise OSError on failure."""
         self.place(uid).unlink(missing_ok=True)
 
     def renew(self, parts: Parts) -> None:

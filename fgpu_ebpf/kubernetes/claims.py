@@ -42,7 +42,7 @@ class Grant:
     device: str
     share: Share
     share_id: str = ""
-    """Distinguishes this share from others of the device; empty: the whole device was allocated."""
+    """The id that distinguishes this share from other shares of the device; empty: the whole device was allocated."""
 
 
 def device_name(uuid: str) -> str:
@@ -51,7 +51,7 @@ def device_name(uuid: str) -> str:
 
 
 def path(namespace: str, name: str, uid: str) -> str:
-    """Return the path of a claim at the API server. Raises ClaimError if a part is not valid."""
+    """Return the path of a claim at the API server. Raise ClaimError if a part is not valid."""
     if not (_NAME.fullmatch(namespace) and _NAME.fullmatch(name) and _UID.fullmatch(uid)):
         raise ClaimError(f"{shown(namespace)}/{shown(name)} with the uid {shown(uid)} is not a ResourceClaim")
     return f"/apis/resource.k8s.io/v1/namespaces/{namespace}/resourceclaims/{name}"
@@ -63,7 +63,10 @@ def is_uid(text: str) -> bool:
 
 
 def quantity(text: str) -> Fraction:
-    """Parse a quantity of Kubernetes that is not negative, such as `8Gi`, `1500m` or `2e3`. Raises ClaimError."""
+    """Parse a quantity of Kubernetes that is not negative, such as `8Gi`, `1500m` or `2e3`.
+
+    Raise ClaimError on failure.
+    """
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ClaimError(f"{shown(text)} is not a quantity of 0 or more, such as 8Gi or 30")
@@ -86,7 +89,7 @@ def grants(claim: Mapping[str, Any], uid: str, node: str, host: Host) -> list[Gr
     try:
         found = claim["metadata"]["uid"]
         if found != uid:
-            raise ClaimError(f"the ResourceClaim was replaced by another one with the uid {shown(str(found))}")
+            raise ClaimError(f"the ResourceClaim was replaced by another claim with the uid {shown(str(found))}")
         allocation = (claim.get("status") or {}).get("allocation") or {}
         results = [one for one in (allocation.get("devices") or {}).get("results") or () if one.get("driver") == DRIVER]
         if not results:
@@ -99,7 +102,7 @@ def grants(claim: Mapping[str, Any], uid: str, node: str, host: Host) -> list[Gr
 def _grant(result: Mapping[str, Any], node: str, host: Host) -> Grant:
     request, pool, name = (str(result[key]) for key in ("request", "pool", "device"))
     if pool != node:
-        raise ClaimError(f"the device {shown(name)} is of the pool {shown(pool)}, which is not this node's")
+        raise ClaimError(f"the device {shown(name)} is of the pool {shown(pool)}, which is not this node's pool")
     if result.get("adminAccess"):
         raise ClaimError(f"request {shown(request)} requests admin access, which {DRIVER} does not grant")
     device = next((each for uuid, each in host.devices.items() if device_name(uuid) == name), None)
@@ -115,9 +118,9 @@ def with_status(namespace: str, name: str, uid: str, granted: Sequence[Grant], n
 
     Args:
         namespace: the namespace of the claim.
-        name: its name.
-        uid: its UID. The API server refuses the write if another claim has the name by now.
-        granted: its prepared devices.
+        name: the name of the claim.
+        uid: the UID of the claim. The API server refuses the write if another claim has the name by now.
+        granted: the prepared devices of the claim.
         now: the time in the form of RFC 3339.
     """
     head = {"namespace": namespace, "name": name, "uid": uid}

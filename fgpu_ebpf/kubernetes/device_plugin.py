@@ -58,7 +58,7 @@ class Options:
 
 
 def serve(options: Options) -> None:
-    """Serve until SIGTERM or SIGINT. Raises PluginError if a package is missing, or for too many slots."""
+    """Serve until SIGTERM or SIGINT. Raise PluginError if a package is missing, or for too many slots."""
     try:
         import grpc.aio  # noqa: F401
 
@@ -72,7 +72,7 @@ def serve(options: Options) -> None:
 def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
     """Check that a device plugin offers kubelet the profiles of agent.yaml.
 
-    Returns None if there are no profiles, no kubelet, or no agent that answers.
+    Return None if there are no profiles, no kubelet, or no agent that answers.
     """
     try:
         host = host_of(control_client.call(run_dir, {"verb": "offers"}))
@@ -84,7 +84,7 @@ def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
         return Check("device plugin", False, host.fault, "edit `profiles:` in agent.yaml, then restart the agent")
     silent = [share for share in host.shares if not _accepts(place(folder, share))]
     if silent:
-        fix = "start fgpu device-plugin next to every kubelet; if it does not start, the plugin's log has the reason"
+        fix = "start fgpu device-plugin next to every kubelet; if the plugin does not start, see its log"
         return Check("device plugin", False, f"no device plugin offers {', '.join(silent)}", fix)
     return Check(
         "device plugin", True, ", ".join(f"{PREFIX}/{share}: {len(host.slots(share))}" for share in host.shares)
@@ -132,7 +132,7 @@ class _Plugin:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Request the slots from the agent, and notify kubelet of changes. Raises PluginError for too many slots."""
+        """Request the slots from the agent, and notify kubelet of changes. Raise PluginError for too many slots."""
         now = asyncio.get_running_loop().time()
         try:
             host = host_of(await control_client.ask(self.options.run_dir, {"verb": "offers"}, AGENT_SECONDS))
@@ -179,7 +179,7 @@ class _Plugin:
         self.notify()
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Wait for room for these slots, up to PATIENCE_SECONDS. Returns why no room exists, or an empty text."""
+        """Wait for room for these slots, up to PATIENCE_SECONDS. Return why no room exists, or an empty text."""
         loop = asyncio.get_running_loop()
         until = loop.time() + PATIENCE_SECONDS
         while (shortage := self.book.shortage(slots)) and loop.time() < until:
@@ -210,7 +210,7 @@ class _Plugin:
         return changed
 
     async def _register_all(self) -> bool:
-        """Open, register and close endpoints as needed. Returns False if a registration has to be tried again soon."""
+        """Open, register and close endpoints as needed. Return False if a registration has to be tried again soon."""
         wanted = self.book.host.shares
         for share in [share for share in self._endpoints if share not in wanted]:
             await self._endpoints.pop(share).close()

@@ -38,7 +38,7 @@ class Plugin(Protocol):
         """Request the present slots from the agent."""
 
     async def wait_for_room(self, slots: list[Slot]) -> str:
-        """Wait for room for these slots. Returns the reason for a lack of room, or an empty text if there is room."""
+        """Wait for room for these slots. Return the reason for a lack of room, or an empty text if there is room."""
 
     def promise(self, slots: Iterable[Slot]) -> None:
         """Record that containers are about to start in these slots."""
@@ -92,7 +92,7 @@ class Endpoint:
         return not self._streams and asyncio.get_running_loop().time() - self._silent_since > DEAF_SECONDS
 
     async def open(self) -> None:
-        """Close the server, and listen at a new socket. Raises OSError or RuntimeError."""
+        """Close the server, and listen at a new socket. Raise OSError or RuntimeError on failure."""
         import grpc.aio
 
         await self.close()
@@ -159,7 +159,7 @@ class Endpoint:
         return self._plugin.message("ListAndWatchResponse", devices=made)
 
     def notify(self) -> None:
-        """Send the list on all streams if it has changed."""
+        """Send a changed list on all streams."""
         book = self._plugin.book
         healthy = book.healthy(self.share)
         numa = {uuid: device.numa for uuid, device in book.host.devices.items()}

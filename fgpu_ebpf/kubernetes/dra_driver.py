@@ -49,7 +49,7 @@ class DriverError(Exception):
 class Options:
     """The name of this node, and the places of the agent, kubelet, the API server's token and CDI specifications.
 
-    `devices`: the only devices in the slice; empty: all.
+    `devices`: the only devices in the slice; empty: all devices.
     """
 
     node: str
@@ -62,7 +62,7 @@ class Options:
 
 
 def serve(options: Options) -> None:
-    """Serve until SIGTERM or SIGINT. Raises DriverError if a package is missing, or outside of a pod."""
+    """Serve until SIGTERM or SIGINT. Raise DriverError if a package is missing, or outside of a pod."""
     try:
         import grpc.aio  # noqa: F401
 
@@ -149,7 +149,7 @@ class _Driver:
         return await asyncio.shield(self._asking)
 
     async def _ask(self) -> tuple[Host, Mapping[str, Any], Parts]:
-        """Return the agent's devices, facts and files. Raises ClaimError: no answer, or an incomplete answer."""
+        """Return the agent's devices, facts and files. Raise ClaimError if the answer is missing or incomplete."""
         try:
             answer = await control_client.ask(self._options.run_dir, {"verb": "offers"}, AGENT_SECONDS)
             host, facts = host_of(answer), answer["facts"]
@@ -164,7 +164,7 @@ class _Driver:
         return host, facts, Parts(*paths)
 
     async def _agent(self) -> tuple[Host, Parts]:
-        """Return the agent's devices and files, even after a restart of the agent. Raises ClaimError."""
+        """Return the agent's devices and files, even after a restart of the agent. Raise ClaimError on failure."""
         until = time.monotonic() + SILENT_SECONDS
         while True:
             try:

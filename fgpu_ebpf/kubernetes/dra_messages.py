@@ -50,5 +50,5 @@ REGISTRATION: Table = {
 
 
 def classes() -> dict[str, Any]:
-    """Return the class of each message by its name. Raises ImportError if protobuf is not installed."""
+    """Return the class of each message by its name. Raise ImportError if protobuf is not installed."""
     return protobuf.classes(DRA_PACKAGE, DRA) | protobuf.classes(REGISTRATION_PACKAGE, REGISTRATION)

@@ -56,7 +56,10 @@ class DraServer:
         return self._server is not None and [stamp(path) for path in self._paths] == self._stamps
 
     async def open(self) -> None:
-        """Close the server if it is open, and start a server at new sockets. Raises OSError, RuntimeError."""
+        """Close an open server, and start a server at new sockets.
+
+        Raise OSError or RuntimeError on failure.
+        """
         import grpc.aio
 
         await self.close()
@@ -70,7 +73,7 @@ class DraServer:
         self._stamps = [stamp(path) for path in self._paths]
 
     async def close(self) -> None:
-        """End every call, and remove the sockets unless another server owns them."""
+        """End every call, and remove the sockets unless another server owns the sockets."""
         if self._server is None:
             return
         server, self._server = self._server, None

@@ -56,5 +56,5 @@ MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
 
 
 def classes() -> dict[str, Any]:
-    """Return the class of each message by its name. Raises ImportError if protobuf is not installed."""
+    """Return the class of each message by its name. Raise ImportError if protobuf is not installed."""
     return protobuf.classes(PACKAGE, MESSAGES)

@@ -6,8 +6,8 @@ answers kubelet. Therefore both files name a pod before its first container star
 and only root can write them. Neither the API server nor a token is needed.
 
 The module runs in the agent's main loop. A claim that kubelet has for a pod and that is not in the driver's file is
-unknown, and its pod gets no memory. Known values stay in use while a file cannot be read. A known value is also that a
-pod has no claim, because kubelet's file has all claims of a pod before the pod's first container exists.
+unknown, and its pod gets no memory. Known values stay in use while a file cannot be read. The fact that a pod has no
+claim is a known value too, because kubelet's file has all claims of a pod before the pod's first container exists.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Claim(NamedTuple):
 class _Given(NamedTuple):
     """The last booking of a pod; None: the scheduler has booked no part of a device for the pod.
 
-    `paths`: its cgroups. `has_begun`: kubelet's file was known when a container of the pod existed, so that the file
-    has named all claims of the pod.
+    `paths`: the pod's cgroups. `has_begun`: kubelet's file was known when a container of the pod existed, so that the
+    file has named all claims of the pod.
     """
 
     booking: Booking | None
@@ -70,7 +70,9 @@ class _Given(NamedTuple):
 
 
 def of_pods(text: bytes) -> dict[str, list[Claim]]:
-    """Return the claims with devices of NVIDIA's driver, by the UID of each pod that uses them. Raises ValueError.
+    """Return the claims with devices of NVIDIA's driver, by the UID of each pod that uses the claims.
+
+    Raise ValueError on failure.
 
     Source: `Checkpoint` and `CheckpointData` (pkg/kubelet/cm/dra/state of Kubernetes).
     """
@@ -88,7 +90,9 @@ def of_pods(text: bytes) -> dict[str, list[Claim]]:
 
 
 def booked(text: bytes) -> dict[str, Mapping[str, int] | None]:
-    """Return the bytes of each prepared claim by UUID of the device, by the UID of the claim. Raises ValueError.
+    """Return the bytes of each prepared claim by UUID of the device, by the UID of the claim.
+
+    Raise ValueError on failure.
 
     A device without a number is left out: the claim has the whole device, or the driver does not divide the device's
     memory (the scheduler then counts 0 bytes). A MIG device is left out, because its size is its limit. Devices for
@@ -154,7 +158,7 @@ class _File:
         self._stamp: Stamp | None = None  # of the last content; None: read the file again
 
     def changed(self) -> bytes | None:
-        """Return the content if it has changed since the last call, else None."""
+        """Return the content if the file has changed since the last call, else None."""
         try:
             if _stamp(os.stat(self.path)) == self._stamp:
                 return None
@@ -184,7 +188,7 @@ class NvidiaClaims:
     """The names of workloads from another Namer, with the bookings of their pods."""
 
     def __init__(self, kubelet: Path, names: Namer, failed_checks: MutableMapping[str, Check]) -> None:
-        """Read nothing yet.
+        """Create the object without reading a file.
 
         Args:
             kubelet: kubelet's folder, as this process sees it.
@@ -255,12 +259,12 @@ class NvidiaClaims:
         return replace(workload, booking=booking)
 
     def missing(self, workload: Workload) -> str:
-        """Return why names, labels or the booking are not known yet, or an empty text if they are known."""
+        """Return why names, labels or the booking are not known yet, or an empty text."""
         booking = workload.booking
         return self._names.missing(workload) or (booking.unknown if booking else "")
 
     def look(self) -> None:
-        """Read the files again if they have changed. To be called about once a second."""
+        """Read changed files again. The caller calls this method about once a second."""
         before = self._pods_file.fault, self._claims_file.fault
         pods, claims = self._pods_file.changed(), self._claims_file.changed()
         if pods is not None:
@@ -320,7 +324,8 @@ class NvidiaClaims:
         total: dict[str, int] = defaultdict(int)
         for claim in claims:
             if claim.uid not in self._booked:
-                form = "has it in an unknown form" if claim.uid in self._unread else "does not have it as prepared"
+                unread = claim.uid in self._unread
+                form = "has the claim in an unknown form" if unread else "does not have the claim as prepared"
                 why = self._claims_file.fault or f"{self._claims_file.path} {form}"
                 return Booking(source, {}, f"the size of {claim.name} of {DRIVER} is not known: {why}")
             for uuid, size in self._booked[claim.uid].items():

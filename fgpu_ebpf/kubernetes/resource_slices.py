@@ -38,7 +38,7 @@ class _Named:
 
 
 def left_out(host: Host, facts: Mapping[str, Any], choices: Sequence[DeviceChoice] = ()) -> dict[str, str]:
-    """Return why devices are not in the slice, by UUID. The arguments are those of devices()."""
+    """Return why devices are not in the slice, by UUID. The arguments are the arguments of devices()."""
     found = {}
     for device in host.devices.values():
         named = _Named(device.index, device.uuid, str(facts["models"].get(device.uuid, "")), device.capacity_bytes)
@@ -56,8 +56,8 @@ def devices(host: Host, facts: Mapping[str, Any], choices: Sequence[DeviceChoice
 
     Args:
         host: the agent's answer.
-        facts: its `facts`: the driver's version, the models of devices, and whether overcommit is allowed.
-        choices: the only devices that may be in the slice; empty: all.
+        facts: the answer's `facts`: the driver's version, the models of devices, and whether overcommit is allowed.
+        choices: the only devices that may be in the slice; empty: all devices.
     """
     if host.fault:
         return []
@@ -84,7 +84,7 @@ def _texts(**attributes: str) -> dict[str, Any]:
 
 
 def _capacity(usable_bytes: int) -> dict[str, Any]:
-    """Return the capacities. A request without memory gets the whole device, a request without compute no ceiling.
+    """Return the capacities. A request without memory gets the whole device. A request without compute gets no ceiling.
 
     Kubernetes rounds a request up to a step in 64 bits, which overflow for a request such as 8Ei unless the step is 1.
     """
@@ -102,7 +102,7 @@ def _mebibytes(size: int) -> str:
 
 
 class Publisher:
-    """Publication of the wanted devices in this node's slice at the API server. Without wanted devices, no slice."""
+    """Publication of the wanted devices in this node's slice at the API server. Without devices, there is no slice."""
 
     def __init__(self, server: ApiServer, node: str) -> None:
         self.name = f"{node}-{DRIVER}"

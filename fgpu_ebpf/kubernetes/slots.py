@@ -1,7 +1,7 @@
 """Slots, the units that kubelet counts: a slot is room for one container with one profile on one device.
 
-This module runs in the asyncio loop of the device plugin and does no I/O. It defines the ids of slots, and decides
-which slots can be assigned and which slots are preferred.
+This module runs in the asyncio loop of the device plugin and does no I/O. This module defines the ids of slots, and
+decides which slots can be assigned and which slots are preferred.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Slot:
 
     @property
     def id(self) -> str:
-        """The id, such as `GPU-…::8gib-50pct::3`. A restart of the plugin does not change it."""
+        """The id, such as `GPU-…::8gib-50pct::3`. A restart of the plugin does not change the id."""
         return _BETWEEN.join((self.uuid, self.share, str(self.number)))
 
 
@@ -94,7 +94,7 @@ class Host:
 
 
 def host_of(answer: Mapping[str, Any]) -> Host:
-    """Return the agent's answer as a Host. Raises KeyError or TypeError if the agent's version has no slots."""
+    """Return the agent's answer as a Host. Raise KeyError or TypeError if the agent's version has no slots."""
     devices = {}
     for said in answer["devices"]:
         profiles = {entry["share"]: Profile(**entry) for entry in said["profiles"]}
@@ -153,7 +153,7 @@ class Book:
     def healthy(self, share: str) -> set[Slot]:
         """Return the slots to report as healthy: taken slots, promised slots, and free slots that fit.
 
-        kubelet does not report which slots are taken, so the result has the right number of slots: first those that
+        kubelet does not report which slots are taken, so the result has the right number of slots: first the slots that
         kubelet allocated most recently, then slots with the lowest numbers.
         """
         found: set[Slot] = set()
@@ -171,7 +171,7 @@ class Book:
         return found
 
     def read(self, share: str, ids: Sequence[str]) -> list[Slot]:
-        """Return the slots of the ids that one container requests. Raises SlotError."""
+        """Return the slots of the ids that one container requests. Raise SlotError on failure."""
         slots = [self._slot(share, id_) for id_ in ids]
         twice = [uuid for uuid, count in Counter(slot.uuid for slot in slots).items() if count > 1]
         if twice:
@@ -204,7 +204,7 @@ class Book:
         return ""
 
     def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        """Return ids for one container, each on a different device. Raises SlotError.
+        """Return ids for one container, each on a different device. Raise SlotError on failure.
 
         Devices on which the share fits come first. Among these, devices on the NUMA node of chosen devices come first,
         then the fullest device, which keeps other devices empty.

@@ -9,7 +9,7 @@ from typing import Any
 
 
 async def run_until_signal(*work: Coroutine[Any, Any, Any]) -> None:
-    """Run until SIGTERM or SIGINT, or until a coroutine of `work` ends. Raises the error of that coroutine."""
+    """Run until SIGTERM or SIGINT, or until a coroutine of `work` ends. Raise the error of that coroutine."""
     loop, end = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end.set)

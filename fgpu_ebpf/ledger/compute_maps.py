@@ -66,13 +66,14 @@ class ComputeMaps:
         """Return a reader of the ring buffer `bell`, or None if the pinned maps are of a version without this map.
 
         The reader is readable after shares have changed, a process that had a context has exited, or a process knocks
-        because it may not connect to the gatekeeper. The reader yields exits as News.ENDED and knocks as News.KNOCK.
+        because the process may not connect to the gatekeeper. The reader yields exits as News.ENDED and knocks as
+        News.KNOCK.
         """
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
 
     def ended_ns(self, pid: int) -> int | None:
-        """Return a time after which no process with this pid has exited (CLOCK_MONOTONIC, ns); None: unknown."""
+        """Return a time after which no process with this pid has exited (CLOCK_MONOTONIC, ns), or None."""
         ends = self._maps.get("ends")
         raw = None if ends is None else bpf.lookup(ends, _U32.pack(pid % abi.ENDS), 8)
         return None if raw is None else int(_U64.unpack(raw)[0])
@@ -178,14 +179,14 @@ class ComputeMaps:
     def ran_ns(self, level: int, device: int) -> int | None:
         """Return how long a level has run on a device according to NVML, in nanoseconds.
 
-        Returns None if the level has no share of the device, or the map `ran` is not pinned.
+        Return None if the level has no share of the device, or the map `ran` is not pinned.
         """
         ran = self._ran()
         raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
         return None if raw is None else int(_U64.unpack(raw)[0])
 
     def add_ran(self, level: int, device: int, ns: int) -> None:
-        """Add time that a level has run according to NVML. Does nothing if the level no longer has a share."""
+        """Add time that a level has run according to NVML. Do nothing if the level no longer has a share."""
         ran, before_ns = self._ran(), self.ran_ns(level, device)
         if ran is not None and before_ns is not None:
             bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))
@@ -201,7 +202,7 @@ class ComputeMaps:
             bpf.delete(ran, _KEY.pack(level, device))
 
     def _ran(self) -> int | None:
-        """Return the map `ran`; None: not pinned.
+        """Return the map `ran`, or None if the map is not pinned.
 
         If a version without this map has pinned the other maps, `ran` is pinned later than the other maps.
         """

@@ -47,7 +47,7 @@ class EventBudgets:
     """
 
     def __init__(self, fd: int, owner: Callable[[str], Owner]) -> None:
-        """Remove the budgets that an earlier agent has set. Raises OSError."""
+        """Remove the budgets that an earlier agent has set. Raise OSError on failure."""
         self._fd, self._owner = fd, owner
         self._budgets: dict[str, _Budget] = {}  # by the workload's path
         self._second, self._events = 0, Counter[str]()
@@ -59,7 +59,10 @@ class EventBudgets:
         self._others_lost = 0
 
     def note(self, paths: Iterable[str]) -> None:
-        """Count an event for each of these cgroups, and set a budget for workloads with BUSY events. Raises OSError."""
+        """Count an event for each of these cgroups, and set a budget for workloads with BUSY events.
+
+        Raise OSError on failure.
+        """
         now = monotonic()
         if int(now) != self._second:
             self._second, self._events = int(now), Counter()
@@ -89,10 +92,10 @@ class EventBudgets:
         bpf.delete(self._fd, self._budgets.pop(path).key)
 
     def lost(self) -> list[str]:
-        """Return the paths of workloads with events lost since the last call. Raises OSError.
+        """Return the paths of workloads with events lost since the last call. Raise OSError on failure.
 
-        The path "" stands for all workloads without a budget. Also removes the budgets of workloads that had no events
-        for IDLE_SECONDS.
+        The path "" means all workloads without a budget. Also remove the budgets of workloads that had no events for
+        IDLE_SECONDS.
         """
         now, found = monotonic(), list[str]()
         read = {key: abi.EventBudget.from_buffer_copy(raw).lost for key, raw in self._read()}

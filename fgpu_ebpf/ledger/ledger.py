@@ -122,7 +122,7 @@ class Ledger:
     # -- tenants and groups
 
     def page_fd(self, cgroup: int) -> int | None:
-        """Return a new descriptor of the level's usage page, which the caller closes; None: no frozen page.
+        """Return a new descriptor of the level's usage page, which the caller closes; None: no page is frozen.
 
         Tenants get this descriptor. A page that is not frozen is not returned, because a process could write such a
         page.
@@ -304,14 +304,14 @@ class Ledger:
         return self._run(abi.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
 
     def raise_overhead(self, tgid: int, generation: int, device: int, more: int) -> bool:
-        """Add `more` bytes to the overhead of a process that is never idle. Returns False if the process has exited."""
+        """Add `more` bytes to the overhead of a process that is never idle. Return False if the process has exited."""
         return self._run(abi.Adjust.RAISE, tgid, generation, device, more) == 0
 
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
         """Move a process and its charges to other levels, innermost first.
 
         Generation 0 adopts a process that has no entry. A move to the same levels moves charges that were late for the
-        last move. If the process has just been moved, the method tries again, for at most 0.2 s. Returns False if the
+        last move. If the process has just been moved, the method tries again, for at most 0.2 s. Return False if the
         process was not moved. A parked process that was not moved is entered in `parked.unmoved`.
         """
         for _ in range(MOVE_TRIES):
@@ -325,11 +325,11 @@ class Ledger:
         return done == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
-        """End the entry of a process that has exited without an event. Returns whether the entry existed."""
+        """End the entry of a process that has exited without an event. Return whether the entry existed."""
         return self._run(abi.Adjust.REAP, tgid, generation) == 0
 
     def mark(self, tgid: int, generation: int, device: int) -> bool:
-        """Restart the peak of a process on a device. Returns False if the process has exited."""
+        """Restart the peak of a process on a device. Return False if the process has exited."""
         return self._run(abi.Adjust.MARK, tgid, generation, device) == 0
 
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
@@ -390,11 +390,11 @@ class Ledger:
         return {count: n for count, n in (counted | host).items() if n}
 
     def hits(self) -> list[int]:
-        """Return how often each probe ran on all processors: by abi.Function, and from abi.HIT_ADMIT on the shim's."""
+        """Return how often each probe ran: by abi.Function, and from abi.HIT_ADMIT on the probes of the shim."""
         size = 8 * procfs.possible_processors()
         found = {_U32.unpack(key)[0]: value for key, value in bpf.items(self._maps["hits"], 4, size)}
         return [sum(struct.unpack(f"{len(found[n]) // 8}Q", found[n])) for n in range(abi.HITS)]
 
     def _run(self, *arguments: int) -> int:
-        """Run the BPF program `adjust` with these arguments, padded with zeros to 12. Returns its result or -errno."""
+        """Run the BPF program `adjust` with these arguments, padded with zeros to 12. Return its result or -errno."""
         return bpf.run_raw_tracepoint(self._adjust, *arguments, *[0] * (12 - len(arguments)))

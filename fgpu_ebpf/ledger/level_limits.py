@@ -50,7 +50,7 @@ def whole_mib(bytes_: int) -> int:
 
 
 def new_page(level: LevelLimits) -> abi.UsagePage:
-    """Return a usage page with the limits of a level. Its charges are the level's orphaned bytes."""
+    """Return a usage page with the limits of a level. The charges are the level's orphaned bytes."""
     flags = functools.reduce(operator.or_, map(level.flags_of, level.bytes), level.flags) % (1 << abi.OUTSIDE_SHIFT)
     page = abi.UsagePage(version=abi.LAYOUT, cgroup=level.cgroup, flags=flags, owner=level.owner)
     for device, limit in level.bytes.items():  # a limit of 0 denies the device

@@ -30,7 +30,7 @@ def _nothing() -> None:
 class _Change:
     """An update, which has ended when all its parts have ended.
 
-    (concurrent.futures is not used, because it would import logging into the gatekeeper.)
+    (concurrent.futures is not used, because concurrent.futures would import logging into the gatekeeper.)
     """
 
     def __init__(self, parts: int) -> None:
@@ -39,7 +39,7 @@ class _Change:
         self._left, self._lock = parts, threading.Lock()
 
     def end_part(self, error: Exception | None) -> bool:
-        """Record the end of a part. Returns whether this was the last part and all parts were successful."""
+        """Record the end of a part. Return whether this was the last part and all parts were successful."""
         with self._lock:
             self._left -= 1
             self.error = self.error or error
@@ -61,7 +61,10 @@ class MapInMapUpdates:
         self._threads: set[threading.Thread] = set()
 
     def put(self, fd: int, entries: Mapping[bytes, bytes], over: Callable[[], object] = _nothing) -> None:
-        """Insert or replace inner maps, passed as descriptors. All entries are visible on return. Raises OSError."""
+        """Insert or replace inner maps, passed as descriptors. All entries are visible on return.
+
+        Raise OSError on failure.
+        """
         if not entries:
             return
         *_, last = entries  # the kernel updates the entries in this order
@@ -71,7 +74,10 @@ class MapInMapUpdates:
         self._change([partial(bpf.update_all, fd, part) for part in parts], is_there, over)
 
     def delete(self, fd: int, keys: Sequence[bytes], over: Callable[[], object] = _nothing) -> None:
-        """Delete entries. No deleted entry exists on return. A missing entry is not an error. Raises OSError."""
+        """Delete entries. No deleted entry exists on return. A missing entry is not an error.
+
+        Raise OSError on failure.
+        """
         there = [key for key in keys if bpf.inner_id(fd, key) is not None]
         if not there:
             over()

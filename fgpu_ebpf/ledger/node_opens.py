@@ -17,7 +17,7 @@ _U32 = struct.Struct("I")
 
 
 class Opens(NamedTuple):
-    """Opens by processes of a level: `denied` is the number of refusals; `would_deny` lacked a policy to be refused."""
+    """Opens by processes of a level: the number of refusals, and the number that `onBypass: deny` would refuse."""
 
     denied: int
     would_deny: int

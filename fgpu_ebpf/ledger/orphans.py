@@ -40,7 +40,7 @@ class Orphan:
 
 
 def orphan_of(raw_key: bytes, raw: bytes) -> Orphan:
-    """Decode an entry of the map."""
+    """Decode an entry of the map `orphans`."""
     tgid, device, generation, turn = _KEY.unpack(raw_key)
     bytes_, since_ns, ended_ns, _, *levels = _VALUE.unpack(raw)
     return Orphan(tgid, device, generation, turn, bytes_, since_ns, ended_ns, tuple(filter(None, levels[::2])))
@@ -80,7 +80,7 @@ class OrphanMap:
         return [orphan for orphan in self._all() if orphan.bytes]
 
     def forget_empty(self, living: Container[tuple[int, int]]) -> None:
-        """Delete entries without bytes, except those of `living` processes (pid, generation), which may add bytes."""
+        """Delete entries without bytes, except of `living` processes (pid, generation), which may add bytes."""
         for orphan in self._all():
             if not orphan.bytes and (orphan.tgid, orphan.generation) not in living:
                 self.let_go(orphan, 0)
@@ -88,13 +88,13 @@ class OrphanMap:
     def let_go(self, orphan: Orphan, bytes_: int) -> bool:
         """Release bytes of an orphan at its levels; 0 bytes: delete the orphan's entry if the entry has no bytes.
 
-        Returns False if the entry has changed or no longer exists. The caller must read the entry again.
+        Return False if the entry has changed or no longer exists. The caller must read the entry again.
         """
         key = orphan.tgid, orphan.device, orphan.generation, orphan.turn
         return self._run(abi.Adjust.LET_GO, *key, bytes_) == 0
 
     def of_level(self, cgroup: int) -> list[int]:
-        """Return the orphaned bytes of a level by device, including bytes without an entry; empty: no page."""
+        """Return the orphaned bytes of a level by device, with the bytes that have no entry; empty without a page."""
         fd = self._open_page(cgroup)
         if fd is None:
             return []
@@ -105,11 +105,11 @@ class OrphanMap:
         return list(abi.UsagePage.from_buffer_copy(raw).orphaned) if raw else []
 
     def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
-        """Release orphaned bytes of a level that have no entry. Returns whether the bytes were released."""
+        """Release orphaned bytes of a level that have no entry. Return whether the bytes were released."""
         return self._run(abi.Adjust.DISOWN, cgroup, device, bytes_) == 0
 
     def looked(self, cgroup: int, device: int, since_ns: int) -> None:
-        """Record on a level's page that at the time `since_ns` the device held all of its orphaned bytes."""
+        """Record on a level's page that at the time `since_ns` the device held all orphaned bytes of the level."""
         self._run(abi.Adjust.LOOKED, cgroup, device, since_ns)
 
     def managed_freed(self, device: int) -> int:

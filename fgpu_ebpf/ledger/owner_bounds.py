@@ -13,7 +13,7 @@ KEYS = ("levels", "allocations", "threads", "processes", "orphans", "files", "un
 
 
 class Bounds(NamedTuple):
-    """The bounds of one owner: a workload with all cgroups inside it.
+    """The bounds of one owner: a workload with all inner cgroups.
 
     `levels`: cgroups with a limit of their own. `allocations`, `threads`, `processes`, `orphans`: entries in the
     kernel's maps. `files`: probed files of libcuda. `unmanaged`: cgroups that are known to be unmanaged.

@@ -39,7 +39,7 @@ class OwnerTable:
         self._free: list[int] = []
 
     def attach(self, level: int, owner: int, most: tuple[int, ...], in_use: Collection[int]) -> int:
-        """Make this owner the bound owner of a level, and return the owner's slot. Raises OSError.
+        """Make this owner the bound owner of a level, and return the owner's slot. Raise OSError on failure.
 
         Args:
             level: the cgroup of the level.
@@ -70,7 +70,7 @@ class OwnerTable:
     def trim(self) -> None:
         """Release unneeded claims of owners if more than half of a map is claimed.
 
-        The caller has to call this method regularly. Raises OSError.
+        The caller has to call this method regularly. Raise OSError on failure.
         """
         claimed = self.claimed()
         if any(2 * n > most for n, most in zip(claimed, self.sizes.values(), strict=False)):
@@ -104,7 +104,7 @@ class OwnerTable:
         return Share(found.cgroup, tuple(found.entries), tuple(found.most))
 
     def _look(self) -> dict[int, int]:
-        """Return the slots, including those that an earlier agent has assigned."""
+        """Return the slots, including the slots that an earlier agent has assigned."""
         if self._slots is None:
             read = bpf.items(self._maps["owners"], _U32.size, _BYTES)
             found = {_U32.unpack(key)[0]: abi.Owner.from_buffer_copy(raw).cgroup for key, raw in read}

@@ -61,11 +61,11 @@ class ParkedMap:
         return found
 
     def begin(self, life: Life) -> int:
-        """Record that the agent is about to park a process. Returns 0 or an errno: E2BIG: the map is full."""
+        """Record that the agent is about to park a process. Return 0 or an errno. E2BIG: the map is full."""
         return self._run(abi.Adjust.BEGIN_PARK, *life)
 
     def park(self, life: Life) -> int:
-        """Record that no device holds memory of the process any more. Returns 0 or an errno: ESRCH: exited."""
+        """Record that no device holds memory of the process. Return 0 or an errno. ESRCH: the process has exited."""
         return self._each_device(abi.Adjust.PARK, life)
 
     def wake(self, life: Life, force: bool = False) -> int:
@@ -76,7 +76,7 @@ class ParkedMap:
             force: charge the bytes whatever the limits, because the driver has restored the memory.
 
         Returns:
-            0 or an errno: ENOSPC: a level around the process's own level has no room. ESRCH: the process has exited.
+            0 or an errno. ENOSPC: a level around the process's own level has no room. ESRCH: the process has exited.
         """
         return self._each_device(abi.Adjust.WAKE, life, int(force))
 
@@ -86,14 +86,13 @@ class ParkedMap:
         Args:
             cgroup: the level, which may have been removed.
             device: the full device.
-            seconds: for how long the requests wait before they are repeated, at most ROOM_NS; None: the requests fail
-                now.
+            seconds: for how long the requests wait before the repetition, at most ROOM_NS; None: the requests fail now.
         """
         until_ns = 0 if seconds is None else time.monotonic_ns() + round(seconds * 1e9)
         self._adjust(abi.Adjust.ROOM, cgroup, device, until_ns)
 
     def end(self, life: Life) -> int:
-        """Delete the entry of a process that runs again. Returns 0 or an errno: EBUSY: the process has parked bytes."""
+        """Delete the entry of a process that runs again. Return 0 or an errno. EBUSY: the process has parked bytes."""
         return self._run(abi.Adjust.END_PARK, *life)
 
     def _each_device(self, verb: abi.Adjust, life: Life, *more: int) -> int:

@@ -25,9 +25,9 @@ class Process:
 
     `quiet`: no thread of the process is between an admission and its settlement, or in a witnessed call. `changes`:
     number of completed changes. `begun`: number of changes that have begun. `exported`: bytes that other processes may
-    have open. `ended`: number of contexts that were destroyed while others remained. `peak`: the maximum of `bytes`
-    since the agent last called Ledger.mark(). `handles`: bytes of VMM handles. `parked`: bytes of the process that no
-    device holds. These bytes are not in `bytes`, but are in the other parts.
+    have open. `ended`: number of contexts that were destroyed while other contexts remained. `peak`: the maximum of
+    `bytes` since the agent last called Ledger.mark(). `handles`: bytes of VMM handles. `parked`: bytes of the process
+    that no device holds. These bytes are not in `bytes`, but are in the other parts.
     """
 
     generation: int
@@ -51,7 +51,7 @@ class Process:
 
     @property
     def is_parked(self) -> bool:
-        """Return whether the agent parks or has parked the process. NVML may show all or none of its memory."""
+        """Return whether the agent parks or has parked the process. NVML may show all or no memory of the process."""
         return bool(self.flags & abi.PARKED)
 
     def witnessed(self, device: int) -> int:

@@ -40,7 +40,7 @@ class Events:
     """A reader of one ring buffer. The descriptor is readable when an event is available."""
 
     def __init__(self, fd: int) -> None:
-        """Take ownership of `fd`, the descriptor of a ring buffer map. Raises OSError: not a ring buffer."""
+        """Take ownership of `fd`, the descriptor of a ring buffer map. Raise OSError for any other map."""
         self._fd = fd
         size = bpf.form(fd).max_entries
         self._mask = size - 1
@@ -60,7 +60,7 @@ class Events:
         os.close(self._fd)
 
     def read(self) -> Iterator[Event]:
-        """Yield all available events, oldest first, except those of cgroups outside this cgroup namespace."""
+        """Yield all available events, oldest first, except events of cgroups outside this cgroup namespace."""
         while self._at.value < _WORD.unpack_from(self._ring, 0)[0]:
             at = _PAGE + (self._at.value & self._mask)
             (length,) = _LENGTH.unpack_from(self._ring, at)

@@ -2,8 +2,8 @@
 
 Contexts, modules and imports explain a part of such memory. The driver allocates contexts and modules by itself.
 Imports are memory of other processes: NVML shows exported memory in the row of the exporter and, after the exporter has
-freed it or exited, in the row of an importer. If a tenant's process has more memory than these parts explain, the
-process uses a driver library that is not probed, with or without the shim.
+freed this memory or exited, in the row of an importer. If a tenant's process has more memory than these parts explain,
+the process uses a driver library that is not probed, with or without the shim.
 
 This module runs in the agent's main thread.
 """
@@ -26,7 +26,7 @@ class Unwitnessed:
     Args:
         contexts: bytes of one context by ledger index.
         modules: bytes that a process's code and data may take on a device; NVML shows these bytes, and no probed call
-            allocates them.
+            allocates these bytes.
     """
 
     def __init__(self, contexts: Mapping[int, int], modules: int) -> None:
@@ -89,7 +89,7 @@ class Unwitnessed:
                     self._kept[key] = kept + more
 
     def _take(self, device: int, bytes_: int) -> int:
-        """Return how many of these bytes exporters have freed, and subtract them from the freed bytes.
+        """Return how many of these bytes exporters have freed, and subtract this number from the freed bytes.
 
         Therefore the bytes are assigned to one importer only.
         """

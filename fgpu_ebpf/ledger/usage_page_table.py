@@ -36,13 +36,13 @@ class UsagePageTable:
         self._updates.close()
 
     def make(self, new: Sequence[abi.UsagePage], over: Callable[[set[int]], object] | None = None) -> None:
-        """Create pages and enter them in the maps `shelf` and `pages`. Raises OSError.
+        """Create pages and enter the pages in the maps `shelf` and `pages`. Raise OSError on failure.
 
-        A page is frozen before it is visible. Therefore a process that gets the page's descriptor can never write the
-        page, even if the agent is killed during this call.
+        A page is frozen before the page is visible. Therefore a process that gets the page's descriptor can never write
+        the page, even if the agent is killed during this call.
 
         Args:
-            new: the contents of the pages. Their `place` is set.
+            new: the contents of the pages. The `place` of each page is set.
             over: called with the cgroups of the pages, usually in another thread, when every BPF program that found no
                 page for these cgroups has ended.
         """
@@ -87,7 +87,7 @@ class UsagePageTable:
         return taken
 
     def _look(self) -> dict[int, int]:
-        """Return the slots by cgroup, including those that an earlier agent has assigned."""
+        """Return the slots by cgroup, including the slots that an earlier agent has assigned."""
         if self._places is None:
             found = bpf.items(self._maps["pages"], _U64.size, _U32.size, PLACES)
             self._places = {_U64.unpack(cgroup)[0]: _place(_U32.unpack(page)[0]) for cgroup, page in found}

@@ -54,7 +54,7 @@ class UsagePages:
         return None if page is None else [_usage(page, device) for device in devices]
 
     def opens(self, cgroup: int) -> tuple[int, int]:
-        """Return how many opens of device nodes by processes without the shim were refused in a level, and allowed."""
+        """Return the numbers of refused and allowed opens of device nodes by processes of a level without the shim."""
         page = self._page(cgroup)
         return (0, 0) if page is None else _OPENS.unpack_from(page, abi.UsagePage.opens.offset)
 
@@ -70,7 +70,7 @@ class UsagePages:
         return self._mapped[cgroup]
 
     def forget(self, cgroup: int) -> None:
-        """Unmap the page of a level, because it is removed or replaced."""
+        """Unmap the page of a level, because the page is removed or replaced."""
         page = self._mapped.pop(cgroup, None)
         if page:
             page.close()

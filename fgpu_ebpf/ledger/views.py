@@ -53,8 +53,8 @@ def _of_host(counters: Mapping[Count, int], kind: int, reasons: Iterable[IntEnum
 def tables(ledger: Ledger) -> tuple[MapView, ...]:
     """Return the number of entries and the size of each table that all tenants share.
 
-    For a table that is divided among bound owners, the number is that of the claimed entries: in use, or reserved for a
-    workload. Such tables are large, so their entries are not counted one by one.
+    For a table that is divided among bound owners, the number is the number of claimed entries, which are in use or
+    reserved for a workload. Such tables are large, so their entries are not counted one by one.
     """
     claimed = zip(ledger.owners.sizes.items(), ledger.owners.claimed(), strict=False)
     return (

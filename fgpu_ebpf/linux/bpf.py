@@ -85,7 +85,7 @@ def _path(path: str | Path) -> ctypes.Array[ctypes.c_char]:
 
 
 class Form(NamedTuple):
-    """Type and sizes of a map. The names are those in /proc/PID/fdinfo."""
+    """Type and sizes of a map. The names are the names in /proc/PID/fdinfo."""
 
     map_type: int
     key_size: int
@@ -95,7 +95,7 @@ class Form(NamedTuple):
 
 
 def create(name: str, form: Form, inner: int = 0) -> int:
-    """Create a map and return its descriptor. Raises OSError.
+    """Create a map and return its descriptor. Raise OSError on failure.
 
     Args:
         name: the name that tools show; the first 15 characters are used.
@@ -106,12 +106,12 @@ def create(name: str, form: Form, inner: int = 0) -> int:
 
 
 def create_array_page(name: str, bytes_: int) -> int:
-    """Create an array map with one element that can be mapped into memory. Returns its descriptor. Raises OSError."""
+    """Create an array map with one element that can be mapped into memory. Return its descriptor."""
     return create(name, Form(ARRAY, 4, bytes_, 1, MMAPABLE))
 
 
 def form(fd: int) -> Form:
-    """Return the form of an open map. Raises OSError; EINVAL: the descriptor is not a map."""
+    """Return the form of an open map. Raise OSError, with EINVAL if the descriptor is not a map."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
     if not found.keys() >= set(Form._fields):
@@ -120,7 +120,7 @@ def form(fd: int) -> Form:
 
 
 def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
-    """Return one value of a map, or None if the map does not have the key. Raises OSError."""
+    """Return one value of a map, or None if the map does not have the key. Raise OSError on failure."""
     k, v = _buffer(key), _bytes(value_bytes)()
     try:
         _bpf("MAP_LOOKUP", _LOOKUP, attributes.MapElemAttr(fd, _address(k), _address(v)))
@@ -132,7 +132,7 @@ def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
 
 
 def number(fd: int, index: int) -> int:
-    """Return one 64-bit number of an array map. Raises OSError; ENOENT: the array has no such index."""
+    """Return one 64-bit number of an array map. Raise OSError, with ENOENT if the array has no such index."""
     raw = lookup(fd, struct.pack("I", index), 8)
     if raw is None:
         raise OSError(errno.ENOENT, f"a BPF array has no entry {index}")
@@ -140,17 +140,17 @@ def number(fd: int, index: int) -> int:
 
 
 def update(fd: int, key: bytes, value: bytes) -> None:
-    """Insert or replace one entry. Raises OSError; E2BIG: the map is full."""
+    """Insert or replace one entry. Raise OSError, with E2BIG if the map is full."""
     _update(fd, key, value, _ANY)
 
 
 def insert(fd: int, key: bytes, value: bytes) -> bool:
-    """Insert one entry. Returns False if the key already exists. Raises OSError; E2BIG: the map is full."""
+    """Insert one entry. Return False if the key already exists. Raise OSError, with E2BIG if the map is full."""
     return _update_unless(errno.EEXIST, fd, key, value, _NOEXIST)
 
 
 def replace(fd: int, key: bytes, value: bytes) -> bool:
-    """Replace one entry. Returns False if the key does not exist. Raises OSError."""
+    """Replace one entry. Return False if the key does not exist. Raise OSError on failure."""
     return _update_unless(errno.ENOENT, fd, key, value, _EXIST)
 
 
@@ -170,7 +170,7 @@ def _update(fd: int, key: bytes, value: bytes, flag: int) -> None:
 
 
 def delete(fd: int, key: bytes) -> bool:
-    """Delete one entry. Returns False if the key does not exist. Raises OSError."""
+    """Delete one entry. Return False if the key does not exist. Raise OSError on failure."""
     k = _buffer(key)
     try:
         _bpf("MAP_DELETE", _DELETE, attributes.MapElemAttr(fd, _address(k)))
@@ -182,7 +182,7 @@ def delete(fd: int, key: bytes) -> bool:
 
 
 def inner_id(fd: int, key: bytes) -> int | None:
-    """Return the id of a map in a hash of maps, or None if the key does not exist. Never waits for a grace period."""
+    """Return the id of a map in a hash of maps, or None if the key does not exist. Never wait for a grace period."""
     if not HOLDS_LOOKERS:
         raw = lookup(fd, key, _ID_BYTES)
         return None if raw is None else int.from_bytes(raw, sys.byteorder)
@@ -224,7 +224,7 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
 
 
 def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
-    """Insert or replace many entries at once. Raises OSError.
+    """Insert or replace many entries at once. Raise OSError on failure.
 
     If the map is a map of maps, the kernel waits for one RCU grace period, or before Linux 6.8 for one grace period per
     entry.
@@ -236,7 +236,7 @@ def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
 
 
 def delete_all(fd: int, keys: Sequence[bytes]) -> int:
-    """Delete many entries at once. Missing keys are skipped. Returns the number of deleted entries. Raises OSError."""
+    """Delete many entries at once. Missing keys are skipped. Return the number of deleted entries."""
     deleted = at = 0
     while at < len(keys):
         k = _buffer(b"".join(keys[at:]))
@@ -252,7 +252,7 @@ def delete_all(fd: int, keys: Sequence[bytes]) -> int:
 
 
 def freeze(fd: int) -> None:
-    """Forbid all processes to write the map from now on. BPF programs can still write it. Raises OSError."""
+    """Forbid all processes, but not BPF programs, to write the map from now on. Raise OSError on failure."""
     _bpf("MAP_FREEZE", _FREEZE, attributes.MapElemAttr(fd))
 
 
@@ -263,7 +263,7 @@ def frozen(fd: int) -> bool:
 
 
 def map_by_id(identity: int) -> int:
-    """Open the map with this id, and return its descriptor. Raises OSError."""
+    """Open the map with this id, and return its descriptor. Raise OSError on failure."""
     return _bpf("MAP_GET_FD_BY_ID", _MAP_GET_FD_BY_ID, attributes.IdAttr(identity))
 
 
@@ -271,19 +271,19 @@ def map_by_id(identity: int) -> int:
 
 
 def pinned(path: Path) -> int:
-    """Open the map, program or link that is pinned at the path, and return its descriptor. Raises OSError."""
+    """Open the map, program or link that is pinned at the path, and return its descriptor. Raise OSError on failure."""
     name = _path(path)
     return _bpf("OBJ_GET", _OBJ_GET, attributes.ObjAttr(_address(name)))
 
 
 def pin(fd: int, path: Path) -> None:
-    """Pin a map, program or link at a path in a bpffs. Raises OSError."""
+    """Pin a map, program or link at a path in a bpffs. Raise OSError on failure."""
     name = _path(path)
     _bpf("OBJ_PIN", _OBJ_PIN, attributes.ObjAttr(_address(name), fd))
 
 
 def load_program(name: str, code: bytes, type_: int) -> int:
-    """Load a BPF program under the GPL, and return its descriptor. Raises OSError: the kernel refuses the program.
+    """Load a BPF program under the GPL, and return its descriptor. Raise OSError if the kernel refuses the program.
 
     Args:
         name: the name that tools show; the first 15 characters are used.
@@ -302,7 +302,7 @@ def load_program(name: str, code: bytes, type_: int) -> int:
 
 
 def run_raw_tracepoint(program: int, *arguments: int) -> int:
-    """Run a raw tracepoint program once with up to 12 arguments, and return its signed result. Raises OSError."""
+    """Run a raw tracepoint program once with up to 12 arguments, and return its signed result."""
     context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
     attr = attributes.TestRunAttr(prog_fd=program, ctx_size_in=8 * len(arguments), ctx_in=_address(context))
     _bpf("PROG_TEST_RUN", _TEST_RUN, attr)
@@ -312,14 +312,14 @@ def run_raw_tracepoint(program: int, *arguments: int) -> int:
 def attach_raw_tracepoint(program: int, name: str) -> int:
     """Attach a program to a raw tracepoint, and return the link's descriptor.
 
-    Raises OSError; EINVAL: the program reads an argument that this kernel's event does not have.
+    Raise OSError, with EINVAL if the program reads an argument that this kernel's event does not have.
     """
     event = _buffer(name.encode() + b"\0")
     return _bpf("RAW_TRACEPOINT_OPEN", _RAW_TRACEPOINT_OPEN, attributes.RawTracepointAttr(_address(event), program))
 
 
 def attach_to_cgroup(program: int, folder: int) -> int:
-    """Attach a program of the type CGROUP_DEVICE to an open cgroup folder, and return the link. Raises OSError.
+    """Attach a program of the type CGROUP_DEVICE to an open cgroup folder, and return the link.
 
     The program decides about processes in this cgroup and below, in addition to all other programs of the cgroup.
     """

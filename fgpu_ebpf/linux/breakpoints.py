@@ -29,9 +29,9 @@ _REPLACED = (
 
 
 def choose(fd: int, offsets: Iterable[int]) -> int | None:
-    """Return the first of these probed offsets at which a breakpoint proves a probe, or None. Raises OSError.
+    """Return the first of these probed offsets at which a breakpoint proves a probe, or None. Raise OSError on failure.
 
-    A breakpoint proves nothing if the file itself contains it, or if the kernel may use a call instead.
+    A breakpoint proves nothing if the file itself contains the breakpoint, or if the kernel may use a call instead.
     """
     for offset in offsets:
         code = os.pread(fd, len(CODE), offset)
@@ -48,8 +48,8 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
         check: returns the offset to check for a (dev, ino), or None if that file is not probed.
 
     Returns:
-        (dev, ino) -> offset. If the mappings cannot be read, for example because there are too many, the result is
-        {(0, 0): 0}: a file that does not exist, without a breakpoint.
+        (dev, ino) -> offset. If the mappings cannot be read, for example because there are too many mappings, the
+        result is {(0, 0): 0}: a file that does not exist, without a breakpoint.
     """
     try:
         with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
@@ -63,7 +63,7 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
 
 
 def is_set(pid: int, file: File, offset: int) -> bool | None:
-    """Return whether a process has the breakpoint of a file; None: file not mapped, or unreadable process."""
+    """Return whether a process has the breakpoint of a file; None: not mapped, or the process is unreadable."""
     try:
         with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
             found = [one for one in procmaps.each(maps, procmaps.NEXT_EXECUTABLE) if (one.dev, one.ino) == file]
@@ -73,7 +73,7 @@ def is_set(pid: int, file: File, offset: int) -> bool | None:
 
 
 def is_set_in_new_mappings(fd: int, offset: int) -> bool:
-    """Return whether a new mapping of this open file has a breakpoint at the offset. Raises OSError."""
+    """Return whether a new mapping of this open file has a breakpoint at the offset. Raise OSError on failure."""
     if os.pread(fd, len(CODE), offset) == CODE:  # a breakpoint in the file's own content proves nothing
         return False
     page = offset // mmap.PAGESIZE * mmap.PAGESIZE

@@ -2,12 +2,12 @@
 
 A thread's stack pointer and its next instruction are in /proc/PID/task/TID/syscall while the thread sleeps. Above the
 stack pointer lie the return addresses of all functions that have not returned. A word of the stack is taken for a
-return address if it points into executable memory and follows a call instruction.
+return address if the word points into executable memory and follows a call instruction.
 
 A thread that a library of the driver has created has no frame of another library above the driver's frames. Such a
-thread does not count, because it always sleeps in the driver. A word may also be the rest of an earlier call, in a
-frame that has not overwritten this word. Therefore a thread certainly is in the driver only if the innermost frame
-outside libc is the driver's. Otherwise the thread *may* be in the driver.
+thread does not count, because such a thread always sleeps in the driver. A word may also be the rest of an earlier
+call, in a frame that has not overwritten this word. Therefore a thread certainly is in the driver only if the innermost
+frame outside libc is the driver's. Otherwise the thread *may* be in the driver.
 
 Reading a process can block on the process. Errors are OSError: the process has ended, or must not be read.
 """
@@ -49,7 +49,7 @@ class Kind(IntEnum):
 
 
 class Sleep(NamedTuple):
-    """The place at which a thread sleeps. `call`: the number and the arguments of its system call, as text."""
+    """The place at which a thread sleeps. `call`: number and arguments of the system call, as text."""
 
     sp: int
     pc: int
@@ -65,7 +65,7 @@ class Code(NamedTuple):
     has_libcuda: bool
 
     def kind(self, address: int) -> Kind | None:
-        """Return the kind of the module at an address; None: no executable mapping."""
+        """Return the kind of the module at an address; None: the address is in no executable mapping."""
         at = bisect.bisect_right(self.starts, address) - 1
         return self.kinds[at] if at >= 0 and address < self.ends[at] else None
 
@@ -75,7 +75,7 @@ def _kind_of(name: bytes) -> Kind:
 
 
 def code_of(pid: int) -> Code:
-    """Return the executable mappings of a process. Raises OSError."""
+    """Return the executable mappings of a process. Raise OSError on failure."""
     with procmaps.opened(pid) as maps:
         found = [(m.start, m.end, m.path.rpartition(b"/")[2]) for m in procmaps.each(maps, procmaps.NEXT_CODE)]
     starts, ends, names = zip(*found, strict=True) if found else ((), (), ())
@@ -83,7 +83,7 @@ def code_of(pid: int) -> Code:
 
 
 def sleepers(pid: int) -> Iterator[tuple[int, Sleep]]:
-    """Yield each sleeping thread of a process with the place at which the thread sleeps. Raises OSError."""
+    """Yield each sleeping thread of a process with the place at which the thread sleeps. Raise OSError on failure."""
     folder = f"/proc/{pid}/task"
     for name in os.listdir(folder):
         try:
@@ -95,7 +95,7 @@ def sleepers(pid: int) -> Iterator[tuple[int, Sleep]]:
 
 
 class Stacks:
-    """The memory of a process, from opening to close(). Raises OSError."""
+    """The memory of a process, from opening to close(). The constructor raises OSError on failure."""
 
     def __init__(self, pid: int) -> None:
         self._maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
@@ -111,7 +111,7 @@ class Stacks:
         os.close(self._memory)
 
     def where(self, sleep: Sleep, code: Code) -> Where:
-        """Return where a thread sleeps. Raises OSError: its stack cannot be read."""
+        """Return where a thread sleeps. Raise OSError if the stack cannot be read."""
         kinds = self._frames(sleep, code)  # each search below continues where the previous search has stopped
         innermost = next((kind for kind in kinds if kind is not Kind.LIBC), None)
         if innermost is Kind.DRIVER:
@@ -148,7 +148,7 @@ class Stacks:
 
 
 def is_call(before: bytes) -> bool:
-    """Return whether these bytes, the last before an address, end in a call instruction of this machine."""
+    """Return whether the last bytes before an address end in a call instruction of this machine."""
     if platform.machine() == "aarch64":
         word = int.from_bytes(before[-4:], "little")
         return word >> 26 == 0b100101 or word & 0xFFFFFC1F == 0xD63F0000  # bl, blr

@@ -1,8 +1,8 @@
-"""The capabilities that the agent and the gatekeeper keep after their start, and those that the parker needs.
+"""The capabilities that the agent and the gatekeeper keep after their start, and that the parker needs.
 
 Agent and gatekeeper drop all other capabilities.
 
-This module runs in the main thread of each process, before it starts other threads.
+This module runs in the main thread of each process, before the process starts other threads.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PARKER = GATEKEEPER | {Capability.DAC_OVERRIDE}
 
 
 def keep_only(kept: Set[Capability]) -> None:
-    """Drop all capabilities except `kept`, in this thread, in threads that it starts and in programs that they execute.
+    """Drop all capabilities except `kept`, in this thread, in threads started later and in programs executed later.
 
     None of these threads and programs can get a dropped capability again.
 
-    A capability in `kept` that the thread does not have is not added. Raises OSError.
+    A capability in `kept` that the thread does not have is not added. Raise OSError on failure.
     """
     check("prctl(NO_NEW_PRIVS)", LIBC.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     for number in range(64):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 
 def make_way(path: str) -> None:
-    """Remove an empty folder at this path, or rename a folder with contents to `PATH.moved-TIME`. Raises OSError.
+    """Remove an empty folder at this path, or rename a folder with contents to `PATH.moved-TIME`.
 
-    Does nothing if the path is not a folder. Docker creates a folder for the missing source of a bind mount, for
-    example for a container that starts before the agent.
+    Raise OSError on failure.
+
+    Do nothing if the path is not a folder. Docker creates a folder for the missing source of a bind mount, for example
+    for a container that starts before the agent.
     """
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -25,7 +27,7 @@ def make_way(path: str) -> None:
 
 
 def remove_moved(path: Path) -> None:
-    """Remove the folders that make_way() has renamed at a path, except those with a mount inside."""
+    """Remove the folders that make_way() has renamed at a path, except folders with a mount inside."""
     for folder in path.parent.glob(f"{path.name}.moved-*"):
         if not _has_mounts(folder):
             import shutil  # imported when needed: such folders are rare, and shutil imports libraries for compression

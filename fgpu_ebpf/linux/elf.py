@@ -1,9 +1,9 @@
 """Reader of a shared library's dynamic segment: the name of the library, and the file offsets of its functions.
 
-A loader reads the same segment. Section headers are ignored, as a loader ignores them, because they can be absent or
-wrong. The file may belong to a tenant and contain anything. Therefore every read and the work for one name are bounded,
-and no file takes longer than a driver's library. General-purpose ELF parsers have no such bounds. This module runs in
-all threads of the agent, and in the commands.
+A loader reads the same segment. Section headers are ignored, as a loader ignores section headers, because section
+headers can be absent or wrong. The file may belong to a tenant and contain anything. Therefore every read and the work
+for one name are bounded, and no file takes longer than a driver's library. General-purpose ELF parsers have no such
+bounds. This module runs in all threads of the agent, and in the commands.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ class Segment(NamedTuple):
 
 
 def function_offsets(fd: int, names: Collection[str]) -> dict[str, int]:
-    """Return the file offsets of the functions in `names` that the library exports. Raises ElfError, OSError."""
+    """Return the file offsets of the functions in `names` that the library exports.
+
+    Raise ElfError or OSError on failure.
+    """
     library = Library(fd)
     found = {name: library.offset(name) for name in names}
     return {name: offset for name, offset in found.items() if offset is not None}
 
 
 class Library:
-    """The dynamic segment of an open file. Raises OSError, and ElfError if the file is not a shared library."""
+    """The dynamic segment of an open file. The constructor raises ElfError if the file is not a shared library."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -79,12 +82,12 @@ class Library:
 
     @property
     def name(self) -> str:
-        """DT_SONAME, the name by which programs request the library; empty: no such name."""
+        """DT_SONAME, the name by which programs request the library; empty without a name."""
         at = self._entries.get(_SONAME)
         return "" if at is None else self._text(at).decode(errors="replace")
 
     def offset(self, name: str) -> int | None:
-        """Return the file offset of a function; None: not exported. Raises ElfError: its address is not code."""
+        """Return the file offset of a function, or None if not exported. Raise ElfError if the address is not code."""
         for address in map(self._defined_at, self._candidates(name.encode())):
             if address:
                 return self._code_offset(name, address)
@@ -99,7 +102,7 @@ class Library:
                 yield index
 
     def _defined_at(self, index: int) -> int:
-        """Return the address of a symbol, or 0 if another library defines it."""
+        """Return the address of a symbol, or 0 if another library defines the symbol."""
         _, _, _, section, address, _ = _SYMBOL.unpack(self._symbol(index))
         return int(address) if section else 0
 
@@ -144,7 +147,7 @@ class Library:
         try:
             return self._entries[tag]
         except KeyError:
-            raise ElfError(f"no entry {tag} in its dynamic segment: no symbol can be found") from None
+            raise ElfError(f"no entry {tag} in the dynamic segment: no symbol can be found") from None
 
     def _code_offset(self, name: str, address: int) -> int:
         for s in self._loaded:

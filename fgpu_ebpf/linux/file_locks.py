@@ -28,9 +28,9 @@ class FileLock:
         self._file = -1
 
     def take(self) -> bool:
-        """Create the folder and the file, lock the file and write this process's pid to it.
+        """Create the folder and the file, lock the file and write this process's pid to the file.
 
-        Returns False if another process holds the lock. Raises OSError.
+        Return False if another process holds the lock. Raise OSError on failure.
         """
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         fd = self._open()
@@ -52,7 +52,7 @@ class FileLock:
             return os.open(self.path, flags, MODE)
 
     def is_held(self) -> bool:
-        """Return whether the path still leads to the file that take() has locked. Raises OSError."""
+        """Return whether the path still leads to the file that take() has locked. Raise OSError on failure."""
         try:
             there = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -60,14 +60,14 @@ class FileLock:
         return os.path.samestat(there, os.fstat(self._file))
 
     def release(self) -> None:
-        """Release the lock. The file stays. Does nothing if the lock is not held."""
+        """Release the lock. The file stays. Do nothing if the lock is not held."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def is_locked(path: str | Path) -> bool:
-    """Return whether a process holds the file's lock; False if the file does not exist. Raises OSError."""
+    """Return whether a process holds the file's lock; False if the file does not exist. Raise OSError on failure."""
     # Frequent callers pass a string: a Path interns its parts, and the table of interned strings grows by a megabyte.
     try:
         with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def is_locked(path: str | Path) -> bool:
 
 
 def holder(path: Path) -> int | None:
-    """Return the pid that the last holder wrote, which is valid in the holder's pid namespace; None: no pid."""
+    """Return the pid that the last holder wrote, which is valid in the holder's pid namespace, or None."""
     with contextlib.suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"))
     return None

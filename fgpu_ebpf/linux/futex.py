@@ -41,7 +41,7 @@ class FutexWords:
         self.watch(())
 
     def watch(self, addresses: Sequence[int]) -> None:
-        """Replace the words by those at `addresses`, at most MOST_WORDS. Afterwards, call expect() for each word."""
+        """Watch only the words at `addresses`, at most MOST_WORDS. Afterwards, call expect() for each word."""
         every = (ctypes.addressof(self._own), *addresses[:MOST_WORDS])
         self._count = len(every)
         self._waiters = _Waiters()
@@ -61,7 +61,7 @@ class FutexWords:
         self._waiters[3 * place + 5] = _SIZE_U32 | _PRIVATE if is_ignored else _SIZE_U32
 
     def wake(self) -> None:
-        """Make the current or the next wait() return. Safe in any thread."""
+        """Make the current or the next wait() return. Any thread may call this method."""
         self._own.value = (self._own.value + 1) & 0xFFFFFFFF
         wake(ctypes.addressof(self._own))
 
@@ -70,7 +70,10 @@ class FutexWords:
         self._waiters[0] = self._own.value
 
     def wait(self, until_ns: int | None) -> None:
-        """Wait until a word changes, or until `until_ns` (CLOCK_MONOTONIC); None: without a timeout. Raises OSError."""
+        """Wait until a word changes, or until `until_ns` (CLOCK_MONOTONIC); None: wait without a timeout.
+
+        Raise OSError on failure.
+        """
         self._time[0], self._time[1] = divmod(until_ns or 0, 1_000_000_000)
         time = None if until_ns is None else self._time
         if LIBC.syscall(_FUTEX_WAITV, self._waiters, self._count, 0, time, _MONOTONIC) < 0:

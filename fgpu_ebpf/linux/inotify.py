@@ -21,7 +21,7 @@ _CHANGES = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
 class FolderWatch:
     """A descriptor that is readable after a change in or to a watched folder. Subfolders are not watched.
 
-    Raises OSError if a folder does not exist, or if the kernel's maximum of watches is reached.
+    The constructor raises OSError if a folder does not exist, or if the kernel's maximum of watches is reached.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:

@@ -47,14 +47,14 @@ class Sink(Protocol):
     """A destination of lines."""
 
     def write(self, line: bytes) -> None:
-        """Write a whole line at once. Raises OSError: the line cannot be written."""
+        """Write a whole line at once. Raise OSError if the line cannot be written."""
 
 
 # -- places --------------------------------------------------------------------------------------------------------
 
 
 class Descriptor:
-    """A file, pipe, terminal or socket that other processes may share. Their blocking mode does not change."""
+    """A file, pipe, terminal or socket that other processes may share. The blocking mode does not change."""
 
     def __init__(self, fd: int) -> None:
         mode = os.fstat(fd).st_mode
@@ -65,7 +65,7 @@ class Descriptor:
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
     def write(self, line: bytes) -> None:
-        """Write a line in one call. Raises OSError: the whole line is not accepted at once."""
+        """Write a line in one call. Raise OSError if the whole line is not accepted at once."""
         if self._socket:
             self._socket.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             return
@@ -85,7 +85,7 @@ class Journal:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def write(self, line: bytes) -> None:
-        """Send one entry to the journal. Raises OSError: the journal does not accept the entry at once."""
+        """Send one entry to the journal. Raise OSError if the journal does not accept the entry at once."""
         self._socket.sendto(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._path)
 
 
@@ -98,7 +98,7 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class Text(logging.Formatter):
-    """Formats records as lines such as `2026-05-12 09:41:07 fgpu.agent: probed /usr/lib/…`, in local time."""
+    """The formatter of lines such as `2026-05-12 09:41:07 fgpu.agent: probed /usr/lib/…`, in local time."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(name)s: %(message)s", "%F %T")
@@ -109,7 +109,7 @@ class Text(logging.Formatter):
 
 
 class Json(Text):
-    """Formats each record as one line with a JSON object: time, level, logger, message, then the fields."""
+    """The formatter of lines with a JSON object: time, level, logger, message, then the fields."""
 
     def encode(self, record: logging.LogRecord) -> bytes:
         """Return the line. The fields, and then the end of the message, of a line that is too long are left out."""
@@ -153,7 +153,7 @@ def _cut(text: bytes) -> bytes:
 
 
 class Handler(logging.Handler):
-    """Writes a line at once or drops it.
+    """A handler that writes a line at once or drops the line.
 
     `dropped`: number of lines that could not be written. `left_out`: number of lines beyond the maximum of lines or of
     statements in ten seconds. Both counters only grow.
@@ -168,7 +168,7 @@ class Handler(logging.Handler):
         self.dropped = self.left_out = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record. `logging` calls this method for one record at a time. Never raises."""
+        """Write a record. `logging` calls this method for one record at a time. No exception is raised."""
         try:
             more = self._too_many(record)
             if more is None:
@@ -229,7 +229,7 @@ def handler(form: Format, fd: int = 2) -> Handler:
 
 
 def configure(form: Format | None = None, level: int = logging.INFO) -> Handler:
-    """Make a handler of this form the root logger's only handler, and return it; None: the process's usual form."""
+    """Make a handler of this form the root logger's only handler, and return it. None: use the process's usual form."""
     made = handler(form or usual_format())
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -1,7 +1,7 @@
 """Settings of the allocators of the C library and of Python, so that freed memory returns to the system.
 
-The agent and the gatekeeper run for months. This module runs in their main threads.
-The calls of mallopt() and malloc_trim() are left out if the C library does not have these functions.
+The agent and the gatekeeper run for months. This module runs in the main threads of both processes. The calls of
+mallopt() and malloc_trim() are left out if the C library does not have these functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _stays: list[bytes] = []
 
 
 def keep_small() -> None:
-    """Set one arena and a fixed mmap threshold. To be called before other threads start.
+    """Set one arena and a fixed mmap threshold. The caller calls this function before other threads start.
 
     Without the first setting, the C library keeps an arena of half a megabyte for each thread that ever allocated
     memory at the same time as other threads (scrapes, requests), up to eight for each processor. With a fixed
@@ -39,7 +39,9 @@ def keep_small() -> None:
 
 
 def settle(ahead_bytes: int) -> None:
-    """Freeze the existing objects, and allocate memory for small objects. To be called at the end of the start.
+    """Freeze the existing objects, and allocate memory for small objects.
+
+    The caller calls this function at the end of the start.
 
     The cyclic garbage collector does not visit frozen objects. Therefore a full collection is short, and is not delayed
     until the new objects are a quarter of the existing objects. Python returns memory of small objects in whole
@@ -53,10 +55,10 @@ def settle(ahead_bytes: int) -> None:
 
 
 def give_back() -> None:
-    """Free cycles, compiled patterns and all unused whole pages of the heap. To be called regularly.
+    """Free cycles, compiled patterns and all unused whole pages of the heap. The caller calls this function regularly.
 
-    `re` keeps the last 512 patterns that it compiled, including those of removed policies. Without malloc_trim() the C
-    library returns only the end of the heap, and one small block at the end keeps all memory before this block.
+    `re` keeps the last 512 patterns that it compiled, including patterns of removed policies. Without malloc_trim() the
+    C library returns only the end of the heap, and one small block at the end keeps all memory before this block.
     """
     re.purge()
     gc.collect()

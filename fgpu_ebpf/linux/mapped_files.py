@@ -24,7 +24,7 @@ _MAP_FAILED = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 
 @dataclass(frozen=True, slots=True)
 class MappedFile:
-    """A mapped file as in /proc/PID/maps. `place`: the name of one of its mappings in /proc/PID/map_files."""
+    """A mapped file as in /proc/PID/maps. `place`: the name of a mapping in /proc/PID/map_files."""
 
     path: str
     dev: int
@@ -39,7 +39,7 @@ class MappedFile:
 
 
 def open_regular(path: str, follow: bool = False) -> int:
-    """Open for reading a file that a tenant may have created. Raises OSError if the file is not a regular file.
+    """Open for reading a file that a tenant may have created. Raise OSError if the file is not a regular file.
 
     The type is checked before the file is opened for reading, because open() of a fifo would block, and open() of a
     device can have side effects. With O_NONBLOCK, a lease on the file does not block either.
@@ -58,7 +58,7 @@ def open_regular(path: str, follow: bool = False) -> int:
 
 
 def as_mapped(path: str) -> tuple[int, int]:
-    """Return (dev, ino) of a file as in /proc/PID/maps. Raises OSError.
+    """Return (dev, ino) of a file as in /proc/PID/maps. Raise OSError on failure.
 
     On some overlays, stat() returns other numbers.
     """
@@ -70,7 +70,7 @@ def as_mapped(path: str) -> tuple[int, int]:
 
 
 def mapped_as(fd: int) -> tuple[int, int]:
-    """Return (dev, ino) of an open file as in /proc/PID/maps. Raises OSError."""
+    """Return (dev, ino) of an open file as in /proc/PID/maps. Raise OSError on failure."""
     with a_page_of(fd, 0) as at:
         with procmaps.opened("self") as maps:
             found = procmaps.find(maps, at, named=False)
@@ -79,10 +79,10 @@ def mapped_as(fd: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def a_page_of(fd: int, offset: int) -> Iterator[int]:
-    """Map one page of an open file as private, and yield its address. Raises OSError.
+    """Map one page of an open file as private, and yield its address. Raise OSError on failure.
 
-    Read the page through /proc/self/mem. An access to the address would kill this process (SIGBUS) if the file has been
-    truncated.
+    The caller has to read the page through /proc/self/mem. An access to the address would kill this process (SIGBUS) if
+    the file has been truncated.
     """
     at = LIBC.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset)
     if at == _MAP_FAILED:

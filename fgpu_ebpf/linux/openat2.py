@@ -1,4 +1,4 @@
-"""openat2(2): open a path inside the root folder of another process, and never a file outside it.
+"""openat2(2): open a path inside the root folder of another process, and never a file outside this folder.
 
 This module runs in the agent's worker threads. Such a path must not be opened part by part or below `/proc/PID/root/`,
 because the kernel would then resolve an absolute symbolic link in the path to a file of the host.
@@ -16,7 +16,7 @@ NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, IN_ROOT = 0x01, 0x02, 0x04, 0x10
 
 
 def find(root: int, path: str, resolve: int) -> int:
-    """Open a path as a process with this root folder would resolve it, with O_PATH, and return the descriptor.
+    """Open a path with O_PATH, resolved as in a process with this root folder, and return the descriptor.
 
     Args:
         root: a descriptor of the root folder.
@@ -24,14 +24,14 @@ def find(root: int, path: str, resolve: int) -> int:
         resolve: flags of openat2(2) in addition to IN_ROOT, for example NO_SYMLINKS.
 
     Raises:
-        OSError: the path does not exist, or `resolve` forbids a part of it.
+        OSError: the path does not exist, or `resolve` forbids a part of the path.
     """
     how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, resolve | IN_ROOT)
     return check("openat2", LIBC.syscall(_OPENAT2, root, os.fsencode(path), how, _HOW.size))
 
 
 def find_mapped(root: str, path: str) -> int:
-    """Open a path that the kernel has reported, and return the descriptor. Raises OSError.
+    """Open a path that the kernel has reported, and return the descriptor. Raise OSError on failure.
 
     Such a path contains no symbolic links, so the function refuses links that were created after the report.
     """

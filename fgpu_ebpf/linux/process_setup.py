@@ -13,7 +13,7 @@ NICE = -10
 
 
 def raise_priority() -> None:
-    """Raise the priority of this thread and of the threads that it starts.
+    """Raise the priority of this thread and of the threads that this thread starts.
 
     Without a raised priority, the thread gets a 300th of a processor while 300 programs start. Without CAP_SYS_NICE,
     the priority that the systemd unit has set stays.

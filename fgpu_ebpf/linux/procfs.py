@@ -35,7 +35,7 @@ _PF_EXITING = 0x4  # a flag of a task, set before the kernel reports the exit
 
 
 def read(path: str) -> bytes:
-    """Return a small file of /proc or of the cgroup file system, at most 64 KiB. Raises OSError."""
+    """Return a small file of /proc or of the cgroup file system, at most 64 KiB. Raise OSError on failure."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 1 << 16)
@@ -63,7 +63,7 @@ def alive(pidfd: int) -> bool:
 
 
 def ended(pid: int) -> bool:
-    """Return whether all threads of a process have ended or are exiting, even if its parent has not waited for its end.
+    """Return whether all threads of a process have ended or are exiting, even without a wait by the parent.
 
     The kernel frees the device memory of a process during its exit. The release can take seconds, and the pidfd reports
     the exit only afterwards. All threads are checked, because the first thread may exit before the other threads.
@@ -131,7 +131,7 @@ def and_above(path: str) -> Iterator[str]:
 
 
 def identity(pidfd: int) -> tuple[int, int]:
-    """Return a process's pid in the caller's pid namespace, and the id of its cgroup. Raises OSError: exited."""
+    """Return a process's pid in the caller's pid namespace, and the id of the cgroup. Raise OSError after its exit."""
     try:
         info = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
     except OSError as error:
@@ -145,7 +145,7 @@ def identity(pidfd: int) -> tuple[int, int]:
 def _identity_by_name(pidfd: int) -> tuple[int, int]:
     """Return identity() from /proc, for kernels before 6.13.
 
-    The values belong to the process only if the process is still alive after they were read.
+    The values belong to the process only if the process is still alive after the reading.
     """
     pid, root = _pid_of(pidfd), cgroup2_root()
     for _ in range(_TRIES):
@@ -165,7 +165,7 @@ def _pid_of(pidfd: int) -> int:
 
 
 def pid_space(pidfd: int) -> int:
-    """Return the inode of the pid namespace of a pidfd's process. Raises OSError: the process has exited."""
+    """Return the inode of the pid namespace of a pidfd's process. Raise OSError if the process has exited."""
     try:
         space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
     except OSError as error:
@@ -182,7 +182,7 @@ def pid_space(pidfd: int) -> int:
 
 
 def pid_names(tgid: int) -> dict[int, int]:
-    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty: exited."""
+    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty if exited."""
     names: dict[int, int] = {}
     try:
         pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
@@ -201,7 +201,7 @@ def pid_names(tgid: int) -> dict[int, int]:
 
 
 def clock_ahead_ns(pid: int) -> int:
-    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0: exited."""
+    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0 if exited."""
     try:
         if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
             return 0
@@ -215,13 +215,16 @@ def clock_ahead_ns(pid: int) -> int:
 
 
 def _auxv(pid: int, entry: struct.Struct) -> dict[int, int]:
-    """Return the auxiliary vector of a program (type -> value), decoded with this entry format. Raises OSError."""
+    """Return the auxiliary vector of a program (type -> value), decoded with this entry format.
+
+    Raise OSError on failure.
+    """
     text = read(f"/proc/{pid}/auxv")
     return dict(entry.iter_unpack(text[: len(text) // entry.size * entry.size]))
 
 
 def is_32_bit(pid: int) -> bool:
-    """Return whether a process runs a 32-bit program of any architecture. Raises OSError: the process has exited."""
+    """Return whether a process runs a 32-bit program of any architecture. Raise OSError if the process has exited."""
     return bool(_auxv(pid, _AUX_32_BIT).get(_AT_PAGESZ))  # in a 64-bit vector, the upper half of each type is 0
 
 
@@ -229,7 +232,7 @@ def loader(pid: int) -> str:
     """Return the path of the dynamic loader of a 64-bit program, relative to the root of the process.
 
     The path comes from the kernel. No file of the program is opened. The result is empty if the program is static.
-    Raises OSError: the process has exited.
+    Raise OSError if the process has exited.
     """
     base, path = _auxv(pid, _AUX).get(_AT_BASE, 0), os.readlink(f"/proc/{pid}/exe")
     if base:
@@ -241,7 +244,7 @@ def loader(pid: int) -> str:
 
 
 def has_mount(pid: int, path: str) -> bool:
-    """Return whether a path is a mount point in a process's mount namespace. Raises OSError: the process has exited."""
+    """Return whether a path is a mount point in a process's mount namespace. Raise OSError if the process is gone."""
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return any(line.split(" ", 5)[4] == path for line in islice(file, MOST_MOUNTS))
 
@@ -268,7 +271,7 @@ def cgroup2_root() -> Path | None:
 
 
 def cgroup_path(pid: int) -> str | None:
-    """Return the path of a process's v2 cgroup below the hierarchy's root, e.g. `/fgpu/run-1`; None: exited."""
+    """Return the path of a process's v2 cgroup below the hierarchy's root, e.g. `/fgpu/run-1`, or None."""
     try:
         return _cgroup(pid).removesuffix(" (deleted)") or None
     except OSError:
@@ -276,7 +279,7 @@ def cgroup_path(pid: int) -> str | None:
 
 
 def is_outside(path: str) -> bool:
-    """Return whether a cgroup lies outside this process's cgroup namespace, where no path can name it."""
+    """Return whether a cgroup lies outside this process's cgroup namespace, where no path can name the cgroup."""
     return path.startswith("/..")
 
 
@@ -292,7 +295,7 @@ def cgroup_ids(root: Path, path: str) -> Iterator[int]:
 def cgroups(pid: int, root: Path) -> list[int]:
     """Return the ids of a process's cgroup and its ancestors, innermost first.
 
-    The result is empty if the cgroup lies outside this process's cgroup namespace. Raises OSError: the process has
+    The result is empty if the cgroup lies outside this process's cgroup namespace. Raise OSError if the process has
     exited, or its cgroup was removed.
     """
     inside = _cgroup(pid).removeprefix("/").split("/")[:DEEPEST]

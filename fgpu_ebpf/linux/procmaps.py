@@ -35,8 +35,8 @@ _Path = ctypes.c_char * _LONGEST_PATH
 class Mapped(NamedTuple):
     """A mapping as the kernel reports it.
 
-    `path` may end in ` (deleted)`, and may be empty if the caller did not request it. `offset` is the offset in the
-    file at which the mapping begins. `ino` is 0 if the mapping has no file.
+    `path` may end in ` (deleted)`, and may be empty if the caller did not request the path. `offset` is the offset in
+    the file at which the mapping begins. `ino` is 0 if the mapping has no file.
     """
 
     start: int
@@ -49,7 +49,7 @@ class Mapped(NamedTuple):
 
 @contextlib.contextmanager
 def opened(pid: int | str, file: str = "maps") -> Iterator[int]:
-    """Open /proc/PID/FILE for reading, and yield its descriptor. Raises OSError: the process has exited.
+    """Open /proc/PID/FILE for reading, and yield its descriptor. Raise OSError if the process has exited.
 
     Args:
         pid: the process, or "self".
@@ -63,7 +63,7 @@ def opened(pid: int | str, file: str = "maps") -> Iterator[int]:
 
 
 def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
-    """Return one mapping of a process. Raises OSError.
+    """Return one mapping of a process. Raise OSError on failure.
 
     Args:
         maps: the open /proc/PID/maps.
@@ -83,7 +83,7 @@ def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
 
 
 def each(maps: int, which: int) -> Iterator[Mapped]:
-    """Yield all mappings that a NEXT constant selects, by ascending address. Raises OSError."""
+    """Yield all mappings that a NEXT constant selects, by ascending address. Raise OSError on failure."""
     at = 0
     for _ in range(MOST):
         try:
@@ -101,7 +101,7 @@ def each(maps: int, which: int) -> Iterator[Mapped]:
 
 
 def with_names(maps: int, names: tuple[bytes, ...]) -> Iterator[Mapped]:
-    """Yield the executable mappings of files whose base names begin with one of `names`. Raises OSError."""
+    """Yield the executable mappings of files whose base names begin with one of `names`. Raise OSError on failure."""
     for found in each(maps, NEXT_EXECUTABLE):
         if found.path.rpartition(b"/")[2].startswith(names):
             yield found

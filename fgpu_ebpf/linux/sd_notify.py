@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 
 def tell(*assignments: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send these assignments in one datagram. Returns False if no manager has requested them, or if sending failed."""
+    """Send these assignments in one datagram. Return False without a manager, or if sending failed."""
     address = environment.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False
@@ -41,7 +41,7 @@ def stopping() -> bool:
 
 
 class Watchdog:
-    """Pings of the manager's watchdog, twice in the interval that the manager requests; no pings without a request."""
+    """Pings of the watchdog, twice in the interval that the manager requests. Without a request, no ping is sent."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ, now: Callable[[], float] = time.monotonic) -> None:
         self._environment, self._now = environment, now
@@ -49,7 +49,10 @@ class Watchdog:
         self._due = now()
 
     def ping(self) -> bool:
-        """Send a ping if one is due. To be called in each round of the main loop. Returns whether a ping was sent."""
+        """Send a ping if a ping is due, and return whether a ping was sent.
+
+        The main loop calls this method in each round.
+        """
         if not self._seconds or self._now() < self._due:
             return False
         self._due = self._now() + self._seconds

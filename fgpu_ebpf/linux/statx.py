@@ -12,7 +12,7 @@ _BYTES, _MODE = 256, slice(28, 30)  # of struct statx
 
 
 def is_character_device(path: str) -> bool:
-    """Return whether a path, with its links, leads to a character device. Raises OSError."""
+    """Return whether a path, with its links, leads to a character device. Raise OSError on failure."""
     found = ctypes.create_string_buffer(_BYTES)
     check("statx", LIBC.statx(_AT_FDCWD, path.encode(), _DONT_SYNC, _TYPE, found))
     return stat.S_ISCHR(int.from_bytes(found.raw[_MODE], "little"))

@@ -21,10 +21,10 @@ class Wakeup:
         return self._fd
 
     def wake(self) -> None:
-        """Make the descriptor readable. Several calls before clear() have the same effect as one."""
+        """Make the descriptor readable. Several calls before clear() have the effect of one call."""
         os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
-        """Make the descriptor unreadable. To be called before checking for work, so that no later wake() is lost."""
+        """Make the descriptor unreadable. The caller then checks for work, so that no later wake() is lost."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)

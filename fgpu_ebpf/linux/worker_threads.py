@@ -47,7 +47,7 @@ class Workers(Generic[Owner, Job, Result]):
         wake: called by a thread when take() has something to return.
         most: how many jobs of one owner may be queued.
         nice: the nice level of the threads, if not 0.
-        few: how many threads are started without waiting for the running ones.
+        few: how many threads are started without waiting for the running threads.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Workers(Generic[Owner, Job, Result]):
     # -- in the loop
 
     def want(self, owner: Owner, job: Job) -> bool:
-        """Queue a job, which a later go() starts. Returns False if a full queue rejects the job."""
+        """Queue a job, which a later go() starts. Return False if a full queue rejects the job."""
         wanted = self._wanted.setdefault(owner, deque())
         if len(wanted) >= self._most:
             self._leave_out_unwanted(wanted)
@@ -105,7 +105,7 @@ class Workers(Generic[Owner, Job, Result]):
         return self._moved_ns + STALLED_NS if self._active >= self._few else 0
 
     def go(self) -> None:
-        """Start a thread if fewer than `few` run, or several if jobs hang. Raises OSError: no thread can be started."""
+        """Start a thread if fewer than `few` threads run, or several threads if jobs hang. Raise OSError on failure."""
         due_ns = self.due_ns()
         if due_ns is None or monotonic_ns() < due_ns:
             return

@@ -1,1 +1,1 @@
-"""The parker process: checkpoints GPU processes to host memory and restores them."""
+"""The parker process, which checkpoints GPU processes to host memory and restores these processes."""

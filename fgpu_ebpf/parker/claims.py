@@ -22,7 +22,7 @@ _MODE = 0o600
 def claim(run_dir: Path, pids: Iterable[int]) -> int:
     """Lock these processes for a job, and return the descriptor that holds the locks.
 
-    Raises OSError, and RequestError if a process has a job already.
+    Raise OSError on failure, and RequestError if a process has a job already.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.open(run_dir / FILE, flags, _MODE)

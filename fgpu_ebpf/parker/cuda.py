@@ -1,6 +1,6 @@
 """The functions cuCheckpointProcess* of the host's libcuda, which lock, checkpoint and restore another process.
 
-Runs only in the process of a job, because a call can hang, and because libcuda cannot be used after a fork.
+This module runs only in the process of a job, because a call can hang, and because libcuda cannot be used after a fork.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STATES = {int(state): state for state in State}
 
 
 class DriverError(Exception):
-    """A failed call of the driver: `code` is its result."""
+    """A failed call of the driver. `code`: the result of the call."""
 
     def __init__(self, what: str, code: int) -> None:
         super().__init__(what)
@@ -42,10 +42,10 @@ class Checkpoints(Protocol):
     """The driver's functions for one process. Each function raises DriverError."""
 
     def state(self, pid: int) -> State:
-        """Return the state of a process. Raises DriverError."""
+        """Return the state of a process. Raise DriverError on failure."""
 
     def lock(self, pid: int, milliseconds: int) -> None:
-        """Block the process's calls when its work is done. Fails with NOT_READY if the work takes longer."""
+        """Block the process's calls when its work is done. Raise NOT_READY if the work takes longer."""
 
     def checkpoint(self, pid: int) -> None:
         """Move the memory of a locked process to the host."""
@@ -58,7 +58,7 @@ class Checkpoints(Protocol):
 
 
 class Libcuda:
-    """The driver of this host. Raises DriverError: the driver cannot be loaded or initialised, or is older than 570."""
+    """The driver of this host. The constructor raises DriverError if the driver cannot be used or is older than 570."""
 
     def __init__(self, library: Path) -> None:
         try:
@@ -72,7 +72,7 @@ class Libcuda:
             raise DriverError(f"the driver cannot be used: cuInit returned {self._name(code)}", code)
 
     def state(self, pid: int) -> State:
-        """Return the state of a process. Raises DriverError."""
+        """Return the state of a process. Raise DriverError on failure."""
         found = ctypes.c_int(-1)
         code = self._calls["GetState"](pid, ctypes.byref(found))
         if code in _UNKNOWN_PROCESS:
@@ -81,20 +81,20 @@ class Libcuda:
         return _STATES.get(found.value, State.FAILED)
 
     def lock(self, pid: int, milliseconds: int) -> None:
-        """Block the process's calls when its work is done. Raises DriverError."""
+        """Block the process's calls when its work is done. Raise DriverError on failure."""
         # The first 4 bytes are the time-out. The processors that NVIDIA supports are little-endian.
         self._call("Lock", pid, milliseconds)
 
     def checkpoint(self, pid: int) -> None:
-        """Move the memory of a locked process to the host. Raises DriverError."""
+        """Move the memory of a locked process to the host. Raise DriverError on failure."""
         self._call("Checkpoint", pid)
 
     def restore(self, pid: int) -> None:
-        """Move a process's memory back to the device. The process stays locked. Raises DriverError."""
+        """Move a process's memory back to the device. The process stays locked. Raise DriverError on failure."""
         self._call("Restore", pid)
 
     def unlock(self, pid: int) -> None:
-        """Unblock the process's calls. Raises DriverError."""
+        """Unblock the process's calls. Raise DriverError on failure."""
         self._call("Unlock", pid)
 
     def _call(self, name: str, pid: int, first: int = 0) -> None:

@@ -28,10 +28,10 @@ class Target(Protocol):
         """Return whether the process is alive."""
 
     def check(self) -> None:
-        """Check that the process is alive. Raises RequestError."""
+        """Check that the process is alive. Raise RequestError on failure."""
 
     def check_runs(self) -> None:
-        """Check that the process is not stopped, traced or frozen. Raises RequestError."""
+        """Check that the process is not stopped, traced or frozen. Raise RequestError on failure."""
 
     def is_quiet(self, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
         """Wait until no thread is in an earlier call. Return False if such a call cannot be excluded by `until`."""
@@ -131,7 +131,7 @@ class Job:
     # -- wake
 
     def wake(self) -> Outcome:
-        """Restore all parked processes, and then unlock them. If a process cannot be restored, all stay parked."""
+        """Restore all parked processes, and then unlock these processes. After a failure all processes stay parked."""
         try:
             for target in self._there():
                 target.check_runs()

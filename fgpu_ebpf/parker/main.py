@@ -1,8 +1,8 @@
 """The parker's main loop, which accepts requests of root and starts a process for each job.
 
-Run as `python -m fgpu_ebpf.parker`. The loop never calls the driver. A connection has one request, and gets the replies
-of its job. A job continues if its client closes the connection. If the process of a job exits without a result, or
-hangs, a second process restores the job's processes.
+The command is `python -m fgpu_ebpf.parker`. The loop never calls the driver. A connection has one request, and gets the
+replies of its job. A job continues if its client closes the connection. If the process of a job exits without a result,
+or hangs, a second process restores the job's processes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Parker:
         self._wakeup.wake()
 
     def run(self) -> None:
-        """Serve until end() is called, or until the parker has no job and no client can need it.
+        """Serve until end() is called, or until the parker has no job and no possible client.
 
         No client can need a parker if the file of its socket was removed (`fgpu detach`). A parker that systemd starts
         on demand is not needed after IDLE_SECONDS without a job, because systemd starts another parker at the next
@@ -265,7 +265,7 @@ def passed_socket() -> socket.socket | None:
 
 
 def listen(run_dir: Path) -> socket.socket:
-    """Return a new socket at its path, to which only root can connect. Raises OSError."""
+    """Return a new socket at its path, to which only root can connect. Raise OSError on failure."""
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     path, aside = run_dir / SOCKET, run_dir / f".{SOCKET}"
     aside.unlink(missing_ok=True)
@@ -281,7 +281,7 @@ def listen(run_dir: Path) -> socket.socket:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="fgpu-parker", description="Checkpoints GPU processes to host memory and restores them, for the agent."
+        prog="fgpu-parker", description="Checkpoints GPU processes to host memory and restores GPU processes, for the agent."
     )
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help=f"the folder of {SOCKET}")
     parser.add_argument("--driver-root", type=Path, help="root of the NVIDIA driver's libraries (default: agent.yaml)")

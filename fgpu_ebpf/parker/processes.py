@@ -22,7 +22,7 @@ class Process:
     """A process, held by its pidfd from the start of the job."""
 
     def __init__(self, named: Named) -> None:
-        """Open the pidfd of the process. Raises RequestError: the process has exited."""
+        """Open the pidfd of the process. Raise RequestError if the process has exited."""
         self.pid = named.pid
         self._started = named.started
         try:
@@ -43,12 +43,12 @@ class Process:
         return self._pidfd >= 0 and procfs.alive(self._pidfd) and procfs.started(self.pid) == self._started
 
     def check(self) -> None:
-        """Check that the process is alive. Raises RequestError."""
+        """Check that the process is alive. Raise RequestError on failure."""
         if not self.is_there():
             raise RequestError(f"process {self.pid} has ended")
 
     def check_runs(self) -> None:
-        """Check that the process is not stopped, traced or frozen. Raises RequestError."""
+        """Check that the process is not stopped, traced or frozen. Raise RequestError on failure."""
         self.check()
         for thread in self._threads():
             state, tracer = _state_and_tracer(self.pid, thread)
@@ -95,7 +95,7 @@ def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
     """Yield the path and the folder of a process's cgroup and of all enclosing cgroups, innermost first.
 
     The result includes the hierarchy of version 2, and the hierarchy of version 1 with the controller if that hierarchy
-    exists. Raises RequestError: a cgroup lies outside the cgroup namespace of this process.
+    exists. Raise RequestError if a cgroup lies outside the cgroup namespace of this process.
     """
     roots = _roots(controller)
     try:

@@ -62,7 +62,7 @@ def line(reply: Mapping[str, Any]) -> bytes:
 
 
 def parse(text: bytes) -> Request:
-    """Return the request in a line. Raises RequestError."""
+    """Return the request in a line. Raise RequestError on failure."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

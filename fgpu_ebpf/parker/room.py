@@ -34,7 +34,7 @@ class Copy(NamedTuple):
 
 
 def check(copy: Copy, others: Iterable[Copy] = ()) -> None:
-    """Check that a copy and a margin fit in each memory cgroup and in the host. Raises RequestError.
+    """Check that a copy and a margin fit in each memory cgroup and in the host. Raise RequestError on failure.
 
     `others`: copies that began before and may not be complete. Bytes that these copies have copied already count twice.
     """

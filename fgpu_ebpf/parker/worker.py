@@ -26,7 +26,7 @@ _LAST_INHERITED = 2
 
 
 class Worker(NamedTuple):
-    """A started process of a job. `output`: the pipe with its replies."""
+    """A started process of a job. `output`: the pipe with the replies of the job."""
 
     pid: int
     output: int
@@ -35,7 +35,7 @@ class Worker(NamedTuple):
 def start(
     request: Request, claimed: int, why: str, others: Sequence[Copy], open_driver: Callable[[], Checkpoints]
 ) -> Worker:
-    """Fork the process of a job. Raises OSError.
+    """Fork the process of a job. Raise OSError on failure.
 
     Args:
         request: the request of the job.
@@ -94,7 +94,7 @@ def _close_all_but(*kept: int) -> None:
 
 
 def host_driver(root: Path | None) -> Checkpoints:
-    """Load the host's libcuda from the driver root that the agent uses too. Raises DriverError."""
+    """Load the host's libcuda from the driver root that the agent uses too. Raise DriverError on failure."""
     # Imported here, so that only the processes of jobs need their memory.
     from fgpu_ebpf.agent import host_config
     from fgpu_ebpf.driver.library_files import driver_libraries

@@ -16,7 +16,7 @@ _UUID = re.compile(r"gpu-[0-9a-f-]{1,36}")
 def device_choice(value: Any) -> DeviceChoice:
     """Return the devices of an index, a UUID or its beginning, or a model with wildcards.
 
-    Raise ValueError if invalid.
+    Raise ValueError for any other value.
     """
     text = str(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):

@@ -173,7 +173,7 @@ def _metric_label(value: str) -> str:
 def _unique(values: list[str]) -> list[str]:
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
-        raise ValueError(f"{shown(twice)} is listed twice: keep one")
+        raise ValueError(f"{shown(twice)} is listed twice: keep one entry")
     return values
 
 

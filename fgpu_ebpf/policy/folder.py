@@ -28,8 +28,8 @@ EMPTY_TIMES = 10  # multiple of the wait for an empty file, because most program
 TRIES = 20
 SUFFIXES = (".yaml", ".yml")
 CHANGING = "changes all the time: wait until its files are written"
-NEXT_STEP = "`fgpu setup docker --memory 8GiB` writes a policy; `fgpu run` and `fgpu set` need none"
-_GONE = "does not exist: the last policies stay in force; create the folder again (empty: no policies)"
+NEXT_STEP = "`fgpu setup docker --memory 8GiB` writes a policy; `fgpu run` and `fgpu set` need no policy"
+_GONE = "does not exist: the last policies stay in force; create the folder again (an empty folder: no policies)"
 
 
 class State(NamedTuple):
@@ -187,10 +187,10 @@ def whole(policies: list[Policy]) -> list[ConfigError]:
     for policy in policies:
         before = first.setdefault(policy.name, policy)
         if before is not policy:
-            text = f"the name {policy.name} is taken by {before.source}: choose another"
+            text = f"the name {policy.name} is taken by {before.source}: choose another name"
             wrong.append(_error_at(policy, "metadata.name", text))
     if len(policies) > MOST_POLICIES:
-        wrong.append(_error_at(policies[MOST_POLICIES], "", f"more than {MOST_POLICIES:,} policies: join some"))
+        wrong.append(_error_at(policies[MOST_POLICIES], "", f"more than {MOST_POLICIES:,} policies: combine policies"))
     return wrong
 
 

@@ -42,7 +42,7 @@ def path_globs(texts: Sequence[str]) -> Globs:
 
 
 def name_globs(texts: Sequence[str], forbidden: str = SETS) -> Globs:
-    """Return patterns of names: `*` matches any characters, `?` any single character. Raise GlobError if invalid."""
+    """Return patterns of names: `*` matches any characters, `?` any single character. Raise GlobError on failure."""
     return Globs(tuple(texts), re.compile("|".join(_pieces(_checked(text, forbidden), ".") for text in texts), re.S))
 
 

@@ -1,8 +1,8 @@
 """The last valid set of policies, stored on disk.
 
 The agent starts with the stored set if the policy files have an error or are gone. The module runs in the agent's main
-thread. Only root may write the file, and each write replaces it as a whole. If the file is invalid, an error is logged
-and there is no last valid set.
+thread. Only root may write the file, and each write replaces the file as a whole. If the file is invalid, an error is
+logged and there is no last valid set.
 """
 
 from __future__ import annotations

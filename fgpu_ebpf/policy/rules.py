@@ -99,7 +99,7 @@ class Selector(NamedTuple):
     def miss(self, workload: Workload) -> str:
         """Return why a workload does not match, or an empty text if the workload matches.
 
-        A workload can create cgroups below its own. Such a cgroup has the namespace, image and unit of its container,
+        A workload can create cgroups below its own cgroup. Such a cgroup has the workload's namespace, image and unit,
         but only a selector with a path matches the cgroup.
         """
         if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
@@ -158,7 +158,7 @@ class Park(NamedTuple):
 
     `after_ns`: the idle time before automatic parking, or 0 for never. `most_bytes`: the most device memory with which
     the workload is parked, or 0 for any. `deadline_ns`: how long the workload's requests wait at most while other
-    workloads are parked for them, or 0 for the longest time that programs wait.
+    workloads are parked for these requests, or 0 for the longest time that programs wait.
     """
 
     after_ns: int = 0
@@ -246,7 +246,7 @@ class PolicySet:
         self, workload: Workload, devices: Sequence[Device], classes: Classes = NO_CLASSES,
         adapters: Collection[str] = requests.ADAPTERS,
     ) -> Decision:  # fmt: skip
-        """Return the decision of the first policy that matches. If none matches, the workload is unmanaged.
+        """Return the decision of the first policy that matches. If no policy matches, the workload is unmanaged.
 
         Args:
             workload: the workload.

@@ -1,8 +1,8 @@
 """The document `kind: GpuPolicy`: the keys, the permitted values, the JSON Schema, and the reading of a file.
 
-The module runs in the thread that reads policy files, and in `fgpu policy schema`. The module imports pydantic, so it
-is imported only if there is a file to read. A key without a value is an error and does not mean the default, because
-the author may have forgotten the value. A file with an error gives no policy at all.
+The module runs in the thread that reads policy files, and in `fgpu policy schema`. The module imports pydantic.
+Therefore the module is imported only if there is a file to read. A key without a value is an error and does not mean
+the default, because the author may have forgotten the value. A file with an error gives no policy at all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _EVERY_DEVICE = rules.DeviceChoice("*", model=name_globs(["*"]))
 class Metadata(Model):
     """The name of the policy."""
 
-    name: PolicyName = Field(description="Unique over all files.", examples=["notebooks"])
+    name: PolicyName = Field(description="The name, unique over all files.", examples=["notebooks"])
 
 
 class MatchExpression(Model):
@@ -53,7 +53,7 @@ class MatchExpression(Model):
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
         description="`NotIn` also matches if the label is absent."
     )
-    values: Annotated[list[str], Several] = absent("Only for `In` and `NotIn`.", ["a", "b"])
+    values: Annotated[list[str], Several] = absent("Values of the label; only for `In` and `NotIn`.", ["a", "b"])
 
     @model_validator(mode="after")
     def _has_values(self) -> Self:
@@ -61,12 +61,12 @@ class MatchExpression(Model):
         if needed and not self.values:
             raise ValueError(f"{self.operator} needs values: write values: [a, b]")
         if not needed and self.values:
-            raise ValueError(f"{self.operator} takes no values: leave them out, or write In")
+            raise ValueError(f"{self.operator} takes no values: leave the values out, or write In")
         return self
 
 
 class Selector(Model):
-    """The workloads that the policy selects. All keys must match. A list of patterns matches if one item does."""
+    """The workloads that the policy selects. All keys must match. A list of patterns matches if one item matches."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
@@ -78,8 +78,12 @@ class Selector(Model):
     namespace: Names = absent("The pod's namespace.", "team-*")
     image: Images = absent("The container's image; `*` crosses `/`.", "registry.example/*")
     unit: Names = absent("The innermost systemd service or scope, with systemd's escapes.", "jupyter-*.service")
-    match_labels: Annotated[dict[LabelKey, str], Several] = absent("Labels; all must match.", {"tier": "notebook"})
-    match_expressions: Annotated[list[MatchExpression], Several] = absent("Conditions on labels; all must match.")
+    match_labels: Annotated[dict[LabelKey, str], Several] = absent(
+        "Labels, all of which must match.", {"tier": "notebook"}
+    )
+    match_expressions: Annotated[list[MatchExpression], Several] = absent(
+        "Conditions on labels, all of which must match."
+    )
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -95,8 +99,8 @@ class Park(Model):
     """
 
     after: IdleTime = Field(
-        description="The workload is parked when it has been idle for this time, from 10s to 720h. Its next call of the"
-        " driver wakes it.",
+        description="The workload is parked when it has been idle for this time, from 10s to 720h. The next call of"
+        " the driver wakes the workload.",
         examples=["10m"],
     )
     host_memory: Size = absent(
@@ -106,7 +110,8 @@ class Park(Model):
     )
     deadline: WaitTime = absent(
         "With `overcommit: park` in agent.yaml: how long a request of the workload waits on a full device while other"
-        " workloads are parked for it, from 1s to 2m; the default is 2m. Then the program gets out-of-memory.",
+        " workloads are parked for the request, from 1s to 2m; the default is 2m. After this time the program gets an"
+        " out-of-memory error.",
         "30s",
     )
 
@@ -136,19 +141,22 @@ class Memory(Model):
         less = most.bytes < limit.bytes or most.millionths < limit.millionths
         if less and bool(most.bytes) == bool(limit.bytes):
             sizes = f"max {amount_text(most)} is less than limit {amount_text(limit)}"
-            raise ValueError(f"{sizes}: raise max or leave it out")
+            raise ValueError(f"{sizes}: raise max, or leave max out")
         return self
 
 
 class Compute(Model):
-    """The share of a device's time; without it the workload is not gated."""
+    """The share of a device's time. Without a share, the workload is not gated."""
 
-    limit: Ceiling = absent("The most of a device's time, even of an idle one; without it there is no ceiling.", "50%")
+    limit: Ceiling = absent(
+        "The most of a device's time, even if the device is idle; without this field, there is no ceiling.", "50%"
+    )
     weight: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        100, description="A tenant's part of contended time, relative to the weights of its neighbours."
+        100, description="A tenant's part of contended time, relative to the weights of other tenants."
     )
     priority: Literal["high", "normal", "low"] = Field(
-        "normal", description="A higher priority gets its turn first, and ends the turn of a lower one."
+        "normal",
+        description="A tenant of higher priority gets its turn first, and ends the turn of a tenant of lower priority.",
     )
     quantum: Quantum = absent(
         "The length of a turn, from 1ms to 1s. Turns among tenants that never pause are up to twice as long. Default:"
@@ -157,8 +165,8 @@ class Compute(Model):
     )
     isolation: Literal["shared", "own"] = Field(
         "shared",
-        description="On a concurrent device: programs use MPS with those of other tenants (`shared`), or run without"
-        " MPS, so that a fatal fault of another program does not end them (`own`).",
+        description="On a concurrent device: programs use MPS with other tenants' programs (`shared`), or run without"
+        " MPS, so that a fatal fault of another program does not end these programs (`own`).",
     )
 
 
@@ -176,29 +184,29 @@ class Spec(Model):
 
     mode: Literal["observe", "enforce"] = Field(
         "enforce",
-        description="`observe` admits everything, counts what it would have refused, and does not reduce the memory"
-        " size that programs see.",
+        description="`observe` admits every request, counts the requests that `enforce` would have refused, and does"
+        " not reduce the memory size that programs see.",
     )
     selector: Selector = Field(description="The workloads that the policy selects.", examples=[_EXAMPLE])
     devices: Devices = absent(
-        "Indices, UUIDs or their beginnings, models; without it every device.", [0], "GPU-1f3a", "*H200*"
+        "Indices, UUIDs or their beginnings, or models; absent: every device.", [0], "GPU-1f3a", "*H200*"
     )
     memory: Memory = absent(
-        "The limit of memory; without this field, the workload has no limit and its memory is only counted."
+        "The limit of memory; without this field, the workload has no limit, and the memory is only counted."
     )
-    compute: Compute = absent("The share of time; without it the workload takes no turns.")
+    compute: Compute = absent("The share of time; without this field, the workload takes no turns.")
     on_bypass: Literal["report", "kill", "deny"] = Field(
         "report",
-        description="The action for a process that bypasses the shim: `kill` kills it if it would exceed the limit, and"
-        " is not applied while a process that is older than fgpu is in the tenant; `deny` refuses the driver's device"
-        " nodes to a process without the shim.",
+        description="The action for a process that bypasses the shim: `kill` kills the process if the limit would be"
+        " exceeded, and is not applied while a process that is older than fgpu is in the tenant; `deny` refuses the"
+        " driver's device nodes to a process without the shim.",
     )
     views: Views = absent("The figures that the workload sees.")
     metric_labels: MetricLabels = absent("Labels of the workload to add to the metric `fgpu_tenant_info`.", ["team"])
 
 
 class GpuPolicy(Model):
-    """One policy: the first whose selector matches a workload decides."""
+    """One policy. The first policy whose selector matches a workload decides."""
 
     api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
     kind: Literal["GpuPolicy"] = Field(description="The only kind.")

@@ -41,7 +41,7 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
             detect the size.
 
     Raises:
-        InvalidFileError: the file is not a regular file, or users other than root can write it.
+        InvalidFileError: the file is not a regular file, or users other than root can write the file.
         OSError: the file cannot be opened or read.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without O_NONBLOCK, open() of a FIFO blocks
@@ -58,7 +58,7 @@ def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) ->
 
 
 def path_stats(path: str) -> tuple[tuple[int, int, int], ...]:
-    """Return (inode, mode, owner) of a folder and of each folder around it. Raise OSError if a folder does not exist.
+    """Return (inode, mode, owner) of a folder and of each enclosing folder. Raise OSError if a folder does not exist.
 
     The result of check_folder() depends only on these values, and on whether the folder's mount is read-only.
     """
@@ -71,7 +71,7 @@ def check_folder(path: str, root_only: bool) -> None:
     """Check that only root can create files in the folder.
 
     Raises:
-        InvalidFileError: a user other than root can write the folder or a folder around it.
+        InvalidFileError: a user other than root can write the folder or an enclosing folder.
         OSError: the folder does not exist.
     """
     if root_only:
@@ -79,7 +79,7 @@ def check_folder(path: str, root_only: bool) -> None:
 
 
 def read_only(path: str | int) -> bool:
-    """Return whether the path is on a read-only mount, so that no process can write it and the mode is irrelevant.
+    """Return whether the path is on a read-only mount, which no process can write whatever the mode.
 
     For example, the folder of a Kubernetes ConfigMap has mode 0777 and is mounted read-only.
     """

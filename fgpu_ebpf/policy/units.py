@@ -157,7 +157,7 @@ def millionths_text(millionths: int) -> str:
 
 
 def duration_ns(text: str) -> int:
-    """Parse `20ms`, `500us`, `0.5s`, `15min`, `15m` or `2h` and return nanoseconds. Raise QuantityError if invalid."""
+    """Parse `20ms`, `500us`, `0.5s`, `15min`, `15m` or `2h` and return nanoseconds. Raise QuantityError on failure."""
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or match["unit"] not in _TIMES:
         raise QuantityError(f"{shown(text)} is not a length of time: write it as 20ms")

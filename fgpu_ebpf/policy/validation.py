@@ -87,7 +87,7 @@ def _none_of(value: str, known: list[str]) -> str:
     if len(known) == 1:
         return f"{shown(value)} must be {known[0]}"
     near = _near(value, known)
-    hint = f"did you mean {near}?" if near else "write one of them"
+    hint = f"did you mean {near}?" if near else "write one of these values"
     return f"{shown(value)} is none of {', '.join(known)}: {hint}"
 
 

@@ -160,7 +160,7 @@ class _Reader:
             key = self._key(event, place)
             if key in found:
                 first = self._lines[(*place, key)]
-                raise self._fail(event, (*place, key), f"is written twice, first in line {first}: keep one")
+                raise self._fail(event, (*place, key), f"is written twice, first in line {first}: keep one entry")
             line = self._line(event)
             found[key] = self._value(next(self._events), (*place, key))
             self._lines[(*place, key)] = line
@@ -182,7 +182,7 @@ class _Reader:
             return _WORDS[text]
         if _INTEGER.fullmatch(text):
             if len(text) > 20 or abs(int(text)) > MOST_INTEGER:
-                fix = "write a smaller one, or use quotes if it is text"
+                fix = "write a smaller number, or quote the value if the value is text"
                 raise self._fail(event, place, f"the number is beyond 2^63: {fix}")
             return int(text)
         number = float(text) if _FLOAT.fullmatch(text) else None

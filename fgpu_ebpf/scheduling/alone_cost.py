@@ -21,8 +21,9 @@ class AloneCost:
     """The recent mean cost of a launch. `fresh_launches`, `fresh_ns`: launches and time since the last begin().
 
     Most programs launch in bursts, one in each step. A time that begins or ends within a step has too many or too few
-    launches, so a time is counted from the first launches of a burst to those of a later burst. A burst begins if there
-    are launches after an observation without launches. For a tenant that launches steadily any time is counted.
+    launches, so a time is counted from the first launches of a burst to the first launches of a later burst. A burst
+    begins if there are launches after an observation without launches. For a tenant that launches steadily any time is
+    counted.
     """
 
     fresh_launches: int = 0
@@ -45,7 +46,7 @@ class AloneCost:
         self.begin()
 
     def forget(self) -> None:
-        """Discard all measurements, because they do not apply to the tenant's present work."""
+        """Discard all measurements, because these measurements do not apply to the tenant's present work."""
         self.begin()
         self._launches = self._ns = 0.0
 
@@ -63,7 +64,7 @@ class AloneCost:
 
         Args:
             launches: the launches since the last observation.
-            ns: the time in which the tenant had work, with the idle time before this work; 0: none yet.
+            ns: the time in which the tenant had work, with the idle time before this work; 0: there was no work.
         """
         self._step_ns += ns
         if launches and self._has_paused:
@@ -84,7 +85,7 @@ class AloneCost:
         self._is_whole, self._has_paused = is_whole, False
 
     def learn(self, launches: int, ns: int) -> None:
-        """Add launches, and the time that they took while the tenant had the device alone."""
+        """Add launches, and the time that the launches took while the tenant had the device alone."""
         self.fresh_launches += launches
         self.fresh_ns += ns
         fades = max(0.0, 1 - ns / max(KEPT_NS, KEPT_LAUNCHES * self.of(1)))
@@ -92,7 +93,7 @@ class AloneCost:
         self._ns = self._ns * fades + ns
 
     def of(self, launches: int) -> float:
-        """Return the nanoseconds that launches take while the tenant has the device alone; 0: no cost measured yet."""
+        """Return the nanoseconds that launches take while the tenant has the device alone; 0: the cost is unknown."""
         return launches * self._ns / self._launches if self.is_known else 0.0
 
     @property

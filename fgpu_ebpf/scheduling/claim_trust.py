@@ -7,8 +7,8 @@ the bound falls to BUDGET_NS, which is the wait for a tenant without a claim. Fr
 intervals, which become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the
 same `Standing`, so that a new cgroup gets no more trust than the previous cgroup.
 
-The module runs in threads of the gatekeeper that hold the time slicer's lock. It does not charge tenants. Times are
-CLOCK_MONOTONIC nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. The module does not charge tenants. Times
+are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations

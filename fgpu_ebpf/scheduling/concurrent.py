@@ -6,11 +6,11 @@ Therefore two tenants can together progress by more than one second in one secon
 whenever all other tenants are held or idle. If the cost of a tenant's launches is unknown, or was measured long ago,
 all other tenants are held for a short *window*.
 
-A tenant is *slowed* if the time for which it had work in flight exceeds its progress. *Virtual time* is progress
-divided by the weight. A tenant is held if it is ahead of a slowed tenant by more than LAG_NS of virtual time. A tenant
-that is behind and not slowed does not need its share, so its virtual time is moved up. A tenant is also held at its
-ceiling, and while a tenant of higher priority is slowed. If slowed tenants together progress no faster than under
-turns, all tenants take turns, and the next trial follows after a pause.
+A tenant is *slowed* if the time for which the tenant had work in flight exceeds its progress. *Virtual time* is
+progress divided by the weight. A tenant is held if it is ahead of a slowed tenant by more than LAG_NS of virtual time.
+A tenant that is behind and not slowed does not need its share, so its virtual time is moved up. A tenant is also held
+at its ceiling, and while a tenant of higher priority is slowed. If slowed tenants together progress no faster than
+under turns, all tenants take turns, and the next trial follows after a pause.
 
 A tenant that reports false launches changes its own progress. The tenant can gain a part of the time for which other
 tenants are held. This gain is bounded, because the time for which other tenants are held for a tenant is charged to
@@ -81,7 +81,7 @@ class _Runner:
         return self.place.held or self.busy_ns > SLOWED * self.done_ns
 
     def is_measured(self) -> bool:
-        """Return whether the measurement of its cost is complete."""
+        """Return whether the measurement of the tenant's cost is complete."""
         cost = self.place.alone
         return cost.fresh_ns >= MEASURE_NS and cost.fresh_launches >= MEASURE_LAUNCHES
 
@@ -151,7 +151,7 @@ class _Runner:
 
 @dataclass(slots=True)
 class _Device:
-    """A concurrent device with several tenants. `shared_ns`: since when all tenants may launch; 0: turns."""
+    """A concurrent device with several tenants. `shared_ns`: since when all tenants may launch; 0 under turns."""
 
     runners: list[_Runner] = field(default_factory=list)
     shared_ns: int = 0
@@ -172,7 +172,7 @@ class _Device:
     paused_ns: int = 0
 
     def try_to_begin(self, now_ns: int) -> bool:
-        """Let all tenants launch at the same time from now on, unless a pause continues. Return whether they may."""
+        """Let all tenants launch at the same time from now on. Return False if a pause forbids this trial."""
         if now_ns < self.paused_ns:
             return False
         self.shared_ns = self.looked_ns = self.checked_ns = self.due_ns = now_ns
@@ -223,7 +223,7 @@ class _Device:
         return True
 
     def _check_claims(self, now_ns: int) -> None:
-        """Discard the costs of tenants that have reported more since the last check than they can have done."""
+        """Discard the costs of tenants that have reported more work since the last check than is possible."""
         passed_ns, self.checked_ns = now_ns - self.checked_ns, now_ns
         for runner in self.runners:
             if runner.claimed_ns > MOST_CLAIM * passed_ns + runner.most_carried_ns():

@@ -1,13 +1,12 @@
 """Selection of the next turn: proportional shares of a device's time, by virtual time.
 
-The algorithm is that of start-time fair queueing (Goyal, Vin and Cheng, 1996). A turn adds its length, divided by the
-tenant's weight, to the tenant's virtual time. The tenant with the lowest virtual time is next. A tenant that was idle
-starts at the device's clock, the virtual time of the last turn. Such a tenant gets no credit for idle time, and keeps
-its debts. A tenant that was behind the clock when its last turn ended may start as far behind for some quanta
-(`Leave`).
+The algorithm is start-time fair queueing (Goyal, Vin and Cheng, 1996). A turn adds its length, divided by the tenant's
+weight, to the tenant's virtual time. The tenant with the lowest virtual time is next. A tenant that was idle starts at
+the device's clock, the virtual time of the last turn. Such a tenant gets no credit for idle time, and keeps its debts.
+A tenant that was behind the clock when its last turn ended may start as far behind for some quanta (`Leave`).
 
-The functions have no state, do no I/O and read no clock. They run in the gatekeeper. The agent uses only the class
-Share. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device's time.
+The functions have no state, do no I/O and read no clock. The functions run in the gatekeeper. The agent uses only the
+class Share. Times are CLOCK_MONOTONIC nanoseconds. Limits are millionths of a device's time.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Share(NamedTuple):
 
     @property
     def ample_ns(self) -> int:
-        """The time in hand that suffices for a whole turn, together with the time that the limit adds during it."""
+        """The time in hand that suffices for a whole turn, with the time that the limit adds during the turn."""
         return self.quantum_ns * (MILLION - self.limit_millionths) // MILLION
 
     @property
@@ -112,7 +111,7 @@ class Leave(NamedTuple):
     def credit_ns(self, now_ns: int, share: Share) -> int:
         """Return how far behind the clock the tenant may start again, in virtual time.
 
-        The credit decreases with the time since the end of the last turn. It is 0 after CREDIT_QUANTA quanta.
+        The credit decreases with the time since the end of the last turn. The credit is 0 after CREDIT_QUANTA quanta.
         """
         left_ns = CREDIT_QUANTA * share.quantum_ns - (now_ns - self.at_ns)
         return max(0, min(self.behind_ns, left_ns * PLAIN_WEIGHT // share.weight))
@@ -158,7 +157,7 @@ class Floor(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """A turn that begins now. `floor`: the turn prevents starvation, so a higher priority does not end it early."""
+    """A turn that begins now. `floor`: the turn prevents starvation, so no higher priority ends the turn early."""
 
     tenant: int
     devices: frozenset[int]

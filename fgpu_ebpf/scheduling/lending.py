@@ -4,8 +4,8 @@ Turns are exclusive, so turns waste a device if its tenants leave the device idl
 such tenants side by side, but for other pairs of programs its switches between contexts cost more than the idle time.
 No rule predicts the better case, so the launches are measured. All gates of the device are opened for a trial, and the
 launches of each tenant in a second are compared with the launches under turns just before. Lending continues only while
-no tenant launches less than under turns, and all together launch more. There is no trial unless NVML reports that the
-device is idle for half of the time.
+no tenant launches less than under turns, and all tenants together launch more. There is no trial unless NVML reports
+that the device is idle for half of the time.
 
 A tenant that reports false launches can end the lending, which returns all tenants to turns. Such a tenant cannot
 prolong a lending by which a neighbour loses, because the neighbour's own launches end the lending.
@@ -62,7 +62,7 @@ class _Count:
 
 @dataclass(slots=True)
 class _Device:
-    """A device with tenants that may be lent to each other. `lent_ns`: since when the device is lent; 0: turns."""
+    """A device with tenants that may be lent to each other. `lent_ns`: since when the device is lent; 0: not lent."""
 
     counts: list[_Count] = field(default_factory=list)
     since_ns: int = 0
@@ -162,8 +162,8 @@ class Lending:
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
         """Return three lists of tenants.
 
-        A device is lent to the first tenants from now on, and is no longer lent to the second tenants. The third list
-        has other tenants that are to be held or released.
+        The first list has tenants to which a device is lent from now on. The second list has tenants to which a device
+        is no longer lent. The third list has other tenants that are to be held or released.
         """
         begin, end, change = self.concurrent.look(now_ns)
         for number, device in self._devices.items():
@@ -183,7 +183,7 @@ class Lending:
         return begin, end, change
 
     def tenants(self) -> list[int]:
-        """Return the tenants that may launch at the same time as others. Checks must have their observations."""
+        """Return the tenants that may launch at the same time as other tenants. Checks need their observations."""
         lent = [place for device in self._devices.values() for place in _lent(device)]
         return [place.tenant for place in (*lent, *self.concurrent.to_see())]
 
@@ -196,10 +196,10 @@ class Lending:
 def switch(
     begin: list[Place], end: list[Place], change: list[Place], number: Callable[[], int], now_ns: int
 ) -> set[int]:
-    """Open the gates of tenants in `begin`, close those in `end`, and hold or release lent tenants in `change`.
+    """Open gates of tenants in `begin`, close gates of tenants in `end`, hold or release lent tenants in `change`.
 
     The launches of a lent tenant are counted as in a turn, and its work in flight has the same bound. A tenant in `end`
-    requests a turn when it next launches, and its work in flight is charged until it has drained.
+    requests a turn when it next launches, and the work in flight is charged until the drain has ended.
 
     Returns:
         The tenants with changed gates.
@@ -221,7 +221,7 @@ def switch(
 def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]]:
     """Make free exactly the tenants that have no ceiling and share no device.
 
-    Yields each tenant whose freedom changes, with the devices on which the tenant was free before.
+    Yield each tenant whose freedom changes, with the devices on which the tenant was free before.
     """
     users = Counter(device for place in places for device in place.seen.devices)
     for place in places:

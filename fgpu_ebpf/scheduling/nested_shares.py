@@ -1,9 +1,9 @@
-"""Nested compute shares: a level with a share gets no additional time if levels inside it have shares too.
+"""Nested compute shares: a level with a share gets no additional time if inner levels have shares too.
 
-A *unit* is the outer level with everything inside it. The scheduler divides a device's time among units and other
-tenants by their virtual times. It divides the time of a unit among the tenants inside by their own virtual times. The
-ceilings of all enclosing units apply. The time that a unit has used stays charged to the unit, even if cgroups inside
-it are created and removed.
+A *unit* is the outer level with everything inside this level. The scheduler divides a device's time among units and
+other tenants by their virtual times. The scheduler divides the time of a unit among the tenants inside by their own
+virtual times. The ceilings of all enclosing units apply. The time that a unit has used stays charged to the unit, even
+if cgroups inside the unit are created and removed.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock. Times are in nanoseconds.
 """
@@ -20,7 +20,7 @@ class Unit:
     """The use of each device by a unit.
 
     `level` is the id of the unit's cgroup. `clock_ns` is the virtual time of the last tenant inside that began a turn.
-    `account`, `owned_ns` and `standing` are those of the cgroup's own programs before the cgroup became a unit.
+    `account`, `owned_ns` and `standing` are the values of the cgroup's own programs before the cgroup became a unit.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Unit:
             self._owned_ns[device] = self.owned_ns(device) + ns
 
     def owned_ns(self, device: int) -> int:
-        """Return the device time of the tenants inside, and of the level's own programs before it became a unit."""
+        """Return the device time of the tenants inside, and of the level's own earlier programs."""
         return self._owned_ns.get(device, self._first_owned_ns)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:
@@ -89,7 +89,7 @@ class Unit:
         return max((self._unlifted_ns.get(device, 0) for device in devices), default=0)
 
     def virtual_ns(self, devices: Iterable[int], ahead_ns: int = 0) -> int:
-        """Return the virtual time on these devices, as if the unit had used `ahead_ns` more of their time."""
+        """Return the virtual time on these devices, as if the unit had used `ahead_ns` more device time."""
         return max([self._of(device).charged(ahead_ns, self.share).virtual_ns for device in devices], default=0)
 
     def ready_ns(self, devices: Iterable[int]) -> int:

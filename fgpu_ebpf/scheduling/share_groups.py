@@ -61,7 +61,8 @@ def first_inside(place: Place, others: Iterable[Place]) -> bool:
 def leave(place: Place, clock_ns: int, now_ns: int) -> None:
     """Record that a tenant's turn has ended, and how far the tenant and its unit are behind the clock.
 
-    `clock_ns`: the device's clock. To be called at the end of a turn with work, and again after the next turn's begin.
+    `clock_ns`: the device's clock. The caller calls this method at the end of a turn with work, and again after the
+    next turn has begun.
     """
     own_ns = clock_ns
     if place.above:

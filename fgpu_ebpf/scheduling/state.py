@@ -1,7 +1,7 @@
 """The state of tenants that share devices' time, and of their turns.
 
-The module runs in threads of the gatekeeper that hold the time slicer's lock. It computes when something is due, and
-`turns` makes the decisions. Times are CLOCK_MONOTONIC nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. The module computes when something is
+due, and `turns` makes the decisions. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _OPEN, _GATED = int(abi.Gate.OPEN), int(abi.Gate.GATED)
 
 @dataclass(slots=True)
 class Turn:
-    """A turn of one tenant on its devices. `closing_ns` 0: its gates are open.
+    """A turn of one tenant on its devices. If `closing_ns` is 0, the gates are open.
 
-    The tenant is charged from `begins_ns` on. This is later than `opened_ns` if the previous turn has not drained yet.
-    The current quantum began at `since_ns`, when the tenant was selected by its virtual time `virtual_ns`.
+    The tenant is charged from `begins_ns` on. This time is later than `opened_ns` if the previous turn has not drained
+    yet. The current quantum began at `since_ns`, when the tenant was selected by its virtual time `virtual_ns`.
     """
 
     devices: set[int]
@@ -104,7 +104,7 @@ class Place:
     def waiter(self, now_ns: int, ahead_ns: int = 0, unit_ahead_ns: int = 0) -> Waiter:
         """Return the tenant as a waiter, from `now_ns` on if the tenant requests no turn yet.
 
-        `ahead_ns` is charged in advance to the tenant, `unit_ahead_ns` to its unit.
+        `ahead_ns` is charged in advance to the tenant, `unit_ahead_ns` to the tenant's unit.
         """
         since_ns = max(now_ns if self.since_ns is None else self.since_ns, self.unlifted_ns)
         account = self.account.charged(ahead_ns, self.share) if ahead_ns else self.account
@@ -123,7 +123,7 @@ class Place:
         )  # fmt: skip
 
     def virtual_ns(self) -> int:
-        """Return the virtual time that orders the tenant's turns: the outermost unit's, or without units its own."""
+        """Return the virtual time that orders turns: of the outermost unit or, without units, of the tenant."""
         return self.above[-1].virtual_ns(self.seen.devices) if self.above else self.account.virtual_ns
 
     def begins(self) -> int:
@@ -172,7 +172,7 @@ class Place:
             unit.charge(self._devices(), ns)
 
     def observe(self, ran_ns: int, now_ns: int) -> None:
-        """Compare the tenant's device time with NVML's."""
+        """Compare the tenant's device time with the time that NVML reports."""
         short_ns = self.observed.short_ns(ran_ns, self.owned_ns(), now_ns)
         if self.share.limited:
             self.count_up(now_ns)
@@ -189,7 +189,7 @@ class Place:
         return max((self.above[0].owned_ns(device) for device in self.seen.devices), default=0)
 
     def lifted(self, turn: Turn, passed_ns: int) -> None:
-        """Record the end of a turn by the floor. After a turn that was too long, the next is delayed in proportion."""
+        """Record the end of a turn by the floor. After too long a turn, the next turn is delayed in proportion."""
         over_ns = passed_ns - turn.opened_ns - FLOOR_TURN_NS - abi.BUDGET_NS
         self.unlifted_ns = passed_ns + FLOOR_PARTS * max(0, over_ns)
         for unit in self.above[-1:]:
@@ -242,7 +242,7 @@ class Place:
         return min(claim_ns, self.trust.believed_ns(now_ns)) if claim_ns else 0
 
     def unpaid_ns(self, now_ns: int) -> int:
-        """Return the time to be charged in addition for the tenant's turn if it ends with the work in flight."""
+        """Return the time to be charged in addition if the tenant's turn ends with the work in flight."""
         since_ns = max(self.turn.charged_ns, self.begun_ns(self.turn)) if self.turn else now_ns
         return max(0, now_ns - since_ns) + self.flight_ns(now_ns)
 

@@ -22,7 +22,7 @@ _HOPE_PARTS = 4  # if fewer than 1/4 of the think times are short enough, a long
 
 @dataclass(slots=True)
 class ThinkTimes:
-    """The recent think times of one tenant. Checks find long think times more often than short ones."""
+    """The recent think times of one tenant. Checks find long think times more often than short think times."""
 
     _recent: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _known: tuple[int, int] = (0, IDLE_NS)  # a quantum, and the patience that was computed for this quantum

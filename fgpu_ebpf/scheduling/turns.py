@@ -69,8 +69,9 @@ class Turns:
             self._change(*change, now_ns)
 
     def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
-        """Set the units around a tenant whose share or units have changed. The tenant leaves the queue, and joins it
-        again when it is next observed to wait.
+        """Set the units around a tenant whose share or units have changed. The tenant leaves the queue.
+
+        The tenant joins the queue again when the tenant is next observed to wait.
         """
         if place.change(above, now_ns):  # the tenant then gets no credit for the time that the old limit has withheld
             place.left = fair_queue.STAYED
@@ -169,7 +170,7 @@ class Turns:
             self.forget(place.tenant)
 
     def forget(self, tenant: int) -> None:
-        """Discard the reports of a tenant, and end its turn. Its account stays, with its debts."""
+        """Discard the reports of a tenant, and end the tenant's turn. The account stays, with the debts."""
         self._drop(tenant)
         self.places[tenant] = self.places[tenant].without_reports(self._next_number())
         self._changed.add(tenant)
@@ -200,7 +201,7 @@ class Turns:
             self._look_at_waiter(place, now_ns)
 
     def _look_at_owner(self, place: Place, turn: Turn, wanted: bool, now_ns: int) -> None:
-        """Charge an owner for the time since the last check, and record when it was last active."""
+        """Charge an owner for the time since the last check, and record when the owner was last active."""
         seen, since_ns = place.seen, max(turn.charged_ns, place.begun_ns(turn))
         if seen.launches != turn.launches:
             if turn.rest_ns:  # the last check was during a think time
@@ -275,10 +276,10 @@ class Turns:
         """Continue or extend a turn with open gates, or close its gates. The first row that applies decides.
 
         a limit leaves no time in hand                     close the gates
-        another owner needs one of the devices             close them at the end of the quantum, or when idle
+        another owner needs one of the devices             close the gates at the end of the quantum, or when idle
         no ready tenant waits for the devices              continue; close the gates after a rest of REST_NS
         the tenant is idle, or a higher priority is ready  close the gates
-        the quantum is over                                extend the turn if the tenant would be next, else close them
+        the quantum is over                                extend the turn if the tenant is next, or close the gates
         """
         turn = place.turn
         if turn is None or turn.closing_ns:
@@ -370,7 +371,7 @@ class Turns:
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
-        """Charge the rest of a turn, count its drain, and end it. `place.turn` stays until everything is charged."""
+        """Charge the rest of a turn, count the drain, and end the turn. `place.turn` stays until all is charged."""
         place.count_up(now_ns)
         ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
         passed_ns = now_ns

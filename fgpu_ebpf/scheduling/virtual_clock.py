@@ -1,7 +1,7 @@
 """Virtual time, floors and counters of each device.
 
-The module runs in threads of the gatekeeper that hold the time slicer's lock. It records the floors, and `fair_queue`
-uses them in its decisions. Times are CLOCK_MONOTONIC nanoseconds.
+The module runs in threads of the gatekeeper that hold the time slicer's lock. The module records the floors, and
+`fair_queue` uses the floors in decisions. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Commitments:
         return {i for i, limit in tenant.limits.items() if _is_limit(limit) and i not in granted and i not in denied}
 
     def uncommitted(self, tenant: Tenant) -> set[int]:
-        """Return the devices on which the kernel reports the tenant's first use before it admits a request."""
+        """Return the devices on which the kernel reports the tenant's first use before the admission of a request."""
         if self.overcommit or self.unit(tenant) is not tenant:
             return set()
         return {index for index in self.undecided(tenant) if tenant.limits[index]}
@@ -114,7 +114,7 @@ class Commitments:
     def in_force(self, tenant: Tenant) -> dict[int, int]:
         """Return the limit in force by device, in bytes.
 
-        The limit is 0 on a device where it was denied, and the earlier limit where an increase does not fit.
+        The limit is 0 on a device where the limit was denied, and the earlier limit where an increase does not fit.
         """
         granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
         return {i: 0 if i in denied else granted.get(i, limit) for i, limit in tenant.limits.items()}
@@ -134,7 +134,7 @@ class Commitments:
         return next((denied[index] for index in new if index in denied), "")
 
     def renew(self, tenant: Tenant) -> None:
-        """Grant a tenant's limits again, as far as they fit, after a change of the tenant or of a surrounding group."""
+        """Grant a tenant's fitting limits again, after a change of the tenant or of a surrounding group."""
         if self._is_inside(tenant):
             self.forget(tenant.cgroup)
         if not self.is_used(tenant.cgroup):
@@ -199,8 +199,8 @@ class Commitments:
     def shortage(self, tenant: Tenant) -> str:
         """Return why a limit that is set by hand does not fit, or an empty text if the limit fits.
 
-        The limit must fit on every device where it was granted or denied, or counts from the first process on. If there
-        is no such device, the limit must fit on at least one device.
+        The limit must fit on every device where the limit was granted or denied, or counts from the first process on.
+        If there is no such device, the limit must fit on at least one device.
         """
         if not counts_by_device(tenant):
             return next(filter(None, (self.shortage_on(tenant, index) for index in tenant.limits)), "")
@@ -221,7 +221,7 @@ class Commitments:
         contexts = f" (of which {memory_text(outside)} are for contexts, besides the limit)" if outside else ""
         return (
             f"{memory_text(limit)}{contexts} for {tenant.name} do not fit on device {index}: {memory_text(others)} of "
-            f"{memory_text(capacity)} are committed to others; lower a limit, {other}or allow overcommit"
+            f"{memory_text(capacity)} are committed to other tenants; lower a limit, {other}or allow overcommit"
         )
 
     def committed(self, index: int, but: Tenant | None = None) -> int:

@@ -1,7 +1,7 @@
 """The enforcer, which puts tenants' limits in force in the kernel, within the memory of the devices.
 
 The module runs in the agent's main loop. `tenant` determines a tenant's limits, and `device_commitments` determines on
-which devices they count. This module writes only limits. The kernel alone changes the bytes in use.
+which devices the limits count. This module writes only limits. The kernel alone changes the bytes in use.
 
 A tenant gets its entry in the kernel's map `resolved` when its first process registers or is charged, or when a limit
 is set by hand. Without an entry, the gatekeeper sends the agent a request about a process that registers.
@@ -71,7 +71,7 @@ class Enforcer:
         self.leaving: dict[int, bool] = {}
         """The cgroups to release when their parked processes run. The value is whether their pages stay."""
         self.makes_room = False
-        """True if requests wait while room is made for them on a full device."""
+        """True if requests wait while room is made for the requests on a full device."""
 
     # -- the managed cgroups
 
@@ -196,7 +196,7 @@ class Enforcer:
     def _in_use(self, tenants: Iterable[Tenant]) -> list[int]:
         """Return the cgroups whose limits count from now on.
 
-        The kernel's entries of processes are read only if the result depends on them.
+        The kernel's entries of processes are read only if the result depends on these entries.
         """
         certain = {t.cgroup for t in tenants if t.by_hand or self.commitments.is_used(t.cgroup)}
         open_ = [t.cgroup for t in tenants if t.cgroup not in certain]
@@ -302,7 +302,7 @@ class Enforcer:
         """Commit the limits that count from a tenant's first process on, and enter the tenant in the map `resolved`.
 
         If the limit counts on each device separately, the limit is committed on devices where the tenant already has
-        memory. If the limit counts on all devices, it is committed on all devices.
+        memory. If the limit counts on all devices, the limit is committed on all devices.
         """
         tenant = self.get(cgroup)
         if tenant is None:
@@ -312,7 +312,7 @@ class Enforcer:
             self._ledger.resolve(level.cgroup, True)
 
     def use_charged(self, levels: Iterable[int]) -> None:
-        """Commit the limits of these levels on devices where a process has memory without admission. Raise OSError."""
+        """Commit these levels' limits on devices with memory charged without admission. Raise OSError on failure."""
         self._put_used(t for cgroup in levels if (t := self.get(cgroup)) and counts_by_device(t))
 
     def _put_used(self, tenants: Iterable[Tenant]) -> None:

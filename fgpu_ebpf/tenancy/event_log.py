@@ -54,7 +54,7 @@ class EventLog:
         self._room = FEW_KINDS  # old entries are removed when _told has this many entries
 
     def add(self, what: str, **more: Any) -> None:
-        """Add an event and log it, unless an event of the same kind was added less than AGAIN_SECONDS ago.
+        """Add and log an event, unless an event of the same kind was added less than AGAIN_SECONDS ago.
 
         Events are of the same kind if `what`, tenant, reason, operation and text are equal.
 

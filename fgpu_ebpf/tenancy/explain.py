@@ -52,7 +52,7 @@ def explain(
         orphans: the orphans of the tenant, as in a Snapshot.
         is_shim: see `bypass_reason`.
         enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
-        shortfalls: the shortfalls of tenants that get less time than is due to them, by cgroup and device.
+        shortfalls: the shortfalls of tenants that get less time than is due, by cgroup and device.
         parking: a text on whether the tenant is or can be parked; empty if parking is off.
 
     Raises:
@@ -107,7 +107,7 @@ def level_at(path: str, manager: Manager, ledger: Ledger) -> dict[str, Any] | No
 def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]) -> str:
     """Return the Snapshot's word of enforcement for the innermost level.
 
-    If no Snapshot has the level yet, the word is that of a level without bypassing processes.
+    If no Snapshot has the level yet, the word is the word of a level without bypassing processes.
     """
     if not levels:
         return Enforcement.NONE
@@ -199,14 +199,14 @@ def _seen(unseen: Mapping[int, str]) -> list[str]:
 
 
 def _joined(alone: Sequence[int]) -> list[str]:
-    text = "found no agent and enforces its image's limit: mount /run/fgpu/shim into its container"
+    text = "found no agent and enforces the image's limit: mount /run/fgpu/shim into the container"
     return [f"pid {pid} {text}" for pid in alone[:5]]
 
 
 def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: bypass_reason.IsShim) -> list[str]:
     """Return a text for each obstacle to stronger enforcement of the limits, with the fix."""
     if not levels:
-        return ["no policy matches: write one, or use `fgpu set`"]
+        return ["no policy matches: write a policy, or use `fgpu set`"]
     found = [
         f"{level.name} has `mode: observe`, which refuses nothing: set `mode: enforce`"
         for level in levels
@@ -229,7 +229,8 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
         reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
         kill = "" if any(level.kill for level in levels) else "; `onBypass: kill` would kill processes like these"
-        kill += "" if any(level.deny for level in levels) else "; `onBypass: deny` would refuse the device to new ones"
+        deny = "; `onBypass: deny` would refuse the device to new processes"
+        kill += "" if any(level.deny for level in levels) else deny
         found.append(f"without the shim: pid {pids}: these processes are charged, not refused{kill}")
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
@@ -281,7 +282,7 @@ def _device_line(device: dict[str, Any]) -> str:
     times = "once" if device["refused"] == 1 else f"{device['refused']} times"
     text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]
-    text += f", {crowded} of them for too many allocations, threads or processes" if crowded else ""
+    text += f", {crowded} of these requests for too many allocations, threads or processes" if crowded else ""
     return f"{text}: {over}" if (over := excess(device)) else text
 
 

@@ -69,7 +69,7 @@ class LevelCapacity:
     def _shortage(self, tenant: Tenant, new: Counter[int]) -> str:
         """Return why no level can be added for a tenant.
 
-        The text is empty if a level can be added and was counted in `new`.
+        The result is empty if a level can be added and was counted in `new`.
 
         Args:
             tenant: the tenant.
@@ -83,7 +83,7 @@ class LevelCapacity:
             return f"no room for the limit: all {PLACES} levels that this host may have are taken"
         if taken >= PLACES // 2 and has >= FEW:
             return (
-                f"no room for the limit: {taken} of the host's {PLACES} levels are taken, and the others are "
+                f"no room for the limit: {taken} of the host's {PLACES} levels are taken, and the other levels are "
                 f"reserved for workloads with fewer than {FEW} levels; {owner} has {has}"
             )
         new[owner.cgroup] += 1

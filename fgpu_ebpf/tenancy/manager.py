@@ -127,7 +127,7 @@ class Manager:
     def _doubt(self, workload: Workload) -> str:
         """Return why the agent cannot establish whether the limits pinned for a cgroup are still wanted.
 
-        The text is empty if the agent can establish whether the limits are wanted.
+        The result is empty if the agent can establish whether the limits are wanted.
         """
         override = self.overrides.get(workload.cgroup)
         said = override.kept if override else ""
@@ -213,7 +213,7 @@ class Manager:
         self._has_freed_places = True
 
     def bounds_met(self, path: str) -> list[str]:
-        """Return a text for each bound that prevents a limit or entries of this cgroup or of a cgroup around it."""
+        """Return a text for each bound that prevents a limit or entries of this cgroup or of an enclosing cgroup."""
         wanted = [tenant for around in procfs.and_above(path) if (tenant := self._tenant(around))]
         _, shortages = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
         return [*shortages.values(), *self.enforcer.places.crowds([path])]

@@ -23,9 +23,9 @@ def keepers(orphan: Mapping[str, Any]) -> str:
 
 
 def sentence(orphan: Mapping[str, Any]) -> str:
-    """Return a sentence with the held bytes, their process, the processes that keep the memory, and the fix."""
+    """Return a sentence with the held bytes, their former process, the processes that keep the bytes, and the fix."""
     what = f"{memory_text(orphan['bytes'])} on gpu {orphan['gpu']}"
-    why = "which has ended" if orphan["ended"] else "which exported and freed them"
+    why = "which has ended" if orphan["ended"] else "which exported and freed these bytes"
     found = f"{what} stay charged for process {orphan['pid']}, {why}: {keepers(orphan)}"
     if not orphan["keepers"]:
         return f"{found}; a descriptor may be unread in a socket"

@@ -124,7 +124,8 @@ class Overrides:
     def settle(self, kept: Iterable[Override]) -> None:
         """Record that the agent's start has decided about every cgroup. Raise OSError if the file cannot be written.
 
-        If part of the file is invalid, the file is replaced, and the old file stays next to it with the suffix `.bad`.
+        If part of the file is invalid, the file is replaced, and the old file stays next to the new file with the
+        suffix `.bad`.
 
         Args:
             kept: overrides for the cgroups whose entries could not be read.

@@ -23,18 +23,18 @@ def is_away(parking: Mapping[str, Any] | None) -> bool:
 
 
 def is_planned(parking: Mapping[str, Any] | None) -> bool:
-    """Return whether a tenant has been idle for half of the time after which it is parked."""
+    """Return whether a tenant has been idle for half of the time after which the policy parks the tenant."""
     if parking is None or parking.get("idle_seconds") is None:  # an older agent reports no idle time
         return False
     return bool(parking["idle_seconds"] * 2 >= parking["after_seconds"])
 
 
 def plan(parking: Mapping[str, Any]) -> str:
-    """Return when a tenant will be parked automatically, or an empty text if its policy does not park the tenant."""
+    """Return when a tenant will be parked automatically, or an empty text if no policy parks the tenant."""
     text = ""
     if parking["idle_seconds"] is not None:
         idle, left = duration_text(parking["idle_seconds"]), duration_text(parking["parked_in_seconds"])
-        text = f"idle for {idle}, will be parked in {left} if it stays idle"
+        text = f"idle for {idle}, will be parked in {left} if the tenant stays idle"
     return "; ".join(filter(None, (text, parking["refused"] and f"at the last attempt: {parking['refused']}")))
 
 

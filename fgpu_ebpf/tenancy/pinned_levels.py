@@ -67,7 +67,7 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
 
 
 def _used(ledger: Ledger) -> set[int]:
-    """Return the levels whose limits count, because a process in them has registered or is charged."""
+    """Return the levels whose limits count, because a process in the level has registered or is charged."""
     used = levels_of(ledger.processes())
     for cgroup in ledger.tenants():
         if ledger.resolved(cgroup) or any(usage.used or usage.parked for usage in ledger.usage(cgroup) or ()):
@@ -80,7 +80,7 @@ def _kept(tenants: Iterable[Tenant]) -> list[Tenant]:
 
 
 def doubts(trouble: str, tenants: Iterable[Tenant]) -> str:
-    """Return why the requested limits may not be in force, or an empty text if they are in force.
+    """Return why the requested limits may not be in force, or an empty text.
 
     Args:
         trouble: the error in the policies, or an empty text without an error.

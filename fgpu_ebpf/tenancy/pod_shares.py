@@ -53,7 +53,8 @@ def shortage(tenant: Tenant, enforcer: Enforcer) -> str:
     """Commit the limit of the group around a tenant with a share, on the devices of the share.
 
     Returns:
-        Why the group gets less than the shares in the group, or an empty text if it gets enough or there is no group.
+        Why the group gets less than the shares in the group, or an empty text if the group gets enough or there is no
+        group.
 
     Raises:
         OSError: the limit cannot be written to the kernel's map.

@@ -1,8 +1,8 @@
 """Processes that mapped the driver's library before fgpu was installed, or before a change of the layout of pages.
 
 Preexisting processes are adopted and reported, and never killed. The agent searches for preexisting processes once and
-stores them in a file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not count,
-so that no tenant can claim to be preexisting. If the file exists and cannot be read, there are no preexisting
+stores the result in a file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not
+count, so that no tenant can claim to be preexisting. If the file exists and cannot be read, there are no preexisting
 processes. If the file cannot be written, the agent tries again regularly. If no attempt succeeds, the next agent
 searches again. The module runs in the agent's main loop.
 """
@@ -52,7 +52,7 @@ class PreexistingProcesses:
         return made
 
     def __init__(self, known: Mapping[int, int] | None = None, place: Path | None = None) -> None:
-        """Initialize the set. `place`: the file of the set; None: the set is not stored."""
+        """Initialize the set. `place`: the file in which the set is stored; None: the set is not stored."""
         self._known, self._place = dict(known or {}), place
 
     def _store(self, level: int = logging.DEBUG) -> None:

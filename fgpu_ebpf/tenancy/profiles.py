@@ -25,8 +25,8 @@ class ProfileError(ValueError):
 class Profile:
     """A share that the host offers.
 
-    `count` is the number of shares on each device, or None for as many as fit. `devices` has the devices that offer the
-    share, and is empty for every device.
+    `count` is the number of shares on each device, or None for as many shares as fit. `devices` has the devices that
+    offer the share, and is empty if every device offers the share.
     """
 
     share: str
@@ -50,7 +50,7 @@ def counts(profiles: Sequence[Profile], device: Device, overcommit: bool) -> dic
 
     Profiles with a count have precedence, and must fit together unless `overcommit` is true. A profile without a count
     gets as many shares as fit in the remaining memory and in the device's time. Several profiles without a count
-    overlap, so that each profile has the count that it would have alone.
+    overlap: the count of each profile is the count without the other profiles.
 
     Raises:
         ProfileError: the profiles with a count do not fit together.

@@ -22,7 +22,10 @@ _PAYLOADS = ("container", "payload")  # cgroups of crun for the processes, insid
 
 
 def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
-    """Return the path of the target's cgroup. Tenants have precedence over other cgroups. Raise TargetError."""
+    """Return the path of the target's cgroup. Tenants have precedence over other cgroups.
+
+    Raise TargetError on failure.
+    """
     if target.startswith("/"):
         workloads.folder(target)
         return "/" + "/".join(part for part in target.split("/") if part)
@@ -39,7 +42,7 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
         forms = "a tenant of `fgpu status`, a container, pod/NS/NAME, unit/NAME, /cgroup/path or pid/N"
         raise TargetError(f"no tenant {target!r}: name {forms}")
     if len(found) > 1:
-        raise TargetError(f"{target!r} is ambiguous ({', '.join(sorted(found)[:4])}): name one of them")
+        raise TargetError(f"{target!r} is ambiguous ({', '.join(sorted(found)[:4])}): name one of these cgroups")
     return found[0]
 
 
@@ -48,7 +51,7 @@ def tenant(path: str, enforcer: Enforcer) -> Tenant:
     cgroup = next(iter(enforcer.levels(path)), None)
     found = None if cgroup is None else enforcer.get(cgroup)
     if found is None:
-        raise TargetError(f"{path} is in no tenant: it has no limit")
+        raise TargetError(f"{path} is in no tenant and has no limit")
     return found
 
 
@@ -69,7 +72,9 @@ def starting(pid: object, engine: int, workloads: Workloads) -> str:
     if path is None or not _same_pids(engine):
         raise TargetError(f"no process {pid}, or the engine runs in another pid namespace: use a policy")
     if path == "/" or path == around:
-        raise TargetError("the container has no cgroup (version 2) of its own: configure the engine to create one")
+        raise TargetError(
+            "the container has no cgroup (version 2) of its own: configure the engine to create such a cgroup"
+        )
     outer, _, last = path.rpartition("/")
     inner = workloads.identify(path)
     above = workloads.identify(outer) if last in _PAYLOADS else None

@@ -4,8 +4,7 @@ The agent writes in its thread `usage`, so that a slow disk delays no other work
 file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, earlier
 rows are merged to rows of an hour and then of a day (UTC), which changes no total. If merging is not enough, the oldest
 rows are removed, and the file records the end of the removed time. If the agent is killed, amounts that are not written
-yet are lost, and the file stays valid. If the file is damaged, it is renamed to usage.db.damaged, and a new file
-begins.
+yet are lost, and the file stays valid. A damaged file is renamed to usage.db.damaged, and a new file begins.
 """
 
 from __future__ import annotations
@@ -176,11 +175,11 @@ class Writer:
         self._thread.start()
 
     def give(self, amounts: Amounts) -> None:
-        """Pass amounts to the thread, which adds them to the file."""
+        """Pass amounts to the thread, which adds the amounts to the file."""
         self._given.put(amounts)
 
     def stop(self) -> None:
-        """Stop the thread after it has written all amounts. The method waits for at most END_SECONDS."""
+        """Stop the thread after the thread has written all amounts. The method waits for at most END_SECONDS."""
         self._given.put(None)
         self._thread.join(END_SECONDS)
 
@@ -307,7 +306,7 @@ def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, 
 
 
 def begin(file: Path = FILE) -> float | None:
-    """Return the time before which rows were removed, or None if no rows were removed. Raise StoreError.
+    """Return the time before which rows were removed, or None if no rows were removed. Raise StoreError on failure.
 
     Returns:
         The time in seconds since the epoch.
@@ -321,7 +320,7 @@ def begin(file: Path = FILE) -> float | None:
 def _opened(file: Path) -> Iterator[tuple[sqlite3.Connection, int]]:
     """Open the file for reading, and yield the database and its version. Raise StoreError if the file is unreadable.
 
-    SQLite must be able to write, because it restores the file if the agent was killed in a transaction.
+    SQLite must be able to write, because SQLite restores the file if the agent was killed in a transaction.
     """
     nothing = StoreError(f"{file} is empty or missing: no agent has run on this host for half a minute yet")
     if not file.exists():

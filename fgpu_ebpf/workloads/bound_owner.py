@@ -1,4 +1,4 @@
-"""The bound owner: the cgroup for which the levels, entries, files and connections inside it are counted.
+"""The bound owner: the cgroup for which the levels, entries, files and connections inside are counted.
 
 If bounds applied to each cgroup, a workload could multiply its bounds by making cgroups inside its own cgroup.
 Therefore a bound applies to the outermost cgroup that is one workload. Such a cgroup is a container or pod (by its

@@ -68,7 +68,7 @@ class Workloads:
     def missing(self, workload: Workload) -> str:
         """Return why no engine has reported a workload's labels yet.
 
-        The text is empty if an engine has, or no engine can.
+        The result is empty if an engine has reported the labels, or no engine can report the labels.
         """
         return self._namer.missing(workload) if self._namer else ""
 
@@ -135,7 +135,7 @@ class Workloads:
         try:
             os.makedirs(parent, exist_ok=True)
         except PermissionError as error:  # see make_run_folder()
-            raise TargetError(f"{parent} does not exist: restart the agent to create it") from error
+            raise TargetError(f"{parent} does not exist: restart the agent, which creates this folder") from error
         for number in range(1, 100_000):
             found = name or f"run-{number}"
             try:
@@ -167,7 +167,7 @@ def is_of_run(path: str) -> bool:
 
 
 def make_run_folder() -> None:
-    """Create the folder of `fgpu run`. The agent calls this function before it drops capabilities.
+    """Create the folder of `fgpu run`. The agent calls this function before the agent drops capabilities.
 
     The mode of the hierarchy's root allows no user to write, and root needs CAP_DAC_OVERRIDE. If the hierarchy is
     read-only, the folder is not created, and `fgpu run` fails.
@@ -179,7 +179,7 @@ def make_run_folder() -> None:
 
 
 def remove_run_folder() -> None:
-    """Remove the folder of `fgpu run` if it is empty and this process has CAP_DAC_OVERRIDE."""
+    """Remove the folder of `fgpu run` if the folder is empty and this process has CAP_DAC_OVERRIDE."""
     root = procfs.cgroup2_root()
     if root:
         with contextlib.suppress(OSError):

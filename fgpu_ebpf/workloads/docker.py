@@ -80,7 +80,10 @@ class DockerApi:
         return subject.engine is self._engine and not subject.is_pod
 
     def ask(self, subject: Subject) -> Names | None:
-        """Return the names of a container, or None for an unknown container. Raise EngineError or AnswerError."""
+        """Return the names of a container, or None for an unknown container.
+
+        Raise EngineError or AnswerError on failure.
+        """
         wanted = quote(json.dumps({"id": [subject.id]}))
         found = engine_answers.of_docker(self._get(f"/containers/json?all=true&filters={wanted}"), subject.id)
         if found is None:
@@ -93,7 +96,7 @@ class DockerApi:
         return engine_answers.with_image(names, labels)
 
     def _get(self, target: str) -> Any:
-        """Return the JSON document at `target`, or None for status 404. Raise EngineError or AnswerError."""
+        """Return the JSON document at `target`, or None for status 404. Raise EngineError or AnswerError on failure."""
         connection = _Connection(self.path)
         try:
             connection.request("GET", target)

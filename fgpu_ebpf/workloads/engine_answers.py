@@ -121,7 +121,7 @@ def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
 
 
 def docker_image_labels(found: object) -> Mapping[str, str] | None:
-    """Parse the answer to /images/ID/json and return the image's labels. Raise AnswerError if it is not an image."""
+    """Parse the answer to /images/ID/json and return the image's labels. Raise AnswerError for other answers."""
     if not isinstance(found, dict) or not isinstance(found.get("Config") or {}, dict):
         raise AnswerError("is not an image")
     return labels_of((found.get("Config") or {}).get("Labels"))

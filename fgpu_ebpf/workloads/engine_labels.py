@@ -2,8 +2,8 @@
 
 The module runs in the agent's main thread, which never waits for an engine. Engine threads send requests to the engines
 and store the answers, and `take` returns the cgroups that the answers concern. At most MOST_KNOWN containers and pods
-are stored. A container or pod is stored as long as rescans request it. A container that no engine has reported has only
-the labels of its cgroup.
+are stored. A container or pod is stored as long as rescans request the container or pod. A container that no engine has
+reported has only the labels of its cgroup.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Engines:
         )
 
     def missing(self, workload: Workload) -> str:
-        """Return why no engine has reported a workload yet, or an empty text if an engine has or no engine can."""
+        """Return why no engine has reported a workload yet, or an empty text if no report is missing."""
         subject = workload.subject
         threads = [thread for thread in self._threads if subject and thread.api.serves(subject)]
         with self._lock:

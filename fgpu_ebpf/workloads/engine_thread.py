@@ -64,7 +64,7 @@ class EngineThread:
         self._counts = {"found": 0, "unknown": 0, "failed": 0}
 
     def want(self, subject: Subject) -> None:
-        """Request a container or pod until the engine reports it. The first call starts the thread."""
+        """Request a container or pod until the engine reports the subject. The first call starts the thread."""
         with self._changed:
             self._wants.setdefault(subject, _Want(time.monotonic()))
             if not self.is_there and not self.error:

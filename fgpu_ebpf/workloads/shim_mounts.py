@@ -53,7 +53,7 @@ def mount_of(pid: int) -> Mount:
 
 
 def is_mounted(folder: Path) -> bool:
-    """Return whether the folder is mounted in any mount namespace that has a process, even if a mount covers it there.
+    """Return whether the folder is mounted in any mount namespace that has a process, even under another mount.
 
     Another agent's folder can be mounted at the same path. That folder is not counted, because it is on another file
     system.

@@ -75,7 +75,7 @@ def test_each_device_takes_as_many_tenants_as_fit_on_it(strict: Service, group: 
     beyond = group.tenant(None).client()
     assert beyond.do("device 3") == REFUSED
     name = group.tenants[-1].name
-    text = f"8GiB for {name} do not fit on device 3: 72GiB of 74.7GiB are committed to others"
+    text = f"8GiB for {name} do not fit on device 3: 72GiB of 74.7GiB are committed to other tenants"
     eventually(lambda: any(text in event["text"] for event in events("no room")), 5, text)
     assert "on device 3" in fgpu("explain", group.tenants[-1].path).stdout
     strict.kill_agent()

@@ -453,7 +453,7 @@ def test_a_wrong_claim_is_refused_with_a_sentence_and_others_are_prepared(
     for (name, (_, text)), answer in zip(wrong.items(), answers, strict=False):
         assert text in answer.error, name
         assert len(answer.error) < 300
-    assert "was replaced by another one" in answers[-4].error
+    assert "was replaced by another claim" in answers[-4].error
     assert "is not a ResourceClaim" in answers[-3].error
     assert "is not a ResourceClaim" in answers[-2].error
     assert len(ids(answers[-1])) == 1

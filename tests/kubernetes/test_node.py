@@ -154,7 +154,7 @@ def test_the_next_gatekeeper_waits_beside_the_last_and_takes_over(
     client = tenant.client()
     assert client.ok("info")[1] == 3 * GIB
     client.close()
-    assert "starting another" not in pods["agent"].containers["agent"].log
+    assert "starting a new gatekeeper" not in pods["agent"].containers["agent"].log
 
 
 def test_a_gatekeeper_that_hangs_fails_its_probe(pods: dict[str, node_kit.Pod]) -> None:

@@ -211,7 +211,7 @@ def row(**more: Any) -> dict[str, Any]:
         ),
         (
             row(ended=False, keepers=(1, 2)),
-            "5MiB on gpu 0 stay charged for process 11, which exported and freed them: kept by pid 1, 2; "
+            "5MiB on gpu 0 stay charged for process 11, which exported and freed these bytes: kept by pid 1, 2; "
             "end these processes, or make the program close the driver's descriptors",
         ),
         (

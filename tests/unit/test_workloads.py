@@ -129,5 +129,5 @@ def test_missing_and_invalid_targets_are_errors(find, target):
 
 def test_an_ambiguous_target_is_refused(find, root):
     (root / f"docker/1f3a1{ID[5:]}").mkdir()
-    with pytest.raises(TargetError, match="name one of them"):
+    with pytest.raises(TargetError, match="name one of these cgroups"):
         find("1f3a")

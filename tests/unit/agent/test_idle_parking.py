@@ -279,7 +279,9 @@ def test_users_see_the_idle_time_and_when_the_tenant_is_parked(host: Host) -> No
     assert view
     assert (view.state, view.after_seconds, view.idle_seconds, view.parked_in_seconds) == ("running", 10, 6, 4)
     said = host.idle.explain(host.tenants[7])
-    assert said == "can be parked while no call is running; idle for 6 s, will be parked in 4 s if it stays idle"
+    assert (
+        said == "can be parked while no call is running; idle for 6 s, will be parked in 4 s if the tenant stays idle"
+    )
 
 
 def test_a_policy_without_effect_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_nothing_is_parked_if_all_that_can_be_would_not_be_enough(host: Host) ->
 
 def test_a_tenant_of_another_device_is_not_parked(host: Host) -> None:
     host.runs("elsewhere", on(gpu1=50))
-    assert host.make(gpu0=8) == (False, "no tenant holds it")
+    assert host.make(gpu0=8) == (False, "no tenant holds memory of the device")
     host.runs("here", on(gpu0=8))
     host.free[1] = None
     assert host.make(gpu0=8) == (True, "here is being parked")
@@ -248,7 +248,7 @@ def test_many_tenants_that_wait_look_at_the_holders_together(host: Host, monkeyp
     monkeypatch.setattr(making_room, "HOLDERS_SECONDS", 3600.0)
     looks = []
     monkeypatch.setattr(host.maker, "_look", lambda *words: looks.append(words) or [])
-    assert {host.make(gpu0=8) for _ in range(9)} == {(False, "no tenant holds it")}
+    assert {host.make(gpu0=8) for _ in range(9)} == {(False, "no tenant holds memory of the device")}
     assert not host.make(gpu1=8)[0]
     assert len(looks) == 2
 

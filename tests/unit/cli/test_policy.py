@@ -67,7 +67,7 @@ def test_check_prints_every_error(two):
     (two / "b.yaml").write_text(kit.text("x", "{selector: {cgroup: a}, memory: {limit: 8GB}, mode: of}"))
     assert fgpu("check", two) == (
         1,
-        f"{two}/b.yaml:5: spec.mode: 'of' is none of observe, enforce: write one of them\n"
+        f"{two}/b.yaml:5: spec.mode: 'of' is none of observe, enforce: write one of these values\n"
         f"{two}/b.yaml:5: spec.memory.limit: '8GB': did you mean 8GiB?\n"
         "fgpu: 2 errors: no policy of these files would be used\n",
     )

@@ -54,7 +54,7 @@ def test_fgpu_info_reports_a_missing_limit_and_a_limit_of_zero(monkeypatch: pyte
 
 
 def test_fgpu_info_reports_observed_limits_and_uncommitted_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert said(monkeypatch, page(1, MIB, flags=abi.LimitFlag.OBSERVE))[-1].startswith("limits are only observed")
+    assert said(monkeypatch, page(1, MIB, flags=abi.LimitFlag.OBSERVE))[-1].startswith("limits of this container")
     assert said(monkeypatch, page(1, MIB, flags=abi.uncommitted(0)))[1].startswith("  not used so far")
 
 

@@ -303,7 +303,8 @@ def test_a_claim_that_the_driver_does_not_have_gives_nothing_and_explain_says_wh
     node.use(A, POD)
     agent.manager.consider([PATH])
     assert agent.limits(PATH) == {0: 0, 1: 0}
-    text = f"note: the size of dev/gpu-0b8f of {DRIVER} is not known: {node.claims_file} does not have it as prepared"
+    why = f"{node.claims_file} does not have the claim as prepared"
+    text = f"note: the size of dev/gpu-0b8f of {DRIVER} is not known: {why}"
     assert text in agent.explained(PATH)
 
 
@@ -313,7 +314,8 @@ def test_a_claim_in_an_unknown_form_gives_nothing_and_is_a_failed_check(agent: A
     agent.manager.consider([PATH])
     agent.round()
     assert agent.limits(PATH) == {0: 0, 1: 0}
-    text = f"note: the size of dev/gpu-0b8f of {DRIVER} is not known: {node.claims_file} has it in an unknown form"
+    why = f"{node.claims_file} has the claim in an unknown form"
+    text = f"note: the size of dev/gpu-0b8f of {DRIVER} is not known: {why}"
     assert text in agent.explained(PATH)
     assert "unknown form of dev/gpu-0b8f" in agent.failed_checks[nvidia_claims.NAME].found
     node.prepare(A, "4Gi")
@@ -337,7 +339,8 @@ def test_a_pod_gets_nothing_until_all_of_its_claims_are_known(agent: Agent, node
     node.prepare(A, "4Gi")
     agent.manager.consider([PATH])
     assert agent.limits(PATH) == {0: 0, 1: 0}
-    text = f"note: the size of dev/gpu-1c9f of {DRIVER} is not known: {node.claims_file} does not have it as prepared"
+    why = f"{node.claims_file} does not have the claim as prepared"
+    text = f"note: the size of dev/gpu-1c9f of {DRIVER} is not known: {why}"
     assert text in agent.explained(PATH)
     node.prepare(B, "0", None)
     agent.round()

@@ -65,7 +65,7 @@ def test_a_missing_folder_means_no_policies_unless_it_existed_before(tmp_path):
     assert names(absent.read()) == []
     assert errors(absent.read(may_be_missing=False)) == [
         f"{tmp_path}/policy.d: does not exist: the last policies stay in force; "
-        "create the folder again (empty: no policies)"
+        "create the folder again (an empty folder: no policies)"
     ]
 
 
@@ -81,7 +81,7 @@ def test_a_duplicate_name_is_refused_at_the_second_policy(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x"))
     (tmp_path / "b.yaml").write_text(kit.text("y") + kit.text("x"))
     assert errors(folder(tmp_path).read()) == [
-        f"{tmp_path}/b.yaml:7: metadata.name: the name x is taken by {tmp_path}/a.yaml:2: choose another"
+        f"{tmp_path}/b.yaml:7: metadata.name: the name x is taken by {tmp_path}/a.yaml:2: choose another name"
     ]
 
 

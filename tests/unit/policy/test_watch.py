@@ -88,7 +88,7 @@ def test_an_invalid_set_is_reported_without_policies_and_then_a_valid_one(tmp_pa
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: a}, mode: x}"))
-    assert readings.next_whole() == (None, ["'x' is none of observe, enforce: write one of them"])
+    assert readings.next_whole() == (None, ["'x' is none of observe, enforce: write one of these values"])
     (tmp_path / "a.yaml").write_text(kit.text("c"))
     assert readings.next_whole() == (["c"], [])
 

@@ -73,7 +73,7 @@ def test_a_tenant_without_room_gets_nothing_until_there_is_room(place, books):
         place.enforcer.use(tenant.cgroup)
     assert in_force(books, two) == 0
     assert "4GiB for two do not fit on device 0: 8GiB of 10GiB" in place.enforcer.denied(two.cgroup)
-    assert "others; lower a limit, or allow overcommit" in place.enforcer.denied(two.cgroup), "there is one device"
+    assert "tenants; lower a limit, or allow overcommit" in place.enforcer.denied(two.cgroup), "there is one device"
     place.enforcer.release([one.cgroup])
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
