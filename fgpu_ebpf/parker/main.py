@@ -281,7 +281,8 @@ def listen(run_dir: Path) -> socket.socket:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="fgpu-parker", description="Checkpoints GPU processes to host memory and restores GPU processes, for the agent."
+        prog="fgpu-parker",
+        description="Checkpoints GPU processes to host memory and restores GPU processes, for the agent.",
     )
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help=f"the folder of {SOCKET}")
     parser.add_argument("--driver-root", type=Path, help="root of the NVIDIA driver's libraries (default: agent.yaml)")
