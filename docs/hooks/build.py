@@ -1,8 +1,9 @@
-"""Everything that a page of docs/ needs to become a page of the site.
+"""Prepare the pages of docs/ for the site.
 
-Owns: the generated parts (`<!-- generated: NAME -->`, see `references`), CONTRIBUTING.md as a page, and links out of
-docs/: a file that a page links to goes along, as a page that shows it. So one relative link works in a checkout, on a
-code host and on the site. Never: asks the network. On failure: a warning, with which `mkdocs build --strict` ends.
+The module fills in the generated parts (`<!-- generated: NAME -->`, see `references`), adds CONTRIBUTING.md as a page,
+and changes links to files outside docs/. For each linked file, a page that shows the file is added, so that the same
+relative link works in a checkout, on a code host and on the site. The module does not use the network. A link to a
+missing file causes a warning, which fails `mkdocs build --strict`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-# Pages that lie outside docs/, and what they are called on the site.
+# Pages outside docs/ -> their names on the site.
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?<=\]\()\.\./[\w./-]+")
 MARK = re.compile(r"<!-- generated: (\w+) -->")
@@ -27,7 +28,7 @@ log = logging.getLogger("mkdocs.plugins.fgpu")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that docs/ itself does not have."""
+    """Add the pages that docs/ itself does not have."""
     linked = set()
     for file in files.documentation_pages():
         linked |= {_outside(file, match[0]) for match in LINK.finditer(file.content_string)}
@@ -37,18 +38,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if (ROOT / path).exists():
             files.append(File.generated(config, f"source/{path}.md", content=_shown(path)))
         else:
-            log.warning("a page links to %s, which is not in this tree", path)
+            log.warning("a page links to %s, which does not exist", path)
     return files
 
 
 def _outside(file: File, target: str) -> str:
-    """The path below the root that a page's relative link leads to; empty: it stays within docs/."""
+    """Return the path of a relative link's target below the root, or an empty text for a target inside docs/."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(file.src_uri), target))
     return "" if path.startswith("docs/") else path
 
 
 def _shown(path: str) -> str:
-    """A file as a page, or a folder as a list; a tilde fence, since sources have backticks."""
+    """Return a page that shows a file or lists a folder. The fence has tildes, because sources contain backticks."""
     here, lexer = ROOT / path, LEXERS.get(Path(path).suffix, "text")
     inside = sorted(str(found.relative_to(here)) for found in here.rglob("*") if found.is_file())
     text = "\n".join(inside) if here.is_dir() else here.read_text()
@@ -56,7 +57,7 @@ def _shown(path: str) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Links and generated parts of a page."""
+    """Change the links of a page, and fill in its generated parts."""
     if page.file.src_uri.startswith("source/"):
         return markdown
 

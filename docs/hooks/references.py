@@ -1,7 +1,7 @@
-"""Reference pages, written from what the program itself goes by: the policy's model, the collector, the commands.
+"""Write the generated parts of the reference pages, from the policy's model, the metrics collector and the commands.
 
-Owns: how those look in Markdown. Never: says anything of a key, a metric or an option that the code does not. On
-failure: KeyError or AssertionError for what has no words here yet, which ends the build.
+The module adds no statement about a key, a metric or an option: every description is taken from the code. A key without
+a description, or a pattern without a text in this module, raises AssertionError or KeyError and fails the build.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from fgpu_ebpf.snapshot import PoliciesView, Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = ROOT / "dashboards"
-# What a pattern of the schema means to people.
+# Patterns of the schema -> their meanings, as shown in the tables.
 PATTERNS = {
     policy_fields._MEMORY: "bytes: `8GiB`, `8192MiB`",
     policy_fields._PERCENT: "percentage: `50%`",
     policy_fields._DURATION: "duration: `500us`, `20ms`, `1s`",
     policy_fields._LONG: "duration: `90s`, `10m`, `2h`",
     f"^{policy_fields._NAME}$": "up to 63 lowercase letters, digits, `-` and `.`",
-    f"^{policy_fields._METRIC_LABEL}$": "name of a Prometheus label",
+    f"^{policy_fields._METRIC_LABEL}$": "Prometheus label names",
 }
-# Values of labels that the code has a list of.
+# Labels of metrics -> the values that the code lists for the label.
 VALUES: Mapping[tuple[str, str], Iterable[str]] = {
     ("fgpu_bypassing_processes", "how"): metrics._HOW,
     ("fgpu_shimless_processes", "reason"): bypass_reason.Reason,
@@ -62,12 +62,12 @@ def _row(*cells: str) -> str:
 
 
 def policy() -> str:
-    """Every key of a policy, with its type, default and examples."""
+    """Return tables of all keys of a policy, with type, default and examples."""
     return "\n".join(_model(schema.GpuPolicy, "", 3))
 
 
 def host() -> str:
-    """Every key of agent.yaml; the defaults are those that hold without a file."""
+    """Return tables of all keys of agent.yaml. The defaults apply to a host without this file."""
     usual = host_config.HostSettings()
     defaults = {name: _plain(name, value) for name, value in usual._asdict().items()}
     keys = _keys(host_schema.HostDocument, defaults)
@@ -83,6 +83,10 @@ def host() -> str:
 def _plain(name: str, value: Any) -> Any:
     if name == "overcommit":
         return "allow" if value else "forbid"
+    if value is None:
+        return None
+    if name == "parking":
+        return "on" if value else "off"
     if isinstance(value, Bounds):
         return value._asdict()
     return list(value) if isinstance(value, tuple) else str(value)
@@ -90,7 +94,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _model(model: type[BaseModel], path: str, level: int) -> Iterator[str]:
     title = f"`{path}`" if path else "The document"
-    yield from ("", f"{'#' * level} {title}", "", model.__doc__ or "", "")
+    yield from ("", f"{'#' * level} {title}", "", inspect.cleandoc(model.__doc__ or ""), "")
     yield from _keys(model, {})
     for field in model.model_fields.values():
         inner = _model_in(field.annotation)
@@ -100,16 +104,18 @@ def _model(model: type[BaseModel], path: str, level: int) -> Iterator[str]:
 
 def _keys(model: type[BaseModel], defaults: Mapping[str, Any]) -> Iterator[str]:
     schema = model.model_json_schema()
-    yield from _table("key", "type", "default", "what it says")
+    yield from _table("key", "type", "default", "description")
     for name, field in model.model_fields.items():
         key = str(field.alias or name)
         shown = schema["properties"][key]
         default = defaults.get(name, shown.get("default"))
-        needed = "needed" if field.is_required() else ""
+        required = "required" if field.is_required() else ""
         assert field.description, f"{model.__name__}.{name} does not say what it is"
-        examples = ", ".join(f"`{_written(example)}`" for example in field.examples or ())
-        said = field.description + (f" Such as {examples}." if examples and not _model_in(field.annotation) else "")
-        yield _row(f"`{key}`", _type(shown, schema), needed or _default(default), said)
+        examples = [f"`{_written(example)}`" for example in field.examples or ()]
+        label = "Example" if len(examples) == 1 else "Examples"
+        shows = examples and not _model_in(field.annotation)
+        said = field.description + (f" {label}: {', '.join(examples)}." if shows else "")
+        yield _row(f"`{key}`", _type(shown, schema), required or _default(default), said)
 
 
 def _default(value: Any) -> str:
@@ -131,7 +137,8 @@ def _type(shown: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         return PATTERNS[shown["pattern"]]
     match shown["type"]:
         case "array":
-            return f"list of {_type(shown['items'], schema)}"
+            items = _type(shown["items"], schema)
+            return "list of mappings" if items == "mapping" else f"list of {items}"
         case "object":
             return "mapping of labels"
         case "integer" if "minimum" in shown:
@@ -146,24 +153,24 @@ def _type(shown: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
 
 
 def families() -> list[Any]:
-    """Every family that the collector knows."""
+    """Return all families of metrics of the collector."""
     everything = Snapshot(1.0, policies=PoliciesView(True, 1.0, 1, ()), gatekeeper_up=True)
     return list(metrics.families(everything))
 
 
 def exposed(family: Any) -> str:
-    """Its name on the page: a counter's ends on _total."""
+    """Return the name of a family on /metrics. The name of a counter ends with _total."""
     return f"{family.name}_total" if family.type == "counter" else str(family.name)
 
 
 def metric_table() -> str:
-    """Every family: type, labels, help, and who of dashboards/ asks for it."""
+    """Return a table of all families: type, labels, help, and the files of dashboards/ that use the family."""
     asked = _asked()
-    lines = _table("metric", "type", "labels", "what it is", "asked for by")
+    lines = _table("metric", "type", "labels", "description", "used by")
     for family in families():
         labels = [_label(family.name, label) for label in family._labelnames]
         if family.name == "fgpu_tenant_info":
-            labels.append("`metricLabels`' own")
+            labels.append("the labels of `metricLabels`")
         name = rf"\b{exposed(family)}(_bucket|_sum|_count)?\b"
         users = ", ".join(who for who, text in asked.items() if re.search(name, text))
         lines.append(_row(f"`{exposed(family)}`", family.type, ", ".join(labels), family.documentation, users))
@@ -186,7 +193,7 @@ def _asked() -> dict[str, str]:
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command of `fgpu` that is not hidden, with the words that call it."""
+    """Yield each command of `fgpu` that is not hidden, with the words of its command line."""
     yield from _commands("fgpu", main)
 
 
@@ -204,14 +211,14 @@ def options(command: click.Command) -> list[click.Option]:
 
 
 def command_pages() -> str:
-    """Every command: usage, what it does, its options."""
+    """Return a section for each command: usage, description and options."""
     lines: list[str] = []
     for words, command in commands():
         context = click.Context(command, info_name=words)
         usage = " ".join([words, *command.collect_usage_pieces(context)])
         lines += ["", f"## {words}", "", "```text", usage, "```", "", *_help(inspect.cleandoc(command.help or ""))]
         if options(command):
-            lines += ["", *_table("option", "", "what it does")]
+            lines += ["", *_table("option", "value", "description")]
             lines += [_row(*_option(option, context)) for option in options(command)]
         lines += _help(command.epilog or "")
     return "\n".join(lines)
@@ -220,7 +227,7 @@ def command_pages() -> str:
 def _option(option: click.Option, context: click.Context) -> tuple[str, str, str]:
     said = option.help or ""
     if option.show_default and option.default is not None:
-        said += f" `{option.default}` without it."
+        said += f" The default is `{option.default}`."
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
     if isinstance(option.type, click.Choice):
         return names, ", ".join(f"`{choice}`" for choice in option.type.choices), said
@@ -228,7 +235,7 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str, str
 
 
 def _help(text: str) -> Iterator[str]:
-    """Paragraphs as they are; those that click is told not to wrap, as text."""
+    """Yield each paragraph. A paragraph that click must not wrap is yielded as a block of code."""
     for paragraph in text.split("\n\n"):
         if paragraph.startswith("\b\n"):
             yield from ("", "```text", paragraph[2:], "```")
@@ -240,7 +247,7 @@ def _help(text: str) -> Iterator[str]:
 
 
 def outputs() -> str:
-    """Every object that `--json` prints: what its fields are called, their types and what they mean."""
+    """Return a section for each object that `--json` prints: description, fields and types."""
     lines: list[str] = []
     for command in output_schema.PRINTED:
         definitions = output_schema.of(command)["$defs"]
@@ -259,13 +266,13 @@ def _json_type(shown: Mapping[str, Any]) -> str:
         return f"[{name}](#{name.lower()})"
     match shown.get("type"):
         case "array" if "prefixItems" in shown:
-            return f"list of {' and '.join(map(_json_type, shown['prefixItems']))}"
+            return f"list ({', '.join(map(_json_type, shown['prefixItems']))})"
         case "array":
             return f"list of {_json_type(shown['items'])}"
         case "object":
-            return f"object: names to {_json_type(shown['additionalProperties'])}"
+            return f"object (values: {_json_type(shown['additionalProperties'])})"
         case found:
-            return str(found or "anything")
+            return str(found or "any type")
 
 
 WRITERS = {
