@@ -59,10 +59,10 @@ class Engine:
     `after`: returns the settings with fgpu. `without`: returns the text of settings without fgpu; its second argument
     is the text before the setup, or None if this text is unknown. `reload`, `reload_undone`: the command that makes the
     engine read the settings after the setup, and after --undo. `is_drop_in`: the file has only fgpu's settings, is the
-    last of several files, computed from the other files. `programs`: the engine is installed if one of these programs
-    is installed. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of the
-    containers' cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a
-    folder that was created for the file stays after --undo. `read`: parses a text that `fgpu doctor` compares.
+    last of several files, and is computed from the other files. `programs`: the engine is installed if one of these
+    programs is installed. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of
+    the containers' cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a
+    folder that was created for the file is kept after --undo. `read`: parses a text that `fgpu doctor` compares.
     """
 
     file: Path

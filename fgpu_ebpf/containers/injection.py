@@ -44,13 +44,13 @@ def publish_helper(built: Path) -> Path:
     """Copy the helper to a path that upgrades do not change, because settings and hooks name the path.
 
     Helpers that are running are not changed. The link `fgpu-info` beside the copy is the helper's other name. If no
-    copy can be written, the existing copy stays.
+    copy can be written, the existing copy is kept.
 
     Returns:
         The path of the copy.
 
     Raises:
-        OSError: no copy can be written, and none exists.
+        OSError: no copy can be written, and no copy exists.
     """
     BIN.mkdir(mode=0o755, parents=True, exist_ok=True)
     place = BIN / HELPER

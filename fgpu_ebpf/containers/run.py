@@ -73,8 +73,8 @@ def _create_preload_file(run_dir: Path, host: Path) -> None:
 def remove_created_preloads(run_dir: Path) -> None:
     """Remove the host's preload files that fgpu has created and that are still empty.
 
-    A file stays if `fgpu run` has mounted its list over the file. If such a file were removed, the kernel would unmount
-    the list, and programs that the tenant starts later would run without the shim.
+    A file is kept if `fgpu run` has mounted a list over the file. If such a file were removed, the kernel would
+    unmount the list, and programs that the tenant starts later would run without the shim.
     """
     mounted = shim_mounts.mounted_lists(run_dir)
     for host in PRELOADS:

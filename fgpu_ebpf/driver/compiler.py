@@ -36,7 +36,7 @@ class CompileError(Exception):
 
 
 def import_bcc() -> ModuleType:
-    """Return the distribution's BCC. PyPI's project of that name is a crystallography lattice.
+    """Return the distribution's BCC. PyPI's project `bcc` is another program.
 
     Raise CompileError on failure.
     """

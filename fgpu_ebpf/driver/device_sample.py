@@ -31,7 +31,7 @@ class Taken(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Several samples.
+    """The result of several samples of one device.
 
     `rows`: the last rows. `calm`: no process allocated or freed memory during the samples. `processes`: the ledger's
     processes before the samples. `busy`: processes that were in a call at that time, or have changed since. `begun_ns`:

@@ -34,7 +34,7 @@ ERRORS = (DriverError, ProbeError, ProgramError)
 
 @dataclass(frozen=True, slots=True)
 class HostDriver:
-    """The driver with its probes.
+    """The host's driver after Prepared.attach(): NVML, the probes and the published shim.
 
     `contexts`: bytes of one context by ledger index. `shim`: the published file. `failed_checks`: the failed checks of
     the shim's store, by name. `layout_changed`: limits of another layout were taken over.

@@ -1,4 +1,4 @@
-"""NVIDIA's MPS for concurrent devices: `fgpu mps` starts MPS's control daemon and gives containers its socket.
+"""NVIDIA's MPS for concurrent devices: `fgpu mps` starts MPS's control daemon and gives containers the daemon's socket.
 
 Programs find the daemon by the socket `control`. The daemon's folder also has a socket through which root can end the
 daemon, and root in a container is root for that socket. Therefore the folder stays private, and a hard link to
@@ -41,7 +41,7 @@ def check(run_dir: Path) -> Check:
 def serve(run_dir: Path) -> int:
     """Run the daemon until SIGTERM or SIGINT, or until the daemon exits. Return the exit status of the command.
 
-    Programs that run at the end of the daemon lose their contexts.
+    Programs that run when the daemon exits lose their contexts.
     """
     if not shutil.which(DAEMON):
         print(f"fgpu mps: there is no {DAEMON}: install the NVIDIA driver's MPS", file=sys.stderr)

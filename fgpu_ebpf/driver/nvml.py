@@ -54,7 +54,7 @@ class Device:
 
 
 class Nvml:
-    """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from earlier agents.
+    """An initialised NVML library of one driver root. `known`: ledger indexes by UUID, from earlier agents.
 
     If a device has no handle, for example because the device is lost, all other devices can still be used. `missing`
     has the reason by the name of the device, and look_for_missing() tries again.

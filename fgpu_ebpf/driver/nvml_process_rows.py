@@ -26,7 +26,7 @@ class ProcessRows:
         self._graphics = _List(library, GRAPHICS)
 
     def ask(self, handle: object) -> dict[int, int | None]:
-        """Return bytes by host pid; None: NVML does not report them. Raise NVMLError on failure.
+        """Return bytes by host pid; None: NVML does not report the bytes. Raise NVMLError on failure.
 
         If a device or a driver has no list of processes that draw, this list counts as empty.
         """
@@ -51,7 +51,7 @@ class _List:
         self._rows: Any = _room(64)
 
     def ask(self, handle: object) -> dict[int, int | None]:
-        """Return bytes by host pid; None: NVML does not report them. Raise NVMLError on failure."""
+        """Return bytes by host pid; None: NVML does not report the bytes. Raise NVMLError on failure."""
         code, n = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, ctypes.c_uint()
         for _ in range(_TRIES if self._ask else 0):
             n.value = len(self._rows)

@@ -69,7 +69,9 @@ def devices(pins: Path) -> dict[bytes, int]:
 
 
 def take_over(pins: Path, ledger: Ledger) -> bool:
-    """Enter the levels of other layouts in this ledger, and unpin their maps. Return False if none exist.
+    """Enter the levels of other layouts in this ledger, and unpin the maps of these layouts.
+
+    Return False if no other layout is pinned.
 
     Raise ProgramError and OSError (see the module).
     """
@@ -147,7 +149,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
-    """Return the levels by cgroup. `opened` closes their pages. Raise ValueError if the maps have an unknown form."""
+    """Return the levels by cgroup. `opened` closes the pages. Raise ValueError if the maps have an unknown form."""
     if [bpf.form(maps[name]).key_size for name in ("pages", "shelf")] != [_U64.size, _U32.size]:
         raise ValueError("the keys of the maps have an unexpected size")
     levels: dict[int, _Level] = {}

@@ -89,9 +89,9 @@ def shift(code: bytes) -> int:
     """Return the offset from the beginning of a function with this code (x86-64) at which a uprobe is cheap.
 
     A kernel that does not emulate the probed instruction single-steps the instruction out of line. A hit then takes
-    some 10 us instead of 0.5 us. In the drivers 470 to 570, 595 and 615, but not in 580, every call begins with a test
+    some 10 us instead of 0.5 us. In the drivers 470 to 570, 595 and 615, but not in 580, every call begins with a check
     whether the driver has been shut down (`cmpl $imm, disp(%rip)`), which is not emulated. An emulated conditional jump
-    follows the test. At this jump the function has changed nothing yet: the arguments are in their registers, and the
+    follows the check. At this jump the function has changed nothing yet: the arguments are in their registers, and the
     return address is on top of the stack. A probe is never moved past a jump or past an instruction that changes the
     stack. A function with any other beginning is probed at its first byte.
     """

@@ -63,7 +63,7 @@ class Tally:
 
 
 def failure(xid: int) -> str:
-    """Return the text why a device must not be assigned to programs."""
+    """Return the reason why a device must not be assigned to programs."""
     return f"the device has reported XID {xid}"
 
 

@@ -65,9 +65,9 @@ class ComputeMaps:
     def bell(self) -> Events | None:
         """Return a reader of the ring buffer `bell`, or None if the pinned maps are of a version without this map.
 
-        The reader is readable after shares have changed, a process that had a context has exited, or a process knocks
-        because the process may not connect to the gatekeeper. The reader yields exits as News.ENDED and knocks as
-        News.KNOCK.
+        The reader is readable after shares have changed, a process that had a context has exited, or a process has
+        reported that the process may not connect to the gatekeeper. The reader yields exits as News.ENDED and these
+        reports as News.KNOCK.
         """
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
@@ -88,7 +88,7 @@ class ComputeMaps:
         return frozenset(device for device in range(abi.DEVICES) if epoch >> _CONCURRENT_SHIFT & 1 << device)
 
     def set_concurrent(self, devices: Iterable[int]) -> None:
-        """Set the concurrent devices. tell() makes the change known."""
+        """Set the concurrent devices. tell() notifies the gatekeeper."""
         self._concurrent = sum(1 << device for device in set(devices))
 
     def shares(self) -> dict[Key, Share]:

@@ -31,7 +31,10 @@ _OTHERS = _U64.pack(abi.BUDGET_OTHERS)
 
 @dataclass
 class _Budget:
-    """A budget. `seen`: when the last event was reported or lost (seconds, monotonic). `lost`: lost events so far."""
+    """The budget of one workload.
+
+    `seen`: when the last event was reported or lost (seconds, monotonic). `lost`: lost events so far.
+    """
 
     key: bytes
     seen: float

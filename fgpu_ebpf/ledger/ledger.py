@@ -61,7 +61,7 @@ class LedgerMissing(Exception):
 class Count(NamedTuple):
     """The key of a counter of a level.
 
-    Cgroup 0 is the host: its reasons are abi.Anomaly if the kind is KINDS, and abi.Fate if the kind is EVENTS.
+    Cgroup 0 is the host. Reasons of the host are abi.Anomaly for the kind KINDS, and abi.Fate for the kind EVENTS.
     """
 
     cgroup: int
@@ -310,9 +310,9 @@ class Ledger:
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
         """Move a process and its charges to other levels, innermost first.
 
-        Generation 0 adopts a process that has no entry. A move to the same levels moves charges that were late for the
-        last move. If the process has just been moved, the method tries again, for at most 0.2 s. Return False if the
-        process was not moved. A parked process that was not moved is entered in `parked.unmoved`.
+        If `generation` is 0, a missing entry of the process is created. A move to the same levels moves charges that
+        the last move has missed. If the process has just been moved, the method tries again, for at most 0.2 s. Return
+        False if the process was not moved. A parked process that was not moved is entered in `parked.unmoved`.
         """
         for _ in range(MOVE_TRIES):
             with self._moving:

@@ -39,7 +39,7 @@ class _Change:
         self._left, self._lock = parts, threading.Lock()
 
     def end_part(self, error: Exception | None) -> bool:
-        """Record the end of a part. Return whether this was the last part and all parts were successful."""
+        """Record the end of a part. Return whether all parts have ended and were successful."""
         with self._lock:
             self._left -= 1
             self.error = self.error or error

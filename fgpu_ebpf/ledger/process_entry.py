@@ -23,7 +23,7 @@ assert (_HEAD.size, _HOLDING.size) == (abi.Process.sides.offset, ctypes.sizeof(a
 class Process:
     """The charges of one process, in bytes by ledger index.
 
-    `quiet`: no thread of the process is between an admission and its settlement, or in a witnessed call. `changes`:
+    `quiet`: no thread of the process is in a probed call, or between an admission and the admitted call. `changes`:
     number of completed changes. `begun`: number of changes that have begun. `exported`: bytes that other processes may
     have open. `ended`: number of contexts that were destroyed while other contexts remained. `peak`: the maximum of
     `bytes` since the agent last called Ledger.mark(). `handles`: bytes of VMM handles. `parked`: bytes of the process

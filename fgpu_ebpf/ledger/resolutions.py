@@ -20,7 +20,10 @@ _U64, _U32 = struct.Struct("Q"), struct.Struct("I")
 
 
 class Resolution(IntEnum):
-    """A decision. REFUSED: a limit could not be put in force, so the cgroup's programs get no memory."""
+    """The agent's decision about a cgroup.
+
+    REFUSED: a limit could not be put in force, so the cgroup's programs get no memory.
+    """
 
     UNMANAGED = 0
     MANAGED = 1

@@ -23,7 +23,10 @@ _BUSY, _DISCARDED, _HEADER = 1 << 31, 1 << 30, 8
 
 
 class Event(NamedTuple):
-    """An event. `at_ns` is CLOCK_MONOTONIC. `path` is the path of a cgroup in this cgroup namespace, or empty."""
+    """A rare event of the kernel. `at_ns` is CLOCK_MONOTONIC.
+
+    `path` is the path of a cgroup in this cgroup namespace, or empty.
+    """
 
     at_ns: int
     kind: abi.News
@@ -53,7 +56,7 @@ class Events:
         return self._fd
 
     def close(self) -> None:
-        """Close the map. Events that were not read stay for the next reader."""
+        """Close the map. Events that were not read are kept for the next reader."""
         del self._at
         self._consumer.close()
         self._ring.close()

@@ -85,7 +85,7 @@ def _path(path: str | Path) -> ctypes.Array[ctypes.c_char]:
 
 
 class Form(NamedTuple):
-    """Type and sizes of a map. The names are the names in /proc/PID/fdinfo."""
+    """The type and sizes of a map, named as in /proc/PID/fdinfo."""
 
     map_type: int
     key_size: int

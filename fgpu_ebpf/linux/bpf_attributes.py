@@ -12,7 +12,7 @@ from ctypes import c_uint64 as u64
 
 
 class MapCreateAttr(Structure):
-    """BPF_MAP_CREATE."""
+    """The arguments of BPF_MAP_CREATE."""
 
     _fields_ = (
         ("map_type", u32),
@@ -27,7 +27,7 @@ class MapCreateAttr(Structure):
 
 
 class ProgLoadAttr(Structure):
-    """BPF_PROG_LOAD."""
+    """The arguments of BPF_PROG_LOAD."""
 
     _fields_ = (
         ("prog_type", u32),
@@ -46,13 +46,13 @@ class ProgLoadAttr(Structure):
 
 
 class MapElemAttr(Structure):
-    """BPF_MAP_LOOKUP_ELEM, BPF_MAP_UPDATE_ELEM and BPF_MAP_DELETE_ELEM. BPF_MAP_FREEZE uses only `map_fd`."""
+    """The arguments of BPF_MAP_{LOOKUP,UPDATE,DELETE}_ELEM. BPF_MAP_FREEZE uses only `map_fd`."""
 
     _fields_ = (("map_fd", u32), ("key", u64), ("value", u64), ("flags", u64))
 
 
 class BatchAttr(Structure):
-    """BPF_MAP_LOOKUP_BATCH, BPF_MAP_UPDATE_BATCH, BPF_MAP_DELETE_BATCH."""
+    """The arguments of BPF_MAP_{LOOKUP,UPDATE,DELETE}_BATCH."""
 
     _fields_ = (
         ("in_batch", u64),
@@ -67,19 +67,19 @@ class BatchAttr(Structure):
 
 
 class IdAttr(Structure):
-    """BPF_MAP_GET_FD_BY_ID."""
+    """The arguments of BPF_MAP_GET_FD_BY_ID."""
 
     _fields_ = (("map_id", u32), ("next_id", u32), ("open_flags", u32))
 
 
 class ObjAttr(Structure):
-    """BPF_OBJ_PIN, BPF_OBJ_GET."""
+    """The arguments of BPF_OBJ_PIN and BPF_OBJ_GET."""
 
     _fields_ = (("pathname", u64), ("bpf_fd", u32), ("file_flags", u32))
 
 
 class TestRunAttr(Structure):
-    """BPF_PROG_TEST_RUN."""
+    """The arguments of BPF_PROG_TEST_RUN."""
 
     _fields_ = (
         ("prog_fd", u32),
@@ -98,19 +98,19 @@ class TestRunAttr(Structure):
 
 
 class RawTracepointAttr(Structure):
-    """BPF_RAW_TRACEPOINT_OPEN."""
+    """The arguments of BPF_RAW_TRACEPOINT_OPEN."""
 
     _fields_ = (("name", u64), ("prog_fd", u32))
 
 
 class PerfEventLink(Structure):
-    """`link_create.perf_event`."""
+    """The member `link_create.perf_event` of bpf_attr."""
 
     _fields_ = (("bpf_cookie", u64),)
 
 
 class UprobeMultiLink(Structure):
-    """`link_create.uprobe_multi` (Linux 6.6)."""
+    """The member `link_create.uprobe_multi` of bpf_attr (Linux 6.6)."""
 
     _fields_ = (
         ("path", u64),
@@ -124,25 +124,25 @@ class UprobeMultiLink(Structure):
 
 
 class LinkCreateAttr(Structure):
-    """BPF_LINK_CREATE: the fields of all kinds of links. PerfEventLink or UprobeMultiLink follows these fields."""
+    """The arguments of BPF_LINK_CREATE for every link. PerfEventLink or UprobeMultiLink follows these fields."""
 
     _fields_ = (("prog_fd", u32), ("target_fd", u32), ("attach_type", u32), ("flags", u32))
 
 
 class PerfEventLinkAttr(Structure):
-    """BPF_LINK_CREATE with BPF_PERF_EVENT."""
+    """The arguments of BPF_LINK_CREATE with BPF_PERF_EVENT."""
 
     _fields_ = (("link_create", LinkCreateAttr), ("perf_event", PerfEventLink))
 
 
 class UprobeMultiLinkAttr(Structure):
-    """BPF_LINK_CREATE with BPF_TRACE_UPROBE_MULTI."""
+    """The arguments of BPF_LINK_CREATE with BPF_TRACE_UPROBE_MULTI."""
 
     _fields_ = (("link_create", LinkCreateAttr), ("uprobe_multi", UprobeMultiLink))
 
 
 class PerfEventAttr(Structure):
-    """struct perf_event_attr of perf_event_open(2), up to PERF_ATTR_SIZE_VER7."""
+    """The argument struct perf_event_attr of perf_event_open(2), up to PERF_ATTR_SIZE_VER7."""
 
     _fields_ = (
         ("type", u32),

@@ -29,7 +29,7 @@ _REPLACED = (
 
 
 def choose(fd: int, offsets: Iterable[int]) -> int | None:
-    """Return the first of these probed offsets at which a breakpoint proves a probe, or None. Raise OSError on failure.
+    """Return the first of `offsets` at which a breakpoint proves a probe, or None. Raise OSError on failure.
 
     A breakpoint proves nothing if the file itself contains the breakpoint, or if the kernel may use a call instead.
     """
@@ -63,7 +63,7 @@ def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[Fil
 
 
 def is_set(pid: int, file: File, offset: int) -> bool | None:
-    """Return whether a process has the breakpoint of a file; None: not mapped, or the process is unreadable."""
+    """Return whether a process has a file's breakpoint; None: the process does not map the file, or is unreadable."""
     try:
         with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
             found = [one for one in procmaps.each(maps, procmaps.NEXT_EXECUTABLE) if (one.dev, one.ino) == file]

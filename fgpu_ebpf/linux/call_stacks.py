@@ -33,7 +33,7 @@ _ANY_MAPPING = 0  # of procmaps.find()
 
 
 class Where(IntEnum):
-    """The answer to whether a thread sleeps in a call of the driver that another library has made."""
+    """The possible places of a sleeping thread: IN_DRIVER means a call of the driver that another library has made."""
 
     ELSEWHERE = 0
     PERHAPS_IN_DRIVER = 1
@@ -41,7 +41,7 @@ class Where(IntEnum):
 
 
 class Kind(IntEnum):
-    """The kind of a module."""
+    """The kinds of modules that a search of the stack distinguishes."""
 
     OTHER = 0
     LIBC = 1

@@ -82,12 +82,15 @@ class Library:
 
     @property
     def name(self) -> str:
-        """DT_SONAME, the name by which programs request the library; empty without a name."""
+        """DT_SONAME, the name by which programs request the library; empty if the library has no name."""
         at = self._entries.get(_SONAME)
         return "" if at is None else self._text(at).decode(errors="replace")
 
     def offset(self, name: str) -> int | None:
-        """Return the file offset of a function, or None if not exported. Raise ElfError if the address is not code."""
+        """Return the file offset of a function, or None if the function is not exported.
+
+        Raise ElfError if the address is not code.
+        """
         for address in map(self._defined_at, self._candidates(name.encode())):
             if address:
                 return self._code_offset(name, address)
@@ -125,7 +128,7 @@ class Library:
                 yield n
             if found & 1:
                 return
-        raise ElfError(f"more than {MOST_SYMBOLS} symbols in one chain")
+        raise ElfError(f"a chain of the hash table has more than {MOST_SYMBOLS} symbols")
 
     def _sysv_chain(self, name: bytes) -> Iterator[int]:
         table = self._entry(_HASH)
@@ -139,7 +142,7 @@ class Library:
                 return
             yield index
             index = self._word(at + (buckets + index) * _WORD.size)
-        raise ElfError(f"more than {MOST_SYMBOLS} symbols in one chain")
+        raise ElfError(f"a chain of the hash table has more than {MOST_SYMBOLS} symbols")
 
     # -- its bytes
 

@@ -52,7 +52,7 @@ class FileLock:
             return os.open(self.path, flags, MODE)
 
     def is_held(self) -> bool:
-        """Return whether the path still leads to the file that take() has locked. Raise OSError on failure."""
+        """Return whether the path still refers to the file that take() has locked. Raise OSError on failure."""
         try:
             there = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -60,7 +60,7 @@ class FileLock:
         return os.path.samestat(there, os.fstat(self._file))
 
     def release(self) -> None:
-        """Release the lock. The file stays. Do nothing if the lock is not held."""
+        """Release the lock, and keep the file. Do nothing if the lock is not held."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -229,7 +229,10 @@ def handler(form: Format, fd: int = 2) -> Handler:
 
 
 def configure(form: Format | None = None, level: int = logging.INFO) -> Handler:
-    """Make a handler of this form the root logger's only handler, and return it. None: use the process's usual form."""
+    """Make a handler of this form the root logger's only handler, and return the handler.
+
+    `form` None: use the process's usual form.
+    """
     made = handler(form or usual_format())
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -9,11 +9,11 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 def pid_and_uid(sock: socket.socket) -> tuple[int, int]:
-    """Return the pid and the uid that the process had at the connection. Raise OSError on failure."""
+    """Return the pid and the uid that the process had when the process connected. Raise OSError on failure."""
     pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid, uid
 
 
 def pid_of(sock: socket.socket) -> int:
-    """Return the pid that the process had at the connection. Raise OSError on failure."""
+    """Return the pid that the process had when the process connected. Raise OSError on failure."""
     return pid_and_uid(sock)[0]

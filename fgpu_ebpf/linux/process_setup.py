@@ -16,7 +16,7 @@ def raise_priority() -> None:
     """Raise the priority of this thread and of the threads that this thread starts.
 
     Without a raised priority, the thread gets a 300th of a processor while 300 programs start. Without CAP_SYS_NICE,
-    the priority that the systemd unit has set stays.
+    the priority that the systemd unit has set is kept.
     """
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)

@@ -2,7 +2,7 @@
 
 This module runs in all threads of the agent, the gatekeeper and the commands. Reads of files whose length a process
 determines have a maximum. Facts come from the kernel, never from the process itself. If the process has exited, the
-result is None or empty, or the function raises OSError if its docstring says so.
+result is None or empty, unless the docstring of a function names OSError for this case.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def ended(pid: int) -> bool:
 
 
 def exiting(pid: int) -> bool:
-    """Return whether all threads of a process are exiting, while the kernel still releases its resources."""
+    """Return whether all threads of a process are exiting, while the kernel still releases the process's resources."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -131,7 +131,10 @@ def and_above(path: str) -> Iterator[str]:
 
 
 def identity(pidfd: int) -> tuple[int, int]:
-    """Return a process's pid in the caller's pid namespace, and the id of the cgroup. Raise OSError after its exit."""
+    """Return a process's pid in the caller's pid namespace, and the id of its cgroup.
+
+    Raise OSError if the process has exited.
+    """
     try:
         info = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
     except OSError as error:
@@ -182,7 +185,7 @@ def pid_space(pidfd: int) -> int:
 
 
 def pid_names(tgid: int) -> dict[int, int]:
-    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty if exited."""
+    """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty after its exit."""
     names: dict[int, int] = {}
     try:
         pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
@@ -201,7 +204,10 @@ def pid_names(tgid: int) -> dict[int, int]:
 
 
 def clock_ahead_ns(pid: int) -> int:
-    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace; 0 if exited."""
+    """Return how many ns a process's CLOCK_MONOTONIC is ahead of the caller's, by its time namespace.
+
+    The result is 0 if the process has exited.
+    """
     try:
         if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
             return 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 
 def tell(*assignments: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send these assignments in one datagram. Return False without a manager, or if sending failed."""
+    """Send these assignments in one datagram. Return False if there is no manager, or if sending failed."""
     address = environment.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False

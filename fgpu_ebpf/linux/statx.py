@@ -1,4 +1,4 @@
-"""statx(2) without a request to the file system of the file: the type of a file of another user's file system."""
+"""statx(2) without a request to the file's file system, which may belong to another user and never respond."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTES, _MODE = 256, slice(28, 30)  # of struct statx
 
 
 def is_character_device(path: str) -> bool:
-    """Return whether a path, with its links, leads to a character device. Raise OSError on failure."""
+    """Return whether a path, with links followed, refers to a character device. Raise OSError on failure."""
     found = ctypes.create_string_buffer(_BYTES)
     check("statx", LIBC.statx(_AT_FDCWD, path.encode(), _DONT_SYNC, _TYPE, found))
     return stat.S_ISCHR(int.from_bytes(found.raw[_MODE], "little"))

@@ -67,7 +67,7 @@ def _path(text: str) -> str:
     wrong = next((f for f in folders if not f or ("**" in f and f != "**")), None)
     if wrong is not None:
         example = wrong.replace("**", "*") + "/**"
-        hint = f"** must stand alone between slashes: did you mean {example}?"
+        hint = f"** must be a whole component of the path: did you mean {example}?"
         raise GlobError(hint if wrong else "// is not supported: write /")
     runs: list[list[str]] = [[]]
     for folder in folders:

@@ -27,7 +27,7 @@ def write(file: Path, folder: Path, policies: PolicySet) -> None:
     """Store the files from which a set was read, and the name of their folder.
 
     Raises:
-        OSError: the new file could not be written, and the old file stays.
+        OSError: the new file could not be written, and the old file is kept.
     """
     files = [[name, data.decode("utf-8", "surrogateescape")] for name, data in policies.files]
     text = json.dumps({"version": VERSION, "folder": str(folder), "files": files})

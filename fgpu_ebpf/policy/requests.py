@@ -150,7 +150,7 @@ _COMPUTE: tuple[Source[int], ...] = (
 def memory(
     labels: Mapping[str, str], is_pod: bool, obstacle: str, prefix: str, notes: list[str]
 ) -> tuple[str, Amount] | None:
-    """Return the request for memory that has precedence, with its label. The first valid request has precedence.
+    """Return the first valid request for memory, with its label.
 
     Args:
         labels: the labels and annotations of the workload or of its image.

@@ -71,12 +71,12 @@ class Selector(Model):
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     cgroup: Paths = absent(
-        "The cgroup's path below the hierarchy's root: `*` and `?` stay within a folder, `**` stands for any folders.",
+        "The cgroup's path below the hierarchy's root: `*` and `?` match inside one name, `**` matches any folders.",
         "system.slice/docker-*.scope",
         "kubepods.slice/**/cri-containerd-*.scope",
     )
     namespace: Names = absent("The pod's namespace.", "team-*")
-    image: Images = absent("The container's image; `*` crosses `/`.", "registry.example/*")
+    image: Images = absent("The container's image; `*` also matches `/`.", "registry.example/*")
     unit: Names = absent("The innermost systemd service or scope, with systemd's escapes.", "jupyter-*.service")
     match_labels: Annotated[dict[LabelKey, str], Several] = absent(
         "Labels, all of which must match.", {"tier": "notebook"}
@@ -127,7 +127,7 @@ class Memory(Model):
     contexts: Annotated[int, Field(ge=0, le=64)] = Field(
         0,
         description="How many CUDA contexts (one for each process) the workload may have on each device besides the"
-        " limit. Programs see the limit without these contexts, which count against the device.",
+        " limit. The limit that programs read does not include these contexts, which count against the device.",
     )
     park: Park = absent(
         "When an idle workload is parked automatically; if absent, only `fgpu park` parks the workload. With"
@@ -185,7 +185,7 @@ class Spec(Model):
     mode: Literal["observe", "enforce"] = Field(
         "enforce",
         description="`observe` admits every request, counts the requests that `enforce` would have refused, and does"
-        " not reduce the memory size that programs see.",
+        " not reduce the memory size that programs read.",
     )
     selector: Selector = Field(description="The workloads that the policy selects.", examples=[_EXAMPLE])
     devices: Devices = absent(
@@ -201,7 +201,7 @@ class Spec(Model):
         " exceeded, and is not applied while a process that is older than fgpu is in the tenant; `deny` refuses the"
         " driver's device nodes to a process without the shim.",
     )
-    views: Views = absent("The figures that the workload sees.")
+    views: Views = absent("The figures that programs of the workload read.")
     metric_labels: MetricLabels = absent("Labels of the workload to add to the metric `fgpu_tenant_info`.", ["team"])
 
 
@@ -209,7 +209,7 @@ class GpuPolicy(Model):
     """One policy. The first policy whose selector matches a workload decides."""
 
     api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
-    kind: Literal["GpuPolicy"] = Field(description="The only kind.")
+    kind: Literal["GpuPolicy"] = Field(description="The type of the document, always `GpuPolicy`.")
     metadata: Metadata = Field(description="The name of the policy.")
     spec: Spec = Field(
         description="The workloads that the policy selects, and their limits.", examples=[{"selector": _EXAMPLE}]

@@ -3,9 +3,9 @@
 A *claim* is the time that a tenant's work in flight will take, by the tenant's own report. The *bound* is the longest
 time for which other tenants wait for this work. At first, the bound is UNPROVEN_NS. The bound rises to MOST_FLIGHT_NS
 as soon as work with a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed,
-the bound falls to BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles at regular
-intervals, which become longer with each further wait in vain. All tenants inside one unit (`nested_shares`) have the
-same `Standing`, so that a new cgroup gets no more trust than the previous cgroup.
+the bound is lowered to BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles at
+regular intervals, which become longer with each further wait in vain. All tenants inside one unit (`nested_shares`)
+have the same `Standing`, so that a new cgroup gets no more trust than the previous cgroup.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock. The module does not charge tenants. Times
 are CLOCK_MONOTONIC nanoseconds.
@@ -120,7 +120,7 @@ class Trust:
         self._restore(at_ns <= last_ns)
 
     def drained(self, now_ns: int) -> None:
-        """Record that a turn has ended and that no work of this or an earlier turn is in flight."""
+        """Record that a turn has ended and that no work of the turn or of an earlier turn is in flight."""
         self.standing.proven |= self._proves_ns[0] < now_ns <= self._proves_ns[1]
         self._proves_ns = (0, 0)
 

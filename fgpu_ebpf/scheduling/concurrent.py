@@ -249,7 +249,7 @@ class _Device:
         return None
 
     def held(self, now_ns: int) -> list[_Runner]:
-        """Move up tenants that do not need their share. Return the tenants that are to be held."""
+        """Move up the virtual time of tenants that do not need their share. Return the tenants that are to be held."""
         active = [runner for runner in self.runners if runner.is_active(now_ns)]
         free = [runner for runner in active if not runner.is_stopped(now_ns)]
         for rank in {runner.place.share.rank for runner in free}:  # virtual times of two ranks cannot be compared
@@ -326,7 +326,7 @@ class Concurrent:
         self._clocks = clocks
 
     def restart(self, places: dict[int, list[Place]], now_ns: int) -> list[Place]:
-        """Begin anew on devices with another set of tenants than before.
+        """Restart each concurrent device whose set of tenants has changed.
 
         Remove the tenants of all concurrent devices from `places`, if these tenants can run at the same time.
 
@@ -381,7 +381,8 @@ class Concurrent:
 def _may(places: Collection[Place]) -> bool:
     """Return whether these tenants of a device can run at the same time.
 
-    There must be several tenants, no tenant may have contexts on another device, and no tenant may be inside another.
+    There must be several tenants, no tenant may have contexts on another device, and no tenant may be inside another
+    tenant.
     """
     return len(places) > 1 and all(len(place.seen.devices) == 1 and not place.above for place in places)
 

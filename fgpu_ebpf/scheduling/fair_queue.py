@@ -53,9 +53,10 @@ class Share(NamedTuple):
 
 
 class Account(NamedTuple):
-    """A tenant's account: its virtual time, and the time in hand that its limit had left at `at_ns`.
+    """A tenant's account: its virtual time, and its time in hand.
 
-    `in_hand_ns` below 0 is a debt.
+    The time in hand (`in_hand_ns`) is the device time that the limit allowed and the tenant had not used at `at_ns`. A
+    value below 0 is a debt.
     """
 
     virtual_ns: int = 0
@@ -142,7 +143,7 @@ class Waiter(NamedTuple):
 
     @property
     def kept_since_ns(self) -> int:
-        """The time since which the tenant has waited for the floor: not before the unit's last turn by the floor."""
+        """The time since which the tenant has waited for the floor: `unlifted_ns` at the earliest."""
         return max(self.since_ns, self.unlifted_ns)
 
 
@@ -174,7 +175,7 @@ def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int
 
     On each device, the floor lifts the tenant that has waited longest, if two conditions hold. First, tenants of a
     higher priority have kept this tenant waiting for FLOOR_NS. Second, the floor has lifted no tenant on the device for
-    the same time. Several lifted tenants (one for each device) are in the order of their waiting times. The floor
+    FLOOR_NS. Several lifted tenants (one for each device) are in the order of their waiting times. The floor
     counts all tenants inside a unit as one tenant.
     """
     by_turn = sorted(waiters, key=lambda w: (w.share.rank, w.virtual_ns, w.inner_ns, w.since_ns, w.tenant))
@@ -218,10 +219,10 @@ def next_turns(
 def longer_ns(share: Share, rivals: Collection[Share]) -> int:
     """Return how much longer than its quantum a turn may last, in nanoseconds.
 
-    The caller applies this only if all rivals have been busy for long without a pause. Longer turns are fewer, so less
-    time is lost between turns. A round, in which the tenant with the lowest weight has one turn, then takes
-    ROUND_QUANTA quanta. The result is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant with
-    a ceiling that waits for longer than PERIOD_NS would lose the time that the ceiling adds.
+    The caller adds the result to a turn only if all rivals have been busy for long without a pause. Longer turns are
+    fewer, so less time is lost between turns. A round, in which the tenant with the lowest weight has one turn, then
+    takes ROUND_QUANTA quanta. The result is 0 if a rival has another priority, or if any tenant has a ceiling: a tenant
+    with a ceiling that waits for longer than PERIOD_NS would lose the time that the ceiling adds.
     """
     if not rivals or share.limited:
         return 0
@@ -235,7 +236,7 @@ def longer_ns(share: Share, rivals: Collection[Share]) -> int:
 
 
 def entitlements(shares: Mapping[int, Share]) -> dict[int, int]:
-    """Return the part of a device's time, in millionths, that each tenant gets while all are busy.
+    """Return the part of a device's time, in millionths, that each tenant gets while all tenants are busy.
 
     The time is divided by weight. The part of a tenant above its limit is divided among the tenants below their limits.
     """

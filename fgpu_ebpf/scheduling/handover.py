@@ -1,6 +1,7 @@
-"""Turns that still drain: whether their devices pass to the next turn, and the time from which this turn is charged.
+"""Turns that still drain: whether the next turn gets their devices, and the time from which the next turn is charged.
 
-The module runs in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
+The module runs in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds. A *gang* is a tenant on
+several devices.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Lending: all tenants of a device may launch at the same time, as long as each tenant gains or loses nothing.
 
 Turns are exclusive, so turns waste a device if its tenants leave the device idle in their own turns. The driver can run
-such tenants side by side, but for other pairs of programs its switches between contexts cost more than the idle time.
-No rule predicts the better case, so the launches are measured. All gates of the device are opened for a trial, and the
-launches of each tenant in a second are compared with the launches under turns just before. Lending continues only while
-no tenant launches less than under turns, and all tenants together launch more. There is no trial unless NVML reports
-that the device is idle for half of the time.
+such tenants at the same time, but for other pairs of programs its switches between contexts cost more than the idle
+time. No rule predicts the better case, so the launches are measured. All gates of the device are opened for a trial,
+and the launches of each tenant in a second are compared with the launches under turns just before. Lending continues
+only while no tenant launches less than under turns, and all tenants together launch more. There is no trial unless NVML
+reports that the device is idle for half of the time.
 
 A tenant that reports false launches can end the lending, which returns all tenants to turns. Such a tenant cannot
 prolong a lending by which a neighbour loses, because the neighbour's own launches end the lending.
@@ -52,7 +52,7 @@ class _Count:
     usual: float = 0.0
 
     def begin(self) -> None:
-        """Begin a window."""
+        """Begin a window, the time in which launches are counted."""
         self.launches = self.place.seen.launches
 
     def launched(self) -> int:
@@ -62,7 +62,7 @@ class _Count:
 
 @dataclass(slots=True)
 class _Device:
-    """A device with tenants that may be lent to each other. `lent_ns`: since when the device is lent; 0: not lent."""
+    """A device that may be lent to all its tenants. `lent_ns`: the time since which the device is lent, or 0."""
 
     counts: list[_Count] = field(default_factory=list)
     since_ns: int = 0
@@ -72,7 +72,7 @@ class _Device:
     paused_ns: int = 0
 
     def begin(self, now_ns: int) -> None:
-        """Begin a window."""
+        """Begin a window, the time in which launches are counted."""
         self.since_ns = now_ns
         for count in self.counts:
             count.begin()
@@ -196,10 +196,10 @@ class Lending:
 def switch(
     begin: list[Place], end: list[Place], change: list[Place], number: Callable[[], int], now_ns: int
 ) -> set[int]:
-    """Open gates of tenants in `begin`, close gates of tenants in `end`, hold or release lent tenants in `change`.
+    """Open gates of tenants in `begin`, close gates of tenants in `end`, hold or release tenants in `change`.
 
-    The launches of a lent tenant are counted as in a turn, and its work in flight has the same bound. A tenant in `end`
-    requests a turn when it next launches, and the work in flight is charged until the drain has ended.
+    The launches of a tenant on a lent device are counted as in a turn, and its work in flight has the same bound. A
+    tenant in `end` requests a turn when it next launches, and the work in flight is charged until the drain has ended.
 
     Returns:
         The tenants with changed gates.
@@ -221,7 +221,7 @@ def switch(
 def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]]:
     """Make free exactly the tenants that have no ceiling and share no device.
 
-    Yield each tenant whose freedom changes, with the devices on which the tenant was free before.
+    Yield each tenant whose `free_on` has changed, with the earlier value.
     """
     users = Counter(device for place in places for device in place.seen.devices)
     for place in places:

@@ -1,7 +1,7 @@
 """The state of tenants that share devices' time, and of their turns.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock. The module computes when something is
-due, and `turns` makes the decisions. Times are CLOCK_MONOTONIC nanoseconds.
+due, and `turns` makes the decisions. A *gang* is a tenant on several devices. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Place:
         return max((self.above[0].owned_ns(device) for device in self.seen.devices), default=0)
 
     def lifted(self, turn: Turn, passed_ns: int) -> None:
-        """Record the end of a turn by the floor. After too long a turn, the next turn is delayed in proportion."""
+        """Record the end of a turn that the floor gave. A turn that was too long delays the next turn in proportion."""
         over_ns = passed_ns - turn.opened_ns - FLOOR_TURN_NS - abi.BUDGET_NS
         self.unlifted_ns = passed_ns + FLOOR_PARTS * max(0, over_ns)
         for unit in self.above[-1:]:
@@ -265,7 +265,7 @@ class Place:
         return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
 
     def judge(self, turn: Turn, overrun: bool, now_ns: int) -> None:
-        """Record whether an ended turn has left work in flight, and the conclusions from its end about the reports."""
+        """Record whether an ended turn has left work in flight, and compare the end with the tenant's reports."""
         self.counts.overruns += overrun
         self.late_ns = now_ns if overrun else 0
         self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
@@ -281,7 +281,11 @@ class Place:
         return seen.busy_until_ns + LATE_NS if may else 0
 
     def drain_due_ns(self, turn: Turn, is_wanted: bool, now_ns: int) -> int:
-        """Return when to check a closing turn: the next turn may begin, kernels may have to meet, or the turn ends."""
+        """Return when to check a closing turn next.
+
+        A check is due when the next turn may begin, when CUDA kernels of a gang may wait for kernels behind closed
+        gates, and when the turn ends.
+        """
         passes_ns = self.seen.busy_until_ns - LEAD_NS if is_wanted and not turn.handed_ns else 0
         return min([turn.deadline_ns, *(at for at in (self.meets_ns(turn), passes_ns) if at > now_ns)])
 
@@ -328,7 +332,7 @@ class Place:
         return any(map(self.waits_for, owners))
 
     def look_due_ns(self, turn: Turn, now_ns: int, due_ns: int) -> int:
-        """Return when to check the owner again, less often if busy for long. `due_ns`: when another step is due."""
+        """Return when to check the owner again, less often after long work. `due_ns`: when another step is due."""
         idle_ns = turn.active_ns + self._patience_ns()
         if self.seen.in_flight:  # the work may end as estimated, and the tenant may be idle after that
             ends_ns = turn.active_ns + self.thinks.patience_ns(self.share.quantum_ns)

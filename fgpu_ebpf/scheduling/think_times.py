@@ -39,7 +39,7 @@ class ThinkTimes:
         return self._known[1]
 
     def are_short(self, quantum_ns: int) -> bool:
-        """Return whether the owner probably returns within the maximum of the patience. True without measurements."""
+        """Return whether the next launch probably follows within the maximum patience. True without measurements."""
         return len(self._short(quantum_ns)) * _HOPE_PARTS >= len(self._recent)
 
     def _short(self, quantum_ns: int) -> list[int]:

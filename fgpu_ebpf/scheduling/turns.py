@@ -4,7 +4,7 @@ The next gate opens LEAD_NS before a drain should end, so that the device is not
 launched work. The next turn is charged from the expected end of the drain. The module runs in threads of the gatekeeper
 that hold the time slicer's lock, does no I/O and reads no clock. `fair_queue` determines the order of turns. A tenant
 that shares no device with another tenant and has no ceiling is *free*: the tenant has no turns, and its gates stay
-open. Wrong reports of a tenant cost at most its own turn.
+open. Wrong reports of a tenant cost at most its own turn. A *gang* is a tenant on several devices.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Turns:
         self.places[tenant].observe(ran_ns, now_ns)
 
     def in_question(self) -> list[int]:
-        """Return the tenants that have a turn or whose turn was just cut. Every step must get their observations."""
+        """Return the tenants that have a turn or were just preempted. Every step must get their observations."""
         cut = (place.tenant for place in self._queue.values() if place.cut)
         return [*self._running, *self._lending.tenants(), *cut]
 
@@ -137,7 +137,7 @@ class Turns:
         return changed
 
     def look_again(self) -> bool:
-        """Return once whether a step is due at once: gates of a tenant without work in flight were closed."""
+        """Return whether a step is due at once, because gates of a tenant without work in flight were just closed."""
         is_drained, self._is_drained = self._is_drained, False
         return is_drained
 
@@ -250,7 +250,7 @@ class Turns:
                 self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
 
     def _lend(self, begin: list[Place], end: list[Place], change: list[Place], now_ns: int) -> None:
-        """Open the gates of `begin`, and close the gates of `end`. Hold or release lent tenants."""
+        """Open the gates of `begin`, and close the gates of `end`. Hold or release tenants of lent devices."""
         for place in begin:
             self._end_turn(place)
         here = [place for place in end if self.places.get(place.tenant) is place]
@@ -371,7 +371,7 @@ class Turns:
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
-        """Charge the rest of a turn, count the drain, and end the turn. `place.turn` stays until all is charged."""
+        """Charge the rest of a turn, count the drain, and end the turn. `place.turn` is kept until all is charged."""
         place.count_up(now_ns)
         ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
         passed_ns = now_ns

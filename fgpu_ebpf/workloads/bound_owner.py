@@ -24,7 +24,7 @@ from fgpu_ebpf.workloads import cgroup_names
 
 
 class Why(StrEnum):
-    """The property that makes a cgroup the owner, as refusals show it."""
+    """The property that makes a cgroup the owner. Refusals show this property."""
 
     CONTAINER = "container"
     POD = "pod"

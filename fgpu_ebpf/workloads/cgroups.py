@@ -68,7 +68,7 @@ class Workloads:
     def missing(self, workload: Workload) -> str:
         """Return why no engine has reported a workload's labels yet.
 
-        The result is empty if an engine has reported the labels, or no engine can report the labels.
+        The result is empty if an engine has reported the labels, or if no engine can report the labels.
         """
         return self._namer.missing(workload) if self._namer else ""
 
@@ -87,7 +87,7 @@ class Workloads:
             return None
 
     def is_populated(self, path: str) -> bool:
-        """Return whether a process is in the cgroup or in a cgroup inside."""
+        """Return whether a process is in the cgroup or in a cgroup below this cgroup."""
         try:
             return b"populated 1" in procfs.read(f"{self.root}{path}/cgroup.events")
         except OSError:
@@ -162,7 +162,7 @@ class Workloads:
 
 
 def is_of_run(path: str) -> bool:
-    """Return whether this is the path of a cgroup that was made for `fgpu run`."""
+    """Return whether the cgroup at this path was made for `fgpu run`."""
     return os.path.dirname(path) == f"/{RUN_FOLDER}"
 
 

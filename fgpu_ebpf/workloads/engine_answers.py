@@ -28,7 +28,7 @@ class EngineError(Exception):
 class AnswerError(Exception):
     """The error of an answer that is not of the expected form.
 
-    The text completes a sentence that begins with "its answer".
+    The text completes a sentence that begins with "the engine's answer".
     """
 
 

@@ -151,7 +151,7 @@ class EngineThread:
         except EngineError as error:
             self._failed(subject, str(error))
         except AnswerError as error:
-            self._failed(subject, f"its answer {error}", pause=False)
+            self._failed(subject, f"the engine's answer {error}", pause=False)
         else:
             self._pause, self.error = 0.0, ""
             self._settle(subject, names)

@@ -70,7 +70,7 @@ class Booking(NamedTuple):
     """The memory that Kubernetes' scheduler has booked for a pod in ResourceClaims of another driver.
 
     `source`: the claims, as text. `bytes`: the bytes by UUID of the device, for all containers of the pod together.
-    `unknown`: the reason why the numbers are not known, with which the pod gets no memory.
+    `unknown`: the reason why the numbers are not known; a pod with such a reason gets no memory.
     """
 
     source: str
