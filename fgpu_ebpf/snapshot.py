@@ -84,7 +84,7 @@ class TenantDevice:
     limit on the device. `drift_bytes`: bytes in the ledger minus bytes in the driver. `used_bytes` includes
     `orphaned_bytes` (of processes that have ended, or that have exported and freed the memory) and `unwitnessed_bytes`
     (not allocated by a call that a probe has recorded). `usage`: one entry for each source. `parked_bytes`: bytes of
-    parked processes, on no device. `used_bytes` does not include these bytes, but the limit has to cover them too.
+    parked processes, on no device. The limit covers these bytes, but `used_bytes` does not include these bytes.
     """
 
     gpu: int
@@ -318,9 +318,9 @@ class MapView:
 class Snapshot:
     """The host at one moment: `time_seconds` since the epoch, `taken_seconds` on the monotonic clock.
 
-    `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why it is
-    unknown whether all requested limits are in force; empty if all are in force. `lacks`: the finding and the fix of
-    each failed check that does not concern enforcement, by name. `trusted`: the digests that agent.yaml lists.
+    `unenforced`: the reason why no limit is in force; empty if limits are in force. `incomplete`: the reason why
+    some requested limits may not be in force; empty if all of these limits are in force. `lacks`: the finding and the
+    fix of each failed check that does not concern enforcement, by name. `trusted`: the digests that agent.yaml lists.
     `events`: the number of kernel events that were sent, and the numbers of lost events by reason. `writes_refused`:
     the number of requests on the control socket that lacked the permission to write. `failures`: the number of internal
     errors after which the agent continued. `gatekeeper`: the gatekeeper's counters for reports, whose names may change.
@@ -349,7 +349,7 @@ class Snapshot:
 
 
 def plain(view: Any) -> dict[str, Any]:
-    """Return a view's fields by name, for json.dumps(…, default=plain). Unlike asdict(), this copies no value."""
+    """Return a view's fields by name, for json.dumps(…, default=plain). Unlike asdict(), plain() copies no value."""
     return {name: getattr(view, name) for name in view.__slots__}
 
 

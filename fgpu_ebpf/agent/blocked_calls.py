@@ -30,7 +30,7 @@ Places = Mapping[tuple[int, int], Sleep]  # (pid, thread) -> the place at which 
 
 @dataclass(slots=True)
 class Known:
-    """The results for one process: the verdict on each place at which a thread was found asleep."""
+    """The results of earlier checks of one process, for each place at which a thread slept."""
 
     code: call_stacks.Code | None = None
     judged: dict[tuple[int, Sleep], Where] = field(default_factory=dict)
@@ -41,7 +41,7 @@ def find(pid: int, known: Known) -> Iterable[tuple[int, Sleep, Where]]:
 
     Args:
         pid: the process.
-        known: the verdicts of earlier checks, which this function renews.
+        known: the results of earlier checks, which this function renews.
 
     Raises:
         OSError: the process has ended, or must not be read.

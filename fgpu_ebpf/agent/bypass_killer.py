@@ -80,7 +80,7 @@ class BypassKiller:
         return before + self._unwitnessed.modules if is_older else 0
 
     def _beyond_limit(self, tenant: Tenant) -> list[int]:
-        """Return the devices on which a tenant is charged more than its limit, even if the limit does not count."""
+        """Return the devices on which a tenant is charged more than its limit, even if the limit is not committed."""
         found = self._ledger.usage(tenant.cgroup) or []
         limits = [max(u.limit, tenant.limits.get(device, 0)) for device, u in enumerate(found)]
         return [d for d, u in enumerate(found) if limits[d] != abi.NO_LIMIT and u.used > limits[d]]

@@ -26,7 +26,10 @@ _Where = tuple[int, int]  # level and device
 
 
 class Carried:
-    """The carried bytes. `pids`: the programs that ran before the change; empty if the layout has not changed."""
+    """The orphaned bytes that the agent copied from maps of another layout, until these bytes are released.
+
+    `pids`: the programs that ran before the change; empty if the layout has not changed.
+    """
 
     def __init__(self, ledger: Ledger, pids: Iterable[int]) -> None:
         self._ledger, self._pids = ledger, frozenset(pids)

@@ -71,9 +71,9 @@ class HostLook:
         yield from self._follow(path)
 
     def _cgroups(self, top: str) -> Iterator[list[tuple[int, str]]]:
-        """Yield id and path of every cgroup below `top` in chunks.
+        """Yield the id and the path of every cgroup below `top`, in chunks.
 
-        The order is by depth, then from the oldest cgroup on.
+        The cgroups are sorted by depth. At each depth, older cgroups precede newer cgroups.
 
         A chunk is empty if its step has only read a part of a folder.
         """

@@ -1,7 +1,7 @@
 """Keep `onBypass: deny` in force, so that programs without the shim cannot open the driver's device nodes.
 
 A BPF program decides about each open (bpf/opens.bpf.h), by the flag of a limit. This module renews the major numbers,
-which change when modules of the driver are loaded, and exempts processes that had a device before. The module runs in
+which change when modules of the driver are loaded, and exempts processes that already have a device. The module runs in
 the agent's main loop.
 """
 

@@ -9,7 +9,7 @@ a tenant's own library can falsely report that handles were created. Hidden memo
 the estimate rises when more memory is in use than orphans can explain, and falls by all hidden memory that is freed.
 The memory in use minus rows, known rest and hidden memory is the upper bound of the orphans. If the estimate is too
 low, orphans are kept longer than necessary, but no orphan that the device holds is released. Managed memory of a
-process without an entry in the ledger explains nothing, because no probe records when that process frees it.
+process without an entry in the ledger explains nothing, because no probe records when that process frees this memory.
 
 The reconcile thread has one Balance for each device. This module does no I/O.
 """

@@ -1,8 +1,8 @@
 """The release of the devices, so that a device can be reset and the driver unloaded, and the check for a new driver.
 
 This module runs in the agent's main loop. The reconcile thread shuts NVML down. During a release limits stay in force
-in the kernel, but memory that only NVML shows is not charged. A command ends a release, or the release ends when its
-time is over.
+in the kernel, but memory that only NVML shows is not charged. A command ends a release, or the release ends after
+its maximum duration.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class DeviceRelease:
         self._report_release()
 
     def look(self) -> None:
-        """End a release whose time is over, and report replaced files. The agent calls this method in every round."""
+        """End a release after its maximum duration, and report replaced files. The agent calls look() once a round."""
         if self._until is not None and time.monotonic() >= self._until:
             self.take()
         replaced = self._replaced()

@@ -63,7 +63,7 @@ class GatekeeperProcess:
         if self._child and self._child.poll() is None:
             return
         if layout_changed and file_locks.is_locked(self._lock) and _hangs_up(self._run_dir / "shim/shim.sock"):
-            log.warning("the running gatekeeper has another layout of shared pages than this agent: the agent stops it")
+            log.warning("the agent stops the running gatekeeper, which has another layout of shared pages")
             end_any(self._run_dir)
         if file_locks.is_locked(self._lock):
             return

@@ -230,7 +230,7 @@ class HostDocument(Model):
     )
     kubelet_folder: _Path = absent("kubelet's folder, for ResourceClaims of NVIDIA's DRA driver.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
-        "Shares that containers may ask for by name."
+        "Shares that containers may request by name."
     )
     profiles: Annotated[list[ProfileDocument], Field(max_length=64), AfterValidator(_different)] = absent(
         "Shares that a device plugin offers to Kubernetes, and the number of each share."

@@ -36,7 +36,7 @@ _OFF = "memory.park of the policy has no effect: parking is off"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The automatic parking of a tenant that is in progress. `devices`: the devices that hold the tenant's memory."""
+    """An automatic parking that is in progress. `devices`: the devices that hold the tenant's memory."""
 
     tenant: Tenant
     devices: frozenset[int]

@@ -1,4 +1,6 @@
-"""The decision which tenants have been idle for long enough to be parked. This module does no I/O and reads no clock.
+"""The decision about which tenants have been idle for long enough to be parked.
+
+This module does no I/O and reads no clock.
 
 The invariant: during the idle time of a tenant the tenant was checked often enough, and no check found a sign of work.
 Any other event begins a new idle time: a call, a process that begins or ends, work on the device, an unknown figure, a

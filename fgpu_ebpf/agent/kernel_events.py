@@ -38,7 +38,7 @@ class KernelEvents:
         held: returns the memory of processes according to NVML: device -> pid -> bytes or None.
         began: called with the pid of a process that has executed a program.
         explain: lets a worker find the reason why a process has no shim, and calls a function with the reason. The
-            result is False if no worker has time.
+            result is False if all workers are busy.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class KernelEvents:
         try:
             shortage = self._enforcer.use_device(event.cgroup, event.device)
         except OSError as error:
-            text = "a tenant's limit cannot be written at its first use of device %d; the program tries again: %s"
+            text = "a limit cannot be written at the tenant's first use of device %d; the program tries again: %s"
             log.error(text, event.device, error)
             return
         if shortage:

@@ -41,9 +41,10 @@ _TOO_SMALL = "can be parked, which is not enough"
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A tenant with memory on a device that lacks room. `processes`: all processes, including those without memory.
+    """A tenant with memory on a device that lacks room.
 
-    `hindrance`: why the tenant must not be parked; empty if the tenant may be parked.
+    `processes`: all processes of the tenant, with or without memory. `hindrance`: why the tenant must
+    not be parked; empty if the tenant may be parked.
     """
 
     tenant: Tenant
@@ -57,7 +58,7 @@ class Holder:
 
     @property
     def order(self) -> tuple[int, float]:
-        """The key of the order of parking, from the lowest priority to the highest, then from the longest idle time."""
+        """The key by which tenants are parked: lowest priority first, then longest idle time first."""
         priority = self.tenant.compute.priority if self.tenant.compute else Priority.NORMAL
         return -_RANKS.index(priority), -self.idle_seconds
 
@@ -82,7 +83,7 @@ class RoomMaker:
         self._asking = asking
 
     def make(self, waiting: ParkedTenant, needs: Mapping[int, int]) -> tuple[bool, str]:
-        """Begin to make room for a tenant, if parking all tenants that can be parked would free enough.
+        """Begin to make room for a tenant, if parking all tenants that can be parked would free enough memory.
 
         Args:
             waiting: the tenant, which cannot be woken now.
@@ -109,7 +110,7 @@ class RoomMaker:
         return next((other.name for other in claimants if needs_of(other, self._ledger).keys() & {*devices}), "")
 
     def park_one(self, name: str, lacking: Mapping[int, int]) -> tuple[Phase | None, str]:
-        """Begin to park a tenant of these devices, if parking all tenants that can be parked would free enough.
+        """Begin to park a tenant of these devices, if parking all tenants that can be parked would free enough memory.
 
         Args:
             name: the tenant for which room is made.

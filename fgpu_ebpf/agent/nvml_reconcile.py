@@ -276,7 +276,7 @@ class Reconciler:
         """Reset the peaks of processes, and take a sample.
 
         Bytes of a row are charged already, up to the peak of the process since the reset. If a process may have hidden
-        memory, all samples are taken, because the estimate of these bytes must be known before there are orphans.
+        memory, all samples are taken, because hidden memory must be estimated before there are orphans.
         """
         processes = self._ledger.processes()
         if any(device_sample.is_hidden(process, device) for process in processes.values()):

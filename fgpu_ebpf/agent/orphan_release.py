@@ -80,11 +80,11 @@ class EndedRows:
         """Return which orphans to release, and how many bytes of each.
 
         Orphaned bytes beyond `room`, the most orphaned bytes that the device may hold, are released, except bytes that
-        a row proves to be held. If there are no bytes beyond `room`, slack of old orphans is released.
+        a row proves to be held. If there are no bytes beyond `room`, up to SLACK_BYTES of old orphans are released.
 
         If a live process has the pid again, the row proves less, because the driver rounds up the memory of the live
-        process. If slack of such an orphan is released, the slack is charged to the live process, like all bytes in the
-        row beyond the orphans.
+        process. If bytes of an old orphan with this pid are released, these bytes are charged to the live process, like
+        all bytes in the row beyond the orphans.
         """
         kept, until_ns = sum(orphan.bytes for orphan in orphans), time.monotonic_ns() - SLACK_AFTER_NS
         proven, spare, slack = dict(self.most), [], []

@@ -27,7 +27,7 @@ MOST_ERRANDS = 128
 
 
 class Phase(StrEnum):
-    """The state of a tenant that does not run."""
+    """The phases of a tenant that does not run, from the check of its calls to the wake-up."""
 
     CHECKING = "checking"  # the calls are being checked; the ledger has no entry of the tenant yet
     PARKING = "parking"
@@ -38,7 +38,7 @@ class Phase(StrEnum):
 
 
 class Goal(StrEnum):
-    """The goal of a request of a user."""
+    """The result that a user requests: a parked tenant or a running tenant."""
 
     PARK = "park"
     WAKE = "wake"
@@ -46,7 +46,7 @@ class Goal(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Errand:
-    """A request of a user.
+    """A request of a user to park or to wake a tenant.
 
     `seconds`: the time of the driver's copy. `waits`: the cause of the wait; empty for a wait for the driver.
     """
@@ -80,7 +80,7 @@ class Errands:
         self._errands: dict[int, Errand] = {}
 
     def add(self, goal: Goal, tenant: str, bytes_: int) -> Errand:
-        """Add an errand, and remove the oldest errand if there are too many."""
+        """Add a request, and remove the oldest request if there are more than MOST_ERRANDS."""
         errand = Errand(next(self._numbers), goal, tenant, bytes_)
         self._errands[errand.number] = errand
         if len(self._errands) > MOST_ERRANDS:
@@ -88,7 +88,7 @@ class Errands:
         return errand
 
     def get(self, number: int) -> Errand | None:
-        """Return the errand with a number, or None if the errand was removed or never existed."""
+        """Return the request with a number, or None if the request was removed or never existed."""
         return self._errands.get(number)
 
 
@@ -162,7 +162,7 @@ class ParkedTenant:
             self.request = None
 
     def finish(self, goal: Goal, error: str = "") -> None:
-        """Finish all errands with this goal."""
+        """Finish all requests of users with this goal."""
         for errand in self.errands:
             if errand.goal is goal:
                 errand.finish(self.seconds, error)

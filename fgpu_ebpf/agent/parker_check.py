@@ -1,6 +1,7 @@
-"""The check of the parker in `fgpu doctor`: a request for the state of the command, which holds no device memory.
+"""The check of the parker in `fgpu doctor`: a request for the state of the command's own process.
 
-This module runs in the command. The parker loads the driver for the answer, and changes nothing.
+This module runs in the command, which has no device memory. The parker loads the driver for the answer,
+and changes nothing.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Parking:
             if parked.cgroup not in self._tenants:
                 continue
             if parked.request and now > parked.request.until:
-                self._lose_sight(parked, "the parker has not answered in time")
+                self._lose_sight(parked, "the parker has not answered before the timeout")
             if parked.request or now < parked.next_at:
                 continue
             if parked.phase is Phase.UNKNOWN:
@@ -229,7 +229,7 @@ class Parking:
         parked.next_at = time.monotonic() + AGAIN_SECONDS
 
     def _settle_result(self, parked: ParkedTenant, op: Goal | None, result: str, error: str) -> None:
-        """Act on a result. After any result except a success, query the driver."""
+        """Process the parker's result. After any result except a success, query the driver."""
         if op and not error and (op, result) in ((Goal.PARK, "parked"), (Goal.WAKE, "running")):
             self.totals.setdefault(parked.cgroup, Totals()).count(op, parked.seconds)
             what, why = ("parked", parked.reason) if op is Goal.PARK else ("woken", parked.shall_wake)
@@ -308,7 +308,7 @@ class Parking:
     def _end_entries(self, lives: Iterable[Life]) -> None:
         for life in lives:
             if error := self._ledger.parked.end(life):
-                log.debug("no entry of pid %d to end: %s", life[0], os.strerror(error))
+                log.debug("the entry of pid %d cannot be removed: %s", life[0], os.strerror(error))
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and request the restoration of the memory. If there is no room, try again later."""
@@ -384,7 +384,7 @@ class Parking:
             parked.enter(Phase.UNKNOWN)
 
     def tenants(self) -> list[ParkedTenant]:
-        """Return the tenants that do not run or are about to be parked, from the longest waiting on."""
+        """Return the tenants that do not run or are about to be parked, longest wait first."""
         return sorted(self._tenants.values(), key=lambda parked: parked.since)
 
     def names(self) -> list[str]:

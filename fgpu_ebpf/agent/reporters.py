@@ -113,7 +113,7 @@ class AdoptionReports:
 
 
 class OrphanReports:
-    """The reporter of orphans. `truth` returns the last result of NVML."""
+    """The reporter of orphans and of the processes that keep their memory. `truth` returns the last result of NVML."""
 
     def __init__(self, truth: Callable[[], Truth], manager: Manager, keepers: Keepers, history: EventLog) -> None:
         self._truth = truth
@@ -155,7 +155,7 @@ def _held(orphan: Orphan, tenants: dict[int, Tenant]) -> Held:
 
 
 class OverrunReports:
-    """The reporter of overruns.
+    """The reporter of turns that ended with work in flight.
 
     `turns` returns the counts by level and device; `name_of` returns the tenant of a level.
     """
@@ -229,7 +229,7 @@ class StaleMountReports:
 
 
 class XidReports:
-    """The reporter of XIDs. `truth` returns the last result of NVML."""
+    """The reporter of XIDs and of their effect on shares. `truth` returns the last result of NVML."""
 
     def __init__(self, truth: Callable[[], Truth], history: EventLog) -> None:
         self._truth = truth

@@ -36,8 +36,8 @@ class Request:
     `bytes`: the bytes of the largest request, or of the smallest request if no room can be made for the largest
     request. `least`: the bytes of the smallest request. `spare`: the additional bytes to make free if possible, because
     `bytes` alone were not enough. `began_at`: the time of the first report since there was room. `made_at`: the time at
-    which room was reported to the requests; 0 before. `is_promised`: tenants are or were being parked for the requests.
-    `why`: the cause of the wait.
+    which room was reported to the requests; 0 if no room was reported. `is_promised`: tenants are or were being
+    parked for the requests. `why`: the cause of the wait.
     """
 
     cgroup: int
@@ -53,7 +53,7 @@ class Request:
 
 
 class RoomRequests:
-    """The requests that wait. On each device, requests are served from the longest waiting on.
+    """The requests that wait. On each device, the request that has waited longest is served first.
 
     Args:
         parking: the tenants that do not run.
@@ -128,7 +128,7 @@ class RoomRequests:
             request.why, request.made_at = why, 0.0
             self._tell(request, WAIT_SECONDS)
         elif why or request.made_at:
-            self._note("no room made", request, why or "the driver has no memory, although the device has")
+            self._note("no room made", request, why or "the driver has no memory, although the device has free memory")
             self._tell(request, None)
             self._forget(request)
         else:

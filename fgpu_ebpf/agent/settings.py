@@ -20,7 +20,7 @@ from fgpu_ebpf.tenancy import profiles
 
 
 class Settings(NamedTuple):
-    """The settings of an agent.
+    """The settings of an agent, from the command line and agent.yaml.
 
     `loader`: the interpreter that can import BCC, and the interpreter's arguments. `store`: the folder for copies of
     the shim that tenants get; None if tenants get the file `shim` itself.
@@ -66,7 +66,7 @@ class Settings(NamedTuple):
 class Options(NamedTuple):
     """The options of `fgpu agent`, `load` and `doctor`.
 
-    The value of an option that is None comes from the file `config`. `shim`, `pins` and `store` have fixed defaults
+    If an option is None, its value is read from the file `config`. `shim`, `pins` and `store` have fixed defaults
     instead.
     """
 

@@ -29,7 +29,10 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column. `name`: the heading. `cells`: the minimum width in characters. `falls`: the order is descending."""
+    """A column of the table of tenants.
+
+    `name`: the heading. `cells`: the minimum width in characters. `falls`: the order is descending.
+    """
 
     name: str
     cells: int

@@ -79,7 +79,7 @@ def load(**options: Any) -> None:
 @examples("fgpu mps", "systemctl enable --now fgpu-mps")
 @click.command()
 def mps() -> None:
-    """Run NVIDIA's MPS for devices with `sharing: concurrent`, until SIGTERM. The service fgpu-mps runs MPS."""
+    """Run NVIDIA's MPS for devices with `sharing: concurrent`, until SIGTERM, as the service fgpu-mps does."""
     from fgpu_ebpf.driver import mps as daemon
 
     try:

@@ -45,7 +45,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class LatestSnapshot:
-    """The last Snapshot.
+    """The last Snapshot that the agent has sent, and the failure of later requests.
 
     `error`: the reason why there is no newer Snapshot; empty if the Snapshot is current. `received`: the monotonic time
     of the last reply or failure.

@@ -162,9 +162,9 @@ class Connections:
     def _make_room(self, connection: Connection) -> None:
         """Drop a connection if there are too many connections.
 
-        This connection is dropped if its tenant has too many connections. Otherwise the oldest connection without a
-        hello is dropped. If every connection has a hello, the latest connection of the tenant with the most connections
-        is dropped.
+        If the tenant of `connection` has too many connections, `connection` is dropped. If all tenants together have
+        too many connections, the oldest connection without a hello is dropped. If every connection has a
+        hello, the latest connection of the tenant with the most connections is dropped.
         """
         if self._load[connection.tenant] > MOST_PER_TENANT:
             self.drop(connection, "dropped_tenant")

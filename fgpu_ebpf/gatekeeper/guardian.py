@@ -33,7 +33,10 @@ NODES = "/dev/nvidia"
 
 @dataclass(slots=True)
 class _Client:
-    """A client. `copies`: by the number of the descriptor in the client. `closes_ns`: 0 while the client is alive."""
+    """A client of the MPS server.
+
+    `copies`: by the number of the descriptor in the client. `closes_ns`: 0 while the client is alive.
+    """
 
     pid: int
     pidfd: int

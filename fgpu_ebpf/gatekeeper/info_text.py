@@ -1,8 +1,7 @@
 """The answer to `fgpu-info`: limits, use and share of time of the process's own cgroup, as text.
 
 This module runs in the gatekeeper's main thread. The module reads the pages and map entries of the process's levels,
-and stores nothing: a request creates no session, takes no place of the tenant and does not count as the first use of a
-device. Errors are OSError.
+and stores nothing: a request creates no session, and does not count as the first use of a device. Errors are OSError.
 """
 
 from __future__ import annotations

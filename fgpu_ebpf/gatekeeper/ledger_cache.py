@@ -38,7 +38,7 @@ class ManagedState(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """The grant of a managed process: the header of its control page; descriptors of usage pages, innermost first."""
+    """The pages for a managed process: the header of its control page; descriptors of usage pages, innermost first."""
 
     header: PageHeader
     usage: tuple[int, ...]
@@ -190,7 +190,7 @@ class LedgerCache:
         return self._files[file]
 
     def grant(self, levels: tuple[int, ...]) -> Grant | None:
-        """Return the grant for processes of these levels; None: a limit was decided, but is not in force yet."""
+        """Return the pages for processes of these levels; None: a limit was decided, but is not in force yet."""
         if levels not in self._grants:
             self._grants[levels] = self._make_grant(levels)
         return self._grants[levels]

@@ -17,7 +17,7 @@ BACKLOG = 512  # enough for many simultaneous starts; accepting or refusing 512 
 
 
 class Listener:
-    """The listening socket.
+    """The gatekeeper's socket, to which shims connect.
 
     open() binds the socket under another name and renames the file when the socket listens. Therefore the path is never
     missing while an earlier socket is replaced.

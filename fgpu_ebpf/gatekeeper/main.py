@@ -93,7 +93,9 @@ class Gatekeeper:
         self._open_listener()
 
     def run(self) -> bool:
-        """Serve until end() is called or the lock is lost. A stand-in exits if another gatekeeper waits for the lock.
+        """Serve until end() is called or the lock is lost.
+
+        With --stand-in, also end if another gatekeeper waits for the lock.
 
         The run folder and the socket file stay. Return False if the lock was lost.
         """
@@ -235,7 +237,7 @@ class Gatekeeper:
         return self._listed[1]
 
     def _answer_unmanaged(self, connection: Connection) -> None:
-        """Answer with a page that unmanaged processes share. Unmanaged processes have no session and take no place."""
+        """Answer with a page that unmanaged processes share. Unmanaged processes have no session."""
         self._sessions.release(connection.pid)
         control = self._sessions.page_of_unmanaged(connection.pid)
         self._answer(connection, Code.UNMANAGED, Grant(PageHeader(), ()), [control.descriptor])
@@ -278,7 +280,7 @@ class Gatekeeper:
     def _session(self, connection: Connection, header: PageHeader) -> Session | None:
         """Create or update the session of a connection's process, and return the session.
 
-        Return None after dropping the connection: the process has exited, or no place is free for the process.
+        Return None after dropping the connection: the process has exited, or there are too many sessions.
         """
         session = self._sessions.get(connection.pid)
         if not procfs.alive(connection.pidfd) or (session and session.has_ended):

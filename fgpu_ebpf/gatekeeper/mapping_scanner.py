@@ -16,7 +16,10 @@ from fgpu_ebpf.linux.worker_threads import Workers
 
 
 class MappingScanner:
-    """The worker threads. The threads call `wake` when take() has something to return. `check` is Ledger.file_check."""
+    """The worker threads that read the mappings of processes.
+
+    The threads call `wake` when take() has something to return. `check` is Ledger.file_check.
+    """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.check: Callable[[int, int], int | None] = lambda *_: None

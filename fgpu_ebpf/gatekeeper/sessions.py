@@ -2,9 +2,9 @@
 
 This module runs in the gatekeeper's main thread. A session lasts from a process's first registration until the
 process's pidfd reports its exit, the process executes another program, or the process is no longer managed. Unmanaged
-processes share a few control pages and have no session, so these processes take no places from tenants. The module
-`main` decides which pages a process gets, and `time_slicer` reads the status pages. If heartbeats stop, shims open
-their gates. Errors are OSError.
+processes share a few control pages and have no session, so the maximum numbers of sessions do not apply to unmanaged
+processes. The module `main` decides which pages a process gets, and `time_slicer` reads the status pages. If heartbeats
+stop, shims open their gates. Errors are OSError.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Sessions:
     def add(self, pid: int, pidfd: int, tenant: int, owner: int, header: PageHeader) -> Session | None:
         """Add a session, which then owns the pidfd, and return the session.
 
-        Return None if no place is free. Raise OSError on failure. In both cases the caller still owns the pidfd.
+        Return None if there are too many sessions. Raise OSError on failure. In both cases the caller still owns the
+        pidfd.
         """
         if not self._has_place(owner):
             return None
@@ -128,8 +129,8 @@ class Sessions:
 
         Raise OSError on failure.
 
-        If there are too many different offsets, the page has no heartbeat. The shims of its processes then assume that
-        the gatekeeper has exited, and register again and again. The usual offset 0 always has its page.
+        If there are too many different offsets, the page has no heartbeat. The shims of its processes then
+        register repeatedly, as after an exit of the gatekeeper. The usual offset 0 always has its page.
         """
         ahead_ns: int | None = procfs.clock_ahead_ns(pid)
         if ahead_ns and ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
@@ -268,7 +269,7 @@ def take_one(count: Counter[int], key: int) -> None:
 
 
 def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
-    """Return the rows of each tenant, sorted. If there are too many, return the abi.ROWS rows with the most bytes.
+    """Return at most abi.ROWS rows of each tenant, the rows with the most bytes, sorted.
 
     A process's tenant is its innermost level.
     """

@@ -2,7 +2,7 @@
 
 This module runs in the asyncio loop of the DRA driver. A connection serves one request at a time, and is closed if no
 request follows within a few seconds: a TLS handshake takes longer than a request, and an old connection may lead to a
-server that has gone. The token is read for each request, because kubelet replaces the token.
+server that no longer exists. The token is read for each request, because kubelet replaces the token.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class ApiServer:
                 connection.close()
 
     async def _send(self, request: bytes, trust: ssl.SSLContext) -> tuple[_Connection, bytes]:
-        """Send a request on an idle connection or a new one. Return the connection and the head of the answer.
+        """Send a request on an idle or a new connection. Return the connection and the head of the answer.
 
         A request is repeated if the server closes an idle connection. Each request of this package can be repeated.
         """

@@ -53,7 +53,7 @@ def place(folder: Path, share: str) -> Path:
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Return inode number and change time of a file, which identify the file, or None if the file does not exist."""
+    """Return the inode number and the change time of a file, which identify the file, or None if there is no file."""
     try:
         found = path.stat()
     except OSError:

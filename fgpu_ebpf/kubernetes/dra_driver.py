@@ -47,7 +47,7 @@ class DriverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The name of this node, and the places of the agent, kubelet, the API server's token and CDI specifications.
+    """The name of this node, and the paths of the agent, kubelet, the API server's token and CDI specifications.
 
     `devices`: the only devices in the slice; empty: all devices.
     """
@@ -143,7 +143,7 @@ class _Driver:
             self._options.files.renew(parts)
 
     async def _answer(self) -> tuple[Host, Mapping[str, Any], Parts]:
-        """Return the agent's next answer, for which simultaneous callers share one request. Raises ClaimError."""
+        """Return the agent's next answer. Simultaneous callers share one request. Raise ClaimError on failure."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
         return await asyncio.shield(self._asking)

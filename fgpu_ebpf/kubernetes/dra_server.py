@@ -30,7 +30,7 @@ class DraServer:
     """One server at two sockets, which may be closed and opened again."""
 
     def __init__(self, folder: Path, messages: dict[str, Any], prepare: Answer, unprepare: Answer) -> None:
-        """Set the parts.
+        """Make a server that is not open yet.
 
         Args:
             folder: kubelet's folder, with `plugins_registry` and `plugins`.
@@ -52,7 +52,7 @@ class DraServer:
 
     @property
     def is_open(self) -> bool:
-        """True if both sockets exist and are this server's."""
+        """True if both sockets exist and belong to this server."""
         return self._server is not None and [stamp(path) for path in self._paths] == self._stamps
 
     async def open(self) -> None:

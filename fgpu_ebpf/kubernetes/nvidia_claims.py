@@ -191,7 +191,7 @@ class NvidiaClaims:
         """Create the object without reading a file.
 
         Args:
-            kubelet: kubelet's folder, as this process sees it.
+            kubelet: kubelet's folder, as a path that this process can access.
             names: the Namer of the workloads.
             failed_checks: the agent's failed checks by name, which a fault changes.
         """

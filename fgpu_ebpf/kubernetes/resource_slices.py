@@ -189,7 +189,7 @@ class Publisher:
         return await self._unless(_MISSING, "GET", self._path)
 
     async def _unless(self, status: int, method: str, path: str, body: Any = None) -> dict[str, Any] | None:
-        """Return the answer to a request, or None if the server answers with this status."""
+        """Return the answer to a request, or None if the server answers with the status `status`."""
         try:
             return await self._server.call(method, path, body)
         except ApiError as error:

@@ -206,8 +206,8 @@ class Book:
     def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
         """Return ids for one container, each on a different device. Raise SlotError on failure.
 
-        Devices on which the share fits come first. Among these, devices on the NUMA node of chosen devices come first,
-        then the fullest device, which keeps other devices empty.
+        Devices on which the share fits come first. Among these devices, devices on the NUMA node of chosen devices
+        come first, then the fullest device, so that other devices stay empty.
         """
         chosen = self.read(share, must)
         free: dict[str, list[Slot]] = defaultdict(list)

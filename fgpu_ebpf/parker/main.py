@@ -58,9 +58,10 @@ class Parker:
         self, listener: socket.socket, run_dir: Path, open_driver: Callable[[], Checkpoints], is_lasting: bool,
         waits_for_jobs: bool,
     ) -> None:  # fmt: skip
-        """Set the parts. `is_lasting`: the parker has created its own socket, and continues to run without jobs.
+        """Make a parker that serves at `listener`.
 
-        `waits_for_jobs`: end() waits for the jobs, because their processes would be killed with the parker's process.
+        `is_lasting`: the parker has created its own socket, and continues to run without jobs. `waits_for_jobs`:
+        end() waits for the jobs, because their processes would be killed with the parker's process.
         """
         self._made = _file_at(run_dir / SOCKET) if is_lasting else None
         self._listener, self._run_dir, self._open_driver = listener, run_dir, open_driver
@@ -189,7 +190,7 @@ class Parker:
         how = (
             f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.waitstatus_to_exitcode(status)}"
         )
-        why = "the driver did not answer in time" if job.is_killed else f"the process of the job has ended with {how}"
+        why = "a call of the driver timed out" if job.is_killed else f"the process of the job has ended with {how}"
         if job.why or job.request.op == "state":
             self._give_up(job, f"{job.why}; {why}" if job.why else why)
             return

@@ -32,7 +32,7 @@ class Named(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request.
+    """A request to park or wake processes, or for the state of processes.
 
     `size`: the most bytes of device memory that the processes hold together. `lock_ms`: the time for locking all
     processes. `deadline_ms`: no process is checkpointed later than this time after the start.

@@ -27,7 +27,7 @@ _VERSIONS = (
 
 
 class Copy(NamedTuple):
-    """The copy of a job. `size`: bytes of device memory."""
+    """The copy of the device memory of a job's processes. `size`: bytes of device memory."""
 
     pids: Sequence[int]
     size: int

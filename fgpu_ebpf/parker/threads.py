@@ -1,11 +1,12 @@
 """Threads that may still execute a driver call that began before the process was locked.
 
-A locked process begins no such call. Calls that need the device wait in the driver, and calls that query whether work
+A locked process begins no other call. Calls that need the device wait in the driver, and calls that query whether work
 is done wait in the shim (`shim/link/hold.c`). However, a thread may have passed the shim just before the lock. If this
-thread continues after the checkpoint, the thread reads memory that is no longer mapped, and the process crashes. Such a
-call takes microseconds when no work is in flight. A thread is past the call if the thread has used much more processor
-time than the call takes. A thread is also past the call if the thread has not run at all between two checks, because
-the thread then sleeps elsewhere. Neither condition holds for a thread that is ready to run and gets no processor.
+thread continues after the checkpoint, the thread reads memory that is no longer mapped, and the process crashes. A
+call of this thread takes microseconds when no work is in flight. A thread is past the call if the thread has used much
+more processor time than the call takes. A thread is also past the call if the thread has not run at all between two
+checks, because the thread then sleeps elsewhere. Neither condition holds for a thread that is ready to run and gets no
+processor.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _KILLED_IN_TIME = frozenset({"no_admission", "no_shim"})  # a probe runs in the 
 
 
 class Enforcement(StrEnum):
-    """The words as metrics export them, from the strongest enforcement to the weakest."""
+    """The words that metrics export, from the strongest enforcement to the weakest."""
 
     KERNEL = "kernel"
     COOPERATIVE = "cooperative"

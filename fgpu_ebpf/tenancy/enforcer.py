@@ -96,7 +96,7 @@ class Enforcer:
         return self.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:
-        """Return the outermost LEVELS managed cgroups on a path, as in the kernel, from the innermost cgroup on."""
+        """Return the outermost LEVELS managed cgroups on a path, as in the kernel, innermost first."""
         return levels_at(self._workloads.root, self._tree, path)
 
     def groups(self) -> set[int]:

@@ -81,7 +81,7 @@ class EventLog:
         log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
 
     def _forget(self, now: float) -> None:
-        """Remove old kinds, so that removed tenants use no memory."""
+        """Remove kinds without a recent event, so that removed tenants use no memory."""
         kept = {kind: told for kind, told in self._told.items() if now - told[0] < _remembered(told[1])}
         self._told = kept if len(kept) < MOST_KINDS else {}
         self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))

@@ -1,4 +1,4 @@
-"""The capacity for levels: the number of each bound owner, the room for another level, and events for refused levels.
+"""The capacity for levels: the number of each bound owner's levels, the room for another level, and refused levels.
 
 The kernel has a page for each level, and a fixed number of pages (PLACES). If there is no page for a level, the level's
 programs get no memory (`Enforcer.answer`). Half of all pages are reserved for owners with few levels. The module runs

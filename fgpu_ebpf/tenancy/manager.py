@@ -241,7 +241,7 @@ class Manager:
         Raises:
             TargetError: the cgroup does not exist, or part of its kept limits would be lost.
             RoomError: the limit does not fit.
-            OSError: the override cannot be written to its file, or a map of the kernel is full. In the second case, the
+            OSError: the override cannot be written to its file, or a map of the kernel is full. If a map is full, the
                 limit may be in force.
         """
         workload = self.workloads.identify(path)

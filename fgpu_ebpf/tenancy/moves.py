@@ -1,7 +1,7 @@
 """The moves of the charges of processes whose levels change, to new levels or to the levels of another cgroup.
 
 The module runs in the agent's main loop, except published(). A parked process is not moved before it runs, because the
-page of the process's own level tells the shim to block calls.
+page of the process's own level makes the shim block calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fgpu_ebpf.tenancy.tenant_tree import TenantTree
 
 
 def levels_at(root: Path, managed: TenantTree, path: str) -> tuple[int, ...]:
-    """Return the outermost LEVELS managed cgroups on a path, as in the kernel, from the innermost cgroup on."""
+    """Return the outermost LEVELS managed cgroups on a path, as in the kernel, innermost first."""
     return tuple(cgroup for cgroup in procfs.cgroup_ids(root, path) if cgroup in managed)[-abi.LEVELS :]
 
 

@@ -1,4 +1,4 @@
-"""Overrides: the limits set by `fgpu set`, `fgpu run` and shares, which survive a restart of the agent but no reboot.
+"""Overrides: limits set by `fgpu set`, `fgpu run` and shares, which survive a restart of the agent but not a reboot.
 
 The module runs in the agent's main loop. Overrides are stored in one file under /run. An invalid part of the file does
 not mean that nothing was set: `unknown` returns the error, for one cgroup or for all.
@@ -103,7 +103,7 @@ class Overrides:
             self.write_again()
 
     def write_again(self) -> None:
-        """Write the file if it still has removed overrides."""
+        """Write the file if the file still has removed overrides."""
         if not self._has_dropped:
             return
         try:

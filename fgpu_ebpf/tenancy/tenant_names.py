@@ -45,7 +45,7 @@ class TenantNames:
         return self._owners.get(name)
 
     def named(self, tenants: Iterable[Tenant]) -> list[Tenant]:
-        """Return the tenants with unique names, from the oldest cgroup on. The names are not entered."""
+        """Return the tenants with unique names, oldest cgroup first. The names are not entered."""
         entered: dict[str, int] = {}
         found = []
         for tenant in sorted(tenants, key=lambda tenant: tenant.cgroup):

@@ -39,7 +39,7 @@ class TenantTree:
         return self._tenants.get(self._paths.get(path, -1))
 
     def around(self, tenant: Tenant) -> list[Tenant]:
-        """Return the groups around a tenant, from the innermost group on."""
+        """Return the groups around a tenant, innermost first."""
         return [group for path in above(tenant.path) if (group := self.at(path))]
 
     def has_inside(self, path: str) -> bool:
@@ -91,6 +91,6 @@ def below(path: str) -> str:
 
 
 def above(path: str) -> list[str]:
-    """Return the paths of the cgroups around a cgroup, from the innermost on. The result for the root is empty."""
+    """Return the paths of the cgroups around a cgroup, innermost first. The result for the root is empty."""
     parts = path.split("/")
     return [around for n in range(len(parts) - 1, 0, -1) if (around := "/".join(parts[:n]) or "/") != path]

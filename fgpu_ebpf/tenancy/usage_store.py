@@ -1,10 +1,10 @@
 """The store of the use of devices: device-seconds, byte-seconds, idle and waiting time, by tenant and ten minutes.
 
-The agent writes in its thread `usage`, so that a slow disk delays no other work. The command `fgpu usage` reads. The
+The agent writes in its thread `usage`, so that a slow disk delays no other work. `fgpu usage` reads the database. The
 file is an SQLite database with at most MOST_ROWS rows of use. A row covers ten minutes. If the file is full, earlier
 rows are merged to rows of an hour and then of a day (UTC), which changes no total. If merging is not enough, the oldest
 rows are removed, and the file records the end of the removed time. If the agent is killed, amounts that are not written
-yet are lost, and the file stays valid. A damaged file is renamed to usage.db.damaged, and a new file begins.
+yet are lost, and the file stays valid. A damaged file is renamed to usage.db.damaged, and a new file is created.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ class Owner(NamedTuple):
         return any(other.group(by) == self.group(by) for other in self.around)
 
     def words(self) -> tuple[str, str, str, str]:
-        """Return the tenant's own names in the form of the file."""
+        """Return the tenant's own names in the form of the database's rows."""
         return self.tenant, self.namespace, self.user, json.dumps(self.labels)
 
     @classmethod
     def of(cls, tenant: str, namespace: str, user: str, labels: str, around: tuple[Owner, ...] = ()) -> Owner:
-        """Return the owner with these words(). `around`: the tenants around the owner."""
+        """Return the owner with the names that words() has returned. `around`: the tenants around the owner."""
         return cls(tenant, namespace, user, tuple((name, value) for name, value in json.loads(labels)), around)
 
 
@@ -289,7 +289,7 @@ def _id(store: sqlite3.Connection, owner: Owner) -> int:
 
 
 def read(since_seconds: float, file: Path = FILE) -> Iterator[tuple[Owner, str, str, Used]]:
-    """Yield owner, UUID of the device, source and amount of use since a time.
+    """Yield the owner, the UUID of the device, the source and the amount of use since a time.
 
     Raise StoreError if the file is unreadable.
 
@@ -347,7 +347,7 @@ def period(seconds: float) -> int:
 def grouped(rows: Iterator[tuple[Owner, str, str, Used]], by: str) -> dict[str, dict[str, Used]]:
     """Return the amounts by group and by source, summed over all devices.
 
-    The amounts of a tenant include the amounts of the tenants inside this tenant. The amounts of an inside tenant are
+    The amounts of a tenant include the amounts of the tenants inside this tenant. The amounts of an inner tenant are
     therefore not added again if both tenants are in one group. The waiting time, which covers only the tenant's own
     programs, is always added.
     """

@@ -238,7 +238,7 @@ def test_a_job_that_hangs_is_undone(machine: Machine, parker: Parker, target: Po
     (reply,) = connection.replies()
     assert reply == {
         "result": "running",
-        "error": f"the driver did not answer in time (processes: {target.pid} locked)",
+        "error": f"a call of the driver timed out (processes: {target.pid} locked)",
     }
     assert is_intact(target)
 
