@@ -84,6 +84,16 @@ def test_work_follows_weights_and_is_more_than_a_device(kinds, weight):
     assert is_shared(it)
 
 
+def test_a_wrong_first_cost_is_measured_again_within_seconds() -> None:
+    """With a cost that is too high, a tenant does not seem to be slowed, and no tenant is held for it."""
+    it = world(tenant(1, weight=300), tenant(2), slower=1.4)
+    while 1 not in it.turns.places or not (place := it.turns.places[1]).alone.is_known:
+        it.run(0.01)
+    place.alone.learn(1000, round(1.45 * place.alone.of(1000)))
+    done = work(it, ["busy", "busy"], seconds=5, warm=3)
+    assert done[0] / sum(done) == pytest.approx(0.75, abs=0.02), done
+
+
 def test_tenants_that_do_not_slow_each_other_down_are_never_held():
     it = world(tenant(1, "inference", weight=300), tenant(2, "notebook"), slower=1.0)
     got = work(it, ["inference", "notebook"])
