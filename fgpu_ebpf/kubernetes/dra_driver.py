@@ -35,7 +35,7 @@ from fgpu_ebpf.policy.rules import DeviceChoice
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet")
 LOOK_SECONDS = 2.0
-MOST_REQUESTS = 4  # to the API server at once; a waiting request uses the connection of the request before
+MOST_REQUESTS = 8  # to read claims at once; a waiting request uses the connection of the request before
 STATUS_SECONDS = (1.0, 2.0, 10.0)  # pauses before a status is written, and written again; preparations have precedence
 AGENT_SECONDS = 2.0  # timeout of a request to the agent
 SILENT_SECONDS = 5.0  # after this time without an answer of the agent, no device is published. Upgrades take less time.
@@ -87,7 +87,8 @@ class _Driver:
         self._locks = weakref.WeakValueDictionary[str, asyncio.Lock]()  # by the UID of a claim that is changing
         self._parts: Parts | None = None
         self._answered_at = time.monotonic()  # when the agent last answered
-        self._free = asyncio.Semaphore(MOST_REQUESTS)
+        self._reads = asyncio.Semaphore(MOST_REQUESTS)
+        self._writes = asyncio.Semaphore(1)  # kubelet waits for reads, and nothing waits for a status
         self._reports = set[asyncio.Task[None]]()  # references that keep running tasks
         self._asking: asyncio.Task[tuple[Host, Mapping[str, Any], Parts]] | None = None
         self._said = ""
@@ -200,7 +201,7 @@ class _Driver:
 
     async def _devices(self, path: str, uid: str) -> tuple[list[Grant], list[dict[str, Any]]]:
         """Write the CDI specification of a claim. Return its shares, and its devices in the form for kubelet."""
-        claim, (host, parts) = await asyncio.gather(self._call("GET", path), self._agent())
+        claim, (host, parts) = await asyncio.gather(self._call(self._reads, "GET", path), self._agent())
         granted = claims.grants(claim, uid, self._options.node, host)
         uuids = list(dict.fromkeys(grant.share.device for grant in granted))
         gpus, env = self._options.way.devices(uuids)
@@ -216,8 +217,8 @@ class _Driver:
             for grant, name in zip(granted, names, strict=True)
         ]
 
-    async def _call(self, method: str, path: str, *more: Any) -> dict[str, Any]:
-        async with self._free:
+    async def _call(self, free: asyncio.Semaphore, method: str, path: str, *more: Any) -> dict[str, Any]:
+        async with free:
             return await self._api.call(method, path, *more)
 
     def _report(self, path: str, status: Mapping[str, Any]) -> None:
@@ -232,7 +233,9 @@ class _Driver:
         for pause in STATUS_SECONDS:
             await asyncio.sleep(pause)
             try:
-                await self._call("PATCH", f"{path}/status?fieldManager={DRIVER}&force=true", status, APPLY)
+                await self._call(
+                    self._writes, "PATCH", f"{path}/status?fieldManager={DRIVER}&force=true", status, APPLY
+                )
                 return
             except ApiError as error:
                 text = str(error)
