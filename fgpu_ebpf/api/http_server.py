@@ -255,7 +255,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._ended.wake()
 
     def expire(self) -> None:
-        """Close connections whose timeout has passed, and start threads for waiting requests."""
+        """Close connections after their timeout, and start threads for waiting requests."""
         now = time.monotonic()
         for waiting in [waiting for waiting in self._waiting if waiting.until < now]:
             self._drop(waiting)

@@ -104,7 +104,7 @@ class Probes:
                 self._ledger.enter_file(*file, check)
 
     def lost(self) -> frozenset[File | None]:
-        """Return files whose pinned links were removed, so that calls are missed. None means process events."""
+        """Return files without their pinned links, of which calls are missed. None means process events."""
         try:
             there = set(os.listdir(self._links))
         except FileNotFoundError:

@@ -104,7 +104,7 @@ class Trust:
         self._files[file] = role
 
     def trust_contents(self, digest: str) -> None:
-        """Trust all files whose contents have this digest. The digest belongs to a host driver's file."""
+        """Trust all files with this digest. The digest belongs to a host driver's file."""
         self._drivers.add(digest)
 
     @property

@@ -226,7 +226,7 @@ class Sessions:
         take_one(self._members, session.owner)
 
     def show(self, processes: Mapping[int, Process]) -> None:
-        """Close the sessions whose entries in the ledger have ended, and update the rows of all other sessions."""
+        """Close the sessions without an entry in the ledger, and update the rows of all other sessions."""
         self._close_after_exec(processes)
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}

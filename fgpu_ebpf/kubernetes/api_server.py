@@ -23,7 +23,6 @@ FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 REQUEST_SECONDS = 10.0
 WATCH_SECONDS = 300  # the server ends a watch after this time
 IDLE_SECONDS = 5.0  # after which a connection without a request is closed
-MOST_IDLE = 4  # connections; each connection has buffers of 256 KiB
 MOST_BYTES = 4 << 20  # of an answer
 JSON = "application/json"
 APPLY = "application/apply-patch+yaml"  # of a PATCH that sets fields as their owner; JSON is YAML
@@ -38,7 +37,7 @@ class ApiError(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ApiServer:
     """The address of the server, and the folder with the service account's `token` and `ca.crt`."""
 
@@ -63,10 +62,7 @@ class ApiServer:
         Raise ApiError on failure.
         """
         try:
-            async with (
-                asyncio.timeout(REQUEST_SECONDS),
-                self._answer(method, path, body, kind, True) as (status, chunks),
-            ):
+            async with asyncio.timeout(REQUEST_SECONDS), self._answer(method, path, body, kind) as (status, chunks):
                 data = bytearray()
                 async for chunk in chunks:
                     data += chunk
@@ -95,11 +91,12 @@ class ApiServer:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON, is_kept: bool = False
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, kind: str = JSON
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """Send a request. Yield the status, and the chunks of the answer's body.
 
-        `is_kept`: the caller reads the whole body, and the connection may serve the next request.
+        The caller reads the whole body, or raises an exception. After a whole body, the connection may serve another
+        request.
         """
         connection = None
         try:
@@ -110,14 +107,14 @@ class ApiServer:
             lines = [
                 f"{method} {path} HTTP/1.1", f"Host: {authority}:{self.port}", f"Authorization: Bearer {token}",
                 f"Accept: {JSON}", f"Content-Type: {kind}", f"Content-Length: {len(data)}",
-                "User-Agent: fgpu", *([] if is_kept else ["Connection: close"]),
+                "User-Agent: fgpu",
             ]  # fmt: skip
             async with asyncio.timeout(REQUEST_SECONDS):
                 connection, text = await self._send("\r\n".join([*lines, "", ""]).encode() + data, trust)
             head = text.decode("latin-1").split("\r\n")
             headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in head)}
             yield int(head[0].split()[1]), _chunks(connection.reader, headers)
-            if is_kept and _has_end(headers):
+            if _has_end(headers):
                 self._keep(connection)
                 connection = None
         except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:  # OSError: or a timeout
@@ -141,9 +138,6 @@ class ApiServer:
         return connection, await connection.send(request)
 
     def _keep(self, connection: _Connection) -> None:
-        if len(self._idle) == MOST_IDLE:
-            connection.close()
-            return
         self._idle.append(connection)
         connection.timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire, connection)
 

@@ -101,7 +101,7 @@ def each(maps: int, which: int) -> Iterator[Mapped]:
 
 
 def with_names(maps: int, names: tuple[bytes, ...]) -> Iterator[Mapped]:
-    """Yield the executable mappings of files whose base names begin with one of `names`. Raise OSError on failure."""
+    """Yield executable mappings of files with base names that begin with one of `names`. Raise OSError on failure."""
     for found in each(maps, NEXT_EXECUTABLE):
         if found.path.rpartition(b"/")[2].startswith(names):
             yield found

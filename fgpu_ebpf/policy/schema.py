@@ -206,7 +206,7 @@ class Spec(Model):
 
 
 class GpuPolicy(Model):
-    """One policy. The first policy whose selector matches a workload decides."""
+    """One policy. The first policy with a selector that matches a workload decides."""
 
     api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
     kind: Literal["GpuPolicy"] = Field(description="The type of the document, always `GpuPolicy`.")

@@ -329,7 +329,7 @@ class Concurrent:
         self._clocks = clocks
 
     def restart(self, places: dict[int, list[Place]], now_ns: int) -> list[Place]:
-        """Restart each concurrent device whose set of tenants has changed.
+        """Restart each concurrent device after a change of its set of tenants.
 
         Remove the tenants of all concurrent devices from `places`, if these tenants can run at the same time.
 

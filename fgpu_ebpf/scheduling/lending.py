@@ -221,7 +221,7 @@ def switch(
 def set_free(places: Collection[Place]) -> Iterator[tuple[Place, frozenset[int]]]:
     """Make free exactly the tenants that have no ceiling and share no device.
 
-    Yield each tenant whose `free_on` has changed, with the earlier value.
+    Yield each tenant with a changed `free_on`, and the earlier value.
     """
     users = Counter(device for place in places for device in place.seen.devices)
     for place in places:

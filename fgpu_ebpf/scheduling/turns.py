@@ -69,7 +69,7 @@ class Turns:
             self._change(*change, now_ns)
 
     def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
-        """Set the units around a tenant whose share or units have changed. The tenant leaves the queue.
+        """Set the units around a tenant after a change of its share or units. The tenant leaves the queue.
 
         The tenant joins the queue again when the tenant is next observed to wait.
         """

@@ -67,7 +67,7 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
 
 
 def _used(ledger: Ledger) -> set[int]:
-    """Return the levels whose limits count, because a process in the level has registered or is charged."""
+    """Return the levels in which a process has registered or is charged. The limits of these levels count."""
     used = levels_of(ledger.processes())
     for cgroup in ledger.tenants():
         if ledger.resolved(cgroup) or any(usage.used or usage.parked for usage in ledger.usage(cgroup) or ()):

@@ -144,15 +144,15 @@ CHUNKED = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{"a"\r\n3\
 LAST = answer("{}", "X-Note: then the server will close the connection")  # without an announcement
 
 
-def asked(account: Path, plain: Plain, at_once: int = 1) -> list[dict[str, Any]]:
-    """Request each of the answers, `at_once` requests at a time. Return the objects."""
+def asked(account: Path, plain: Plain) -> list[dict[str, Any]]:
+    """Request each of the answers, one after another. Return the objects."""
 
     async def run() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         async with await asyncio.start_server(plain, "127.0.0.1", 0) as listener, asyncio.timeout(20):
             server = ApiServer("127.0.0.1", listener.sockets[0].getsockname()[1], account)
             while plain.answers:
-                found += await asyncio.gather(*(server.call("GET", "/asked") for _ in range(at_once)))
+                found.append(await server.call("GET", "/asked"))
             until = asyncio.get_running_loop().time() + 5
             while plain.open and asyncio.get_running_loop().time() < until:
                 await asyncio.sleep(0.01)
@@ -173,11 +173,3 @@ def test_a_closed_connection_is_replaced(account: Path, monkeypatch: pytest.Monk
     plain = Plain(monkeypatch, last, last, answer('{"b":2}'))
     assert asked(account, plain) == [{}, {}, {"b": 2}]
     assert plain.connections == 3
-
-
-def test_few_connections_stay_open(account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_server, "MOST_IDLE", 2)
-    monkeypatch.setattr(api_server, "IDLE_SECONDS", 0.2)
-    plain = Plain(monkeypatch, *[answer("{}")] * 12)
-    assert asked(account, plain, 6) == [{}] * 12
-    assert (plain.connections, plain.open) == (6 + 4, 0)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from fgpu_ebpf import control_client
 from fgpu_ebpf.containers.cdi import Parts
-from fgpu_ebpf.kubernetes import claims, dra_messages, resource_slices
+from fgpu_ebpf.kubernetes import claims, dra_driver, dra_messages, resource_slices
 from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
 from fgpu_ebpf.kubernetes.claims import ClaimError
 from fgpu_ebpf.kubernetes.dra_server import DraServer
@@ -168,3 +169,57 @@ def test_a_request_may_have_any_number_of_claims(tmp_path: Path) -> None:
     found = messages["NodeUnprepareResourcesResponse"].FromString(asyncio.run(server._unprepare_all(request, None)))
     assert [one.key for one in found.claims] == [claim["uid"] for claim in claims]
     assert most <= 16
+
+
+def offers(fault: str) -> dict[str, Any]:
+    """Return an agent's answer to `offers`."""
+    return {"fault": fault, "devices": [], "mounts": [], "facts": FACTS | {"parts": ["/"] * len(Parts._fields)}}
+
+
+def test_preparations_at_the_same_time_share_one_request_to_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later preparation sends another request, because the agent may have stopped enforcing."""
+    requests = 0
+
+    async def ask(*_: Any) -> dict[str, Any]:
+        nonlocal requests
+        requests += 1
+        await asyncio.sleep(0)
+        return offers("")
+
+    monkeypatch.setattr(control_client, "ask", ask)
+
+    async def run() -> None:
+        driver = dra_driver._Driver(dra_driver.Options("n", tmp_path), Any, {})
+        found = await asyncio.gather(*(driver._agent() for _ in range(10)))
+        assert (len(found), requests) == (10, 1)
+        await driver._agent()
+        assert requests == 2
+
+    asyncio.run(run())
+
+
+def test_no_claim_waits_for_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API server answers reads, and no write."""
+    monkeypatch.setattr(dra_driver, "STATUS_SECONDS", (0.0,))
+    written = 0
+
+    class Api:
+        async def call(self, method: str, *_: Any) -> dict[str, Any]:
+            nonlocal written
+            if method == "PATCH":
+                written += 1
+                await asyncio.Event().wait()
+            return {"method": method}
+
+    async def run() -> None:
+        driver = dra_driver._Driver(dra_driver.Options("n", tmp_path), Api(), {})  # type: ignore[arg-type]
+        for number in range(3 * dra_driver.MOST_REQUESTS):
+            driver._report(f"/claims/{number}", {})
+        async with asyncio.timeout(20):
+            while not written:
+                await asyncio.sleep(0.01)
+            assert await driver._call(driver._reads, "GET", "/claims/late") == {"method": "GET"}
+
+    asyncio.run(run())

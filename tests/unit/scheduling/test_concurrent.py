@@ -85,7 +85,7 @@ def test_work_follows_weights_and_is_more_than_a_device(kinds, weight):
 
 
 def test_a_wrong_first_cost_is_measured_again_within_seconds() -> None:
-    """A tenant whose cost is too high does not seem to be slowed, so no other tenant is held."""
+    """A tenant with a cost that is too high does not seem to be slowed, so no other tenant is held."""
     it = world(tenant(1, weight=300), tenant(2), slower=1.4)
     while 1 not in it.turns.places or not (place := it.turns.places[1]).alone.is_known:
         it.run(0.01)
