@@ -34,8 +34,8 @@ MS, SECOND = 1_000_000, 1_000_000_000
 MEASURE_NS, MEASURE_LAUNCHES = 80 * MS, 4  # the minimum time and launches of a measurement of the cost of a launch
 MOST_MEASURE_NS = 400 * MS  # the end of a window, because a tenant may launch nothing
 FIRST_PARTS, PARTS = 10, 100  # windows of a tenant take at most 1/10 of the time if its cost is unknown, else 1/100
-REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: if a tenant is slowed, or in any case
-FIRST_REFRESH_NS = 2 * SECOND  # until the second measurement, because a program's start may distort the first
+REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: after holding, or if no tenant was held
+FIRST_REFRESH_NS = 2 * SECOND  # until the second measurement: while the first is wrong, no tenant may be held
 STALE_NS = 5 * SECOND  # a tenant that was idle for this time may do other work now, so its cost is measured again
 LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between checks: less if a tenant may soon be held
 IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are checked
@@ -92,13 +92,13 @@ class _Runner:
         self.place.alone.begin()
         self.due_ns, self.measured_ns, self.refresh_ns = 0, -LATEST_NS, FIRST_REFRESH_NS
 
-    def is_due(self, now_ns: int, slow_ns: int) -> bool:
-        """Return whether the cost has to be measured now. `slow_ns`: when a tenant beside another was last slowed."""
+    def is_due(self, now_ns: int, held_ns: int) -> bool:
+        """Return whether the cost has to be measured now. `held_ns`: when a tenant was last held for another tenant."""
         if self.is_measured():
             self.place.alone.renew()
             self.measured_ns, self.due_ns = now_ns, now_ns + self.refresh_ns
             self.refresh_ns = min(2 * self.refresh_ns, REFRESH_NS)
-        elif self.due_ns <= now_ns < self.measured_ns + LATEST_NS and now_ns - slow_ns > REFRESH_NS:
+        elif self.due_ns <= now_ns < self.measured_ns + LATEST_NS and now_ns - held_ns > REFRESH_NS:
             self.due_ns = now_ns + REFRESH_NS
         return now_ns >= self.due_ns
 
@@ -167,7 +167,7 @@ class _Device:
     alone_ns: int = 0  # since when
     window: _Runner | None = None  # the tenant whose cost is measured while all others are held
     window_ns: int = 0  # since when
-    slow_ns: int = 0  # when a tenant beside another tenant was last slowed
+    held_ns: int = 0  # when a tenant was last held for another tenant
     due_ns: int = 0  # when the next check is due
     idle_ns: int = 0  # when idle tenants were last checked
     watched: list[Place] = field(default_factory=list)  # the tenants that the next check must observe
@@ -246,7 +246,7 @@ class _Device:
             return None
         first = min(runner.place.share.rank for runner in free)
         for runner in sorted(free, key=lambda r: r.place.account.virtual_ns):
-            if runner.place.share.rank == first and runner.is_due(now_ns, self.slow_ns):
+            if runner.place.share.rank == first and runner.is_due(now_ns, self.held_ns):
                 self.window, self.window_ns = runner, now_ns
                 return runner
         return None
@@ -265,8 +265,8 @@ class _Device:
             self.due_ns, self.watched = now_ns + LOOK_NS, _places(self)
             return [runner for runner in self.runners if runner is not window]
         held = [runner for runner in active if _is_to_wait(runner, free)]
-        if len(active) > 1 and any(runner.is_slowed() for runner in free):
-            self.slow_ns = now_ns
+        if any(runner in free for runner in held):
+            self.held_ns = now_ns
         self.due_ns = now_ns + (LOOK_NS if self.alone_ns == now_ns else _look_ns(free, active))
         self._watch(now_ns)
         return held
