@@ -31,7 +31,7 @@ TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
 MOST_SECONDS = 240  # time limit of a test, except in full runs and in a cluster; alone, no test takes half of it
 AUTOGROUP = Path("/proc/self/autogroup")
-TIMED_NICE = -15  # a worker with this nice level gets thirty times the processor time of another busy worker
+TIMED_NICE = -20  # a worker with this nice level gets ninety times the processor time of another busy worker
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
 
 

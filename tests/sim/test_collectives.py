@@ -45,11 +45,12 @@ meet(1); settle(0, 1); say(0.001 <= time.monotonic() - began < 0.02, state(0), s
 
 def test_later_kernels_wait_and_each_meets_the_twin_of_its_round(pair: Machine) -> None:
     script = """
-meet(0); spin(0); last = event(0); meet(0); spin(1); meet(1); time.sleep(0.03)
-say(state(1), L.cuEventQuery(last)); on(1); began = time.monotonic(); need("cuEventSynchronize", last)
-say(time.monotonic() - began < 0.02); time.sleep(0.01); say(state(0), state(1)); meet(1); settle(); say(state(0))
+start = event(0); meet(0); first = event(0); spin(0); last = event(0); meet(0); time.sleep(0.05)
+say(L.cuEventQuery(first), L.cuEventQuery(last)); spin(1); meet(1); settle(1); need("cuEventSynchronize", last)
+passed = C.c_float(); need("cuEventElapsedTime", C.byref(passed), start, first); say(passed.value >= 70)
+time.sleep(0.05); say(state(0), state(1)); meet(1); settle(); say(state(0))
 """
-    assert pair.python(PAIR + script) == ["0 600", "True", "600 0", "0"]
+    assert pair.python(PAIR + script) == ["600 600", "True", "600 0", "0"]
 
 
 def test_a_hundred_twin_kernels_of_1_ms_take_100_to_140_ms(pair: Machine) -> None:
