@@ -96,7 +96,7 @@ def ratio(above: str, below: str, labels: str) -> str:
 CAPACITY = "fgpu_device_memory_capacity_bytes"
 REFUSED = "fgpu_memory_refused_total"
 ASKED = "Allocations that were refused in the displayed range, including those that `mode: observe` admitted."
-AROUND = "Processes that use CUDA without requesting admission. They are charged."
+AROUND = "Processes that use CUDA without requesting admission. Their memory is charged."
 DEVICES = [  # one row
     stat("Devices failed", "Devices with an XID that no program causes: no share of them is offered.", "none",
          f"count(fgpu_device_healthy{{{DEVICE}}}) - sum(fgpu_device_healthy{{{DEVICE}}})", NONE_IS_GOOD, width=8),
@@ -241,7 +241,7 @@ NODES = [
 ]  # fmt: skip
 
 TENANTS = [
-    stat("Limit", "Bytes that the tenant may hold, on all selected devices. None: it is only counted.", "bytes",
+    stat("Limit", "Bytes that the tenant may hold, on all selected devices. None: the memory is only counted.", "bytes",
          f"sum(fgpu_memory_limit_bytes{{{BOTH}}})", decimals=1, noValue="none"),
     stat("Used", "Bytes charged to the tenant.", "bytes", f"sum(fgpu_memory_used_bytes{{{BOTH}}})", decimals=1),
     stat("Peak", "The most bytes that were charged at once, on any single device.", "bytes",
@@ -289,7 +289,7 @@ TENANTS = [
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
-    table("Names", "The tenant's names, and the policy that manages it.", "none",
+    table("Names", "The tenant's names, and its policy.", "none",
           Query(f"fgpu_tenant_info{{{TENANT}}}"), width=WIDTH),
 ]  # fmt: skip
 

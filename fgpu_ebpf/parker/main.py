@@ -177,7 +177,7 @@ class Parker:
                 job.has_result, job.unsent = True, one + b"\n"
 
     def _ended_worker(self, job: Running) -> None:
-        """Handle the end of a job's process, which has returned a result, or whose processes have to be restored."""
+        """Handle the end of a job's worker: if the worker returned no result, have the job's processes restored."""
         assert job.worker
         assert job.request
         self._selector.unregister(job.worker.output)

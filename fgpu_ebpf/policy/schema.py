@@ -120,7 +120,8 @@ class Memory(Model):
     """The limit on each device, and the most that the workload's own label fgpu.dev/memory may request."""
 
     limit: Bytes = Field(
-        description="The most on each device. A percentage is a part of the memory for tenants, rounded down to 2 MiB.",
+        description="The largest amount of memory on each device. A percentage is a part of the memory for tenants,"
+        " rounded down to 2 MiB.",
         examples=["8GiB", "50%"],
     )
     max: Bytes = absent("The most that the workload's own label may request; the default is `limit`.", "16GiB")
@@ -149,7 +150,8 @@ class Compute(Model):
     """The share of a device's time. Without a share, the workload is not gated."""
 
     limit: Ceiling = absent(
-        "The most of a device's time, even if the device is idle; without this field, there is no ceiling.", "50%"
+        "The largest part of a device's time, even if the device is idle; without this field, there is no ceiling.",
+        "50%",
     )
     weight: Annotated[int, Field(ge=1, le=10_000)] = Field(
         100, description="A tenant's part of contended time, relative to the weights of other tenants."

@@ -249,7 +249,7 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         lines.append("  no policy matches")
     lines += [f"  policy {tried['policy']} does not match: {tried['reason']}" for tried in answer["tried"]]
     if tenant and tenant.by_hand:
-        lines.append(f"  set by hand (fgpu {tenant.source}), which takes precedence")
+        lines.append(f"  a setting by hand (fgpu {tenant.source}) has precedence over policies")
     lines += [f"  note: {note}" for note in answer["notes"]]
     for level in answer["levels"]:
         lines.append(f"  level {level['tenant']} ({level['by']})")
