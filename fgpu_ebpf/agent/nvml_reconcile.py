@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.carried_charges import Carried
@@ -308,12 +309,11 @@ class Reconciler:
         Each call adds the next LEVELS_AT_A_TIME levels, because an event of orphaned bytes may have been lost. A call
         drops the levels that have no orphaned bytes.
         """
-        cgroups = self._ledger.tenants()
-        self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
-        self._level = self._level + LEVELS_AT_A_TIME if self._level < len(cgroups) else 0
-        for cgroup in list(self._levels):
-            if not any(self._ledger.orphans.of_level(cgroup)):
-                self._levels.discard(cgroup)
+        pages = self._ledger.tenants()
+        self._levels.update(islice(pages, self._level, self._level + LEVELS_AT_A_TIME))
+        self._level = self._level + LEVELS_AT_A_TIME if self._level < len(pages) else 0
+        levels = list(self._levels)
+        self._levels.difference_update({*levels} - {*self._ledger.orphans.levels_with_bytes(levels, pages)})
 
     def _reported(self) -> Mapping[int, xids.Reported]:
         repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before this pass's XIDs

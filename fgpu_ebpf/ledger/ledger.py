@@ -140,9 +140,9 @@ class Ledger:
         """Return whether the level has no page yet."""
         return bpf.inner_id(self._maps["pages"], _U64.pack(cgroup)) is None
 
-    def tenants(self) -> list[int]:
-        """Return the cgroup ids of all levels that have a page."""
-        return [_U64.unpack(key)[0] for key, _ in bpf.items(self._maps["pages"], 8, 4)]
+    def tenants(self) -> dict[int, int]:
+        """Return the cgroup ids of all levels that have a page, with the ids of the pages."""
+        return {_U64.unpack(key)[0]: _U32.unpack(page)[0] for key, page in bpf.items(self._maps["pages"], 8, 4)}
 
     def usage(self, cgroup: int, devices: Iterable[int] = range(abi.DEVICES)) -> list[Usage] | None:
         """Return one Usage for each device of the level's page, or None if the level has no page."""

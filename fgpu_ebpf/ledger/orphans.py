@@ -7,9 +7,10 @@ agent's reconcile thread reads the map and decides which bytes are released.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import struct
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from fgpu_ebpf import abi
@@ -17,6 +18,7 @@ from fgpu_ebpf.linux import bpf
 
 _KEY, _VALUE = struct.Struct("IIQQ"), struct.Struct(f"4Q{2 * abi.LEVELS}Q")
 _U32 = struct.Struct("I")
+_ORPHANED = slice(abi.UsagePage.orphaned.offset, abi.UsagePage.orphaned.offset + abi.UsagePage.orphaned.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class OrphanMap:
         self._run = run
         self._open_page = open_page
         self._empty_as_of = -1  # the map was empty when this many entries had ever been created
+        self._mapped: dict[int, tuple[int, mmap.mmap]] = {}  # by level: the id of the page, and the page
 
     def _all(self) -> list[Orphan]:
         """Return all entries.
@@ -103,6 +106,29 @@ class OrphanMap:
         finally:
             os.close(fd)
         return list(abi.UsagePage.from_buffer_copy(raw).orphaned) if raw else []
+
+    def levels_with_bytes(self, levels: Iterable[int], pages: Mapping[int, int]) -> list[int]:
+        """Return those of the levels that have orphaned bytes. Only the reconcile thread may call this method.
+
+        Each page is mapped once, because the reconcile thread checks many levels in each second.
+
+        Args:
+            levels: the cgroup ids of the levels.
+            pages: the ids of the pages of all levels that have a page, by cgroup id.
+        """
+        self._mapped = {level: one for level, one in self._mapped.items() if pages.get(level) == one[0]}
+        return [level for level in levels if level in pages and self._has_bytes(level, pages[level])]
+
+    def _has_bytes(self, level: int, page: int) -> bool:
+        if level not in self._mapped:
+            fd = self._open_page(level)
+            if fd is None:
+                return False
+            try:
+                self._mapped[level] = page, mmap.mmap(fd, abi.PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            finally:
+                os.close(fd)
+        return any(self._mapped[level][1][_ORPHANED])
 
     def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
         """Release orphaned bytes of a level that have no entry. Return whether the bytes were released."""

@@ -58,6 +58,7 @@ class Ledger:
             entries=lambda: list(self.kept.values()),
             let_go=self.let_go,
             of_level=lambda _: [],
+            levels_with_bytes=lambda *_: [],
             managed_freed=lambda _: self.freed,
             looked=lambda *_: None,
             forget_empty=lambda _: None,
@@ -102,8 +103,8 @@ class Ledger:
     def process(self, pid: int) -> Process | None:
         return self.entries[pid].process() if pid in self.entries else None
 
-    def tenants(self) -> list[int]:
-        return []
+    def tenants(self) -> dict[int, int]:
+        return {}
 
     def processes_so_far(self) -> int:
         return self.so_far

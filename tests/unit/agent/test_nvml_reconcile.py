@@ -74,6 +74,9 @@ class Orphans:
             self.all.append(replace(orphan, bytes=orphan.bytes - bytes_))
         return True
 
+    def levels_with_bytes(self, levels, _pages):
+        return [level for level in levels if any(self.of_level(level))]
+
     def of_level(self, _):
         return list(one(self.without + sum(orphan.bytes for orphan in self.all)))
 
@@ -137,7 +140,7 @@ class Books:
         self.moved.append((pid, levels))
 
     def tenants(self):
-        return []
+        return {}
 
     def processes_so_far(self):
         return self.so_far
