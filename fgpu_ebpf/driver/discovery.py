@@ -66,7 +66,7 @@ class Discovery:
         self._standalone: set[int] = set()  # the processes that standalone() returns
         self._hidden: set[int] = set()  # the processes that hidden() returns
         self._attach_error = ""
-        self._scan = HostScan(self._libraries.work, self._cgroup, self._search.by_name, self._see)
+        self._scan = HostScan(self._libraries.work, self._owner, self._search.by_name, self._see)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self.fileno, self.take = self._libraries.fileno, self._libraries.take
 
@@ -249,7 +249,10 @@ class Discovery:
 
     def _cgroup(self, pid: int) -> str:
         """Return the cgroup to which work for this process is charged."""
-        return owner_of(self._root, procfs.cgroup_path(pid) or "/").path
+        return self._owner(procfs.cgroup_path(pid) or "/")
+
+    def _owner(self, path: str) -> str:
+        return owner_of(self._root, path).path
 
     def look_around(self) -> None:
         """Probe the files that all processes map, and retry refused files.

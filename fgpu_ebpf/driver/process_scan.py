@@ -57,7 +57,7 @@ class HostScan:
 
     Args:
         work: queues a job for a cgroup; returns False if the cgroup's budget is used up or its queue is full.
-        cgroup_of: returns the cgroup to which work for a process is charged; called in a worker thread.
+        owner_of: returns the cgroup to which work for a cgroup's processes is charged; called in a worker thread.
         read: reads the mappings of a process; called in a worker thread.
         see: called in the main thread with a process, the process's cgroup and the mapped files.
     """
@@ -65,11 +65,11 @@ class HostScan:
     def __init__(
         self,
         work: Callable[[str, Job], bool],
-        cgroup_of: Callable[[int], str],
+        owner_of: Callable[[str], str],
         read: Callable[[int], Found],
         see: Callable[[int, str, Found], None],
     ) -> None:
-        self._work, self._cgroup_of, self._read_one, self._see = work, cgroup_of, read, see
+        self._work, self._owner_of, self._read_one, self._see = work, owner_of, read, see
         self._look: _Look | None = None
 
     def begin(self, then: Callable[[Scanned], None]) -> None:
@@ -118,11 +118,13 @@ class HostScan:
     # -- jobs, and their results in the main thread
 
     def _group(self, look: _Look) -> Taken:
-        groups: dict[str, list[int]] = defaultdict(list)
+        inside: dict[str, list[int]] = defaultdict(list)
         for pid in procfs.pids():
-            cgroup = self._cgroup_of(pid)
-            if not procfs.is_outside(cgroup):  # the agent cannot limit cgroups outside its own cgroup namespace
-                groups[cgroup].append(pid)
+            inside[procfs.cgroup_path(pid) or "/"].append(pid)
+        groups: dict[str, list[int]] = defaultdict(list)
+        for path, pids in inside.items():
+            if not procfs.is_outside(path):  # the agent cannot limit cgroups outside its own cgroup namespace
+                groups[self._owner_of(path)] += pids
         return partial(self._take_groups, look, groups)
 
     def _take_groups(self, look: _Look, groups: Mapping[str, Sequence[int]]) -> None:

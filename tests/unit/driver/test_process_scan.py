@@ -33,9 +33,15 @@ class World:
         self.seen: list[int] = []
         self.ended: list[Scanned] = []
         self.workers = Workers[str, Job, Taken](lambda job: job(), lambda _: True, lambda: None, few=2)
-        self.scan = HostScan(self.work, self.pids.__getitem__, read, lambda pid, _, found: self.seen.append(pid))
+        self.owners: list[str] = []  # the cgroups whose owners were requested
+        self.scan = HostScan(self.work, self.owner_of, read, lambda pid, _, found: self.seen.append(pid))
         monkeypatch.setattr(procfs, "pids", lambda: list(self.pids))
+        monkeypatch.setattr(procfs, "cgroup_path", self.pids.__getitem__)
         monkeypatch.setattr(procfs, "has_memory", lambda _: True)
+
+    def owner_of(self, path: str) -> str:
+        self.owners.append(path)
+        return path
 
     def work(self, cgroup: str, job: Job) -> bool:
         self.jobs[cgroup] += 1
@@ -74,6 +80,7 @@ def test_every_process_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = world.ended
     assert sorted(found.pids) == sorted(world.seen) == [10, 11, 12, 20, 21]
     assert (found.used, found.left_out, found.is_whole) == ({(1, 2)}, [], True)
+    assert sorted(world.owners) == sorted({HOSTILE, HONEST}), "the owner of a cgroup is searched once, in each scan"
 
 
 def test_only_one_scan_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
