@@ -22,8 +22,9 @@ class AloneCost:
 
     Most programs launch in bursts, one in each step. A time that begins or ends within a step has too many or too few
     launches, so a time is counted from the first launches of a burst to the first launches of a later burst. A burst
-    begins if there are launches after an observation without launches. For a tenant that launches steadily any time is
-    counted.
+    begins if there are launches after an observation without launches. For a tenant that launches steadily, time is
+    counted from the first observation with launches: the kernel before this observation may have begun beside the
+    kernels of other tenants.
     """
 
     fresh_launches: int = 0
@@ -33,6 +34,7 @@ class AloneCost:
     _step_launches: int = 0  # since the burst began, or since the tenant is alone
     _step_ns: int = 0
     _is_whole: bool = False  # whether the time began with a burst
+    _has_begun: bool = False  # whether there were launches since the tenant is alone
     _has_paused: bool = False  # whether there was an observation without launches
     _steady_ns: int = 0  # the observed time since the last observation without launches
 
@@ -57,6 +59,7 @@ class AloneCost:
             is_idle: whether the tenant had no work at the last observation.
         """
         self._begin_step(0, is_whole=False)
+        self._has_begun = False
         self._steady_ns = 0 if is_idle else self._steady_ns
 
     def observe(self, launches: int, ns: int) -> None:
@@ -71,11 +74,15 @@ class AloneCost:
             if self._is_whole:
                 self.learn(self._step_launches, self._step_ns)
             self._begin_step(launches)
-            self._steady_ns = 0
+            self._has_begun, self._steady_ns = True, 0
             return
         self._step_launches += launches
         self._has_paused |= not launches
         self._steady_ns = 0 if self._has_paused else self._steady_ns + ns
+        if launches and not self._has_begun:
+            self._begin_step(0, is_whole=False)
+            self._has_begun = True
+            return
         if self._steady_ns >= STEADY_NS or self._step_ns >= LONGEST_NS:
             self.learn(self._step_launches, self._step_ns)
             self._begin_step(0)

@@ -249,6 +249,15 @@ def test_a_cost_is_that_of_the_last_measurements():
     assert not cost.is_known
 
 
+def test_a_kernel_that_began_beside_others_does_not_count_as_alone() -> None:
+    cost = AloneCost()
+    for _ in range(100):  # the tenant is alone for short times, each of which begins inside a slowed kernel
+        cost.interrupt(is_idle=False)
+        for took_ns in (6 * MS, 4 * MS, 4 * MS):
+            cost.observe(1, took_ns)
+    assert cost.of(1) == 4 * MS
+
+
 @pytest.mark.parametrize(("period_ms", "work_ms"), [(16.2, 4), (16.2, 1), (33, 8), (45, 20), (120, 110)])
 def test_a_measurement_has_whole_steps(period_ms: float, work_ms: float) -> None:
     """A step launches ten kernels at its begin. The measurement begins at any moment of a step."""
