@@ -133,7 +133,7 @@ def stands_still(world: World) -> None:
 FAULTS = {
     "agent `kill -9`": agent_killed,
     "gatekeeper `kill -9`": gatekeeper_killed,
-    "both": both_killed,
+    "agent and gatekeeper `kill -9`": both_killed,
     "broken policy + restart": policy_broken,
     "missing folder + reload, + restart": folder_gone,
     "unreadable state files + restart": state_unreadable,
