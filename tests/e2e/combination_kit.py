@@ -10,9 +10,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import pytest
 
@@ -43,6 +43,9 @@ POLICIES = {
 LABELS = 'selector: {cgroup: "docker/*", matchLabels: {tier: small}}, memory: {limit: 558MiB}'
 
 
+COLUMNS = (
+    "turns", "two GPUs", "two levels", "by hand", "by label", "observe", "orphaned memory", "`overcommit: forbid`"
+)  # fmt: skip
 # The paths of the tenants' cgroups, by feature.
 PATHS = {
     "turns": "turns",
@@ -186,16 +189,34 @@ class World:
 SomeWorld = TypeVar("SomeWorld", bound=World)
 
 
-def assert_holds(world: SomeWorld, faults: Mapping[str, Callable[[SomeWorld], None]]) -> None:
+@dataclass(frozen=True)
+class Fault(Generic[SomeWorld]):
+    """A row of the table.
+
+    Attributes:
+        cause: causes the fault, and checks the cells that differ from `=`.
+        cells: the text of these cells, by column.
+    """
+
+    cause: Callable[[SomeWorld], None]
+    cells: Mapping[str, str] = field(default_factory=dict)
+
+    def row(self, name: str) -> str:
+        """Return the row for docs/faults.md."""
+        assert self.cells.keys() <= {*COLUMNS}, name
+        return "| " + " | ".join([name, *(self.cells.get(column, "=") for column in COLUMNS)]) + " |"
+
+
+def assert_holds(world: SomeWorld, faults: Mapping[str, Fault[SomeWorld]]) -> None:
     """Cause the faults one after another, and check every column.
 
     State that a fault leaves behind affects the next one.
     """
     world.check()
-    for name, cause in faults.items():
+    for name, fault in faults.items():
         begun = time.monotonic()
         try:
-            cause(world)
+            fault.cause(world)
             world.check()
         except AssertionError as error:
             raise AssertionError(f"row {name}") from error
