@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
+from fgpu_ebpf.agent.driver_limits import DriverLimits
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
@@ -47,7 +48,7 @@ class Chores:
 
 def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
-    failed_checks: MutableMapping[str, Check], settings: Settings, opens: DeniedOpens,
+    failed_checks: MutableMapping[str, Check], settings: Settings, opens: DeniedOpens, driver_limits: DriverLimits,
 ) -> Chores:  # fmt: skip
     """Make the steps of a round.
 
@@ -61,6 +62,12 @@ def make_chores(
 
     def uuid(device: int) -> str:
         return next((d.uuid_text for d in driver.nvml.devices if d.index == device), str(device))
+
+    def limit_in_driver() -> None:
+        driver_limits.want(manager.enforcer, manager.workloads.root, settings.module_bytes)
+        failed_checks.pop("driver limits", None)
+        if check := driver_limits.check():
+            failed_checks["driver limits"] = check
 
     enforcer, turns = manager.enforcer, ledger.times.turns
     unwitnessed, keepers = Unwitnessed(driver.contexts, settings.module_bytes), Keepers()
@@ -79,6 +86,7 @@ def make_chores(
     )
     steps = (
         manager.overrides.write_again,
+        limit_in_driver,
         adoption.look,
         OverrunReports(turns, enforcer.name_of, history).look,
         shortfalls.look,

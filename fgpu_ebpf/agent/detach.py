@@ -16,7 +16,7 @@ import shutil
 import time
 from pathlib import Path
 
-from fgpu_ebpf.agent import gatekeeper_process
+from fgpu_ebpf.agent import driver_limits, gatekeeper_process
 from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, programs, shim_store
 from fgpu_ebpf.linux import atomic_file, clear_path, file_locks, procfs
@@ -43,6 +43,7 @@ _FILES = (
         file_locks.NEXT,
         TENANT_NAMES,
         "xids.json",
+        driver_limits.FILE,
     ),
 )
 
@@ -58,6 +59,7 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
         attach.detach(folder)
     _remove_empty(pins.parent)
     programs.unmount_made()
+    driver_limits.take_away(run_dir / driver_limits.FILE)
     # An earlier agent may have published a shim that differs from the last agent's shim.
     mounted, published = injection.mounted(run_dir).get("shim"), injection.published(run_dir)
     injection.take_away(run_dir)

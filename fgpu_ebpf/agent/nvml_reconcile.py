@@ -17,6 +17,7 @@ from itertools import islice
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.carried_charges import Carried
+from fgpu_ebpf.agent.driver_limits import DriverLimits
 from fgpu_ebpf.agent.ledger_corrections import Corrections, Drift
 from fgpu_ebpf.agent.orphan_release import OrphanRelease
 from fgpu_ebpf.agent.turn_audit import LOOK_SECONDS, Audit, Percent, Verdict
@@ -112,8 +113,18 @@ class Reconciler:
         levels: Callable[[str], tuple[int, ...]],
         tally: xids.Tally | None = None,
         ran: Iterable[int] = (),
+        driver_limits: DriverLimits | None = None,
     ) -> None:
-        """Make the thread. `ran`: pids of programs that ran before this start, if this start has changed the layout."""
+        """Make the thread.
+
+        Args:
+            nvml: the devices.
+            ledger: the ledger.
+            levels: returns the levels of a cgroup's path.
+            tally: counts XIDs.
+            ran: pids of programs that ran before this start, if this start has changed the layout.
+            driver_limits: the driver's own limits, which a full pass puts in force.
+        """
         self._nvml = nvml
         self._ledger = ledger
         self._wake = threading.Event()
@@ -122,7 +133,7 @@ class Reconciler:
         self._lets_go = self.has_let_go = False  # whether a release of the devices was requested, and is done
         self._known: Mapping[int, Process] = {}
         self._audit = Audit()
-        self._tally = tally or xids.Tally()
+        self._tally, self._driver_limits = tally or xids.Tally(), driver_limits
         self._repaired: deque[int] = deque()  # devices that `fgpu device clear` has named
         self._ended = 0  # the number of ended processes at the last sweep
         self._devices_at = 0.0  # the time of the next reading of the devices' memory in use
@@ -291,6 +302,8 @@ class Reconciler:
         at, used, mig = time.monotonic(), now.used, now.mig
         if is_due:
             self._choose_levels()
+            if self._driver_limits:
+                self._driver_limits.look()
             self._nvml.look_for_missing()
             used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
             mig = frozenset(device.index for device in self._nvml.devices if self._nvml.in_mig_mode(device.index))

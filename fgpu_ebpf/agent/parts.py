@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fgpu_ebpf.agent.cgroup_looks import HostLook
 from fgpu_ebpf.agent.chores import Chores, make_chores
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
+from fgpu_ebpf.agent.driver_limits import FILE, DriverLimits
 from fgpu_ebpf.agent.kernel_events import KernelEvents
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler
 from fgpu_ebpf.agent.policy_reload import Policies
@@ -83,7 +84,10 @@ def wire(
     manager.classes, manager.adapters = settings.priorities, settings.adapters
     ledger.times.set_concurrent(settings.concurrent(devices))
     tally = driver.xids.tally(settings.ignored_xids, devices)
-    reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
+    driver_limits = DriverLimits(driver.nvml, settings.run_dir / FILE, settings.driver_root)
+    reconciler = Reconciler(
+        driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else (), driver_limits
+    )
     events = KernelEvents(
         ledger,
         manager,
@@ -99,7 +103,7 @@ def wire(
     )  # fmt: skip
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
-    chores = make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings, opens)
+    chores = make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings, opens, driver_limits)
     if chores.room_requests:
         events.lacks = chores.room_requests.ask
     return Parts(

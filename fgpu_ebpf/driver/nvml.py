@@ -1,8 +1,8 @@
 """NVIDIA's management library: the devices, and the memory of each process on a device.
 
 This module runs in the agent's reconcile thread, in its main thread at its start and for arrived(), and in `fgpu
-doctor`. Only this module and `nvml_process_rows` use pynvml. A number that NVML does not report is None. DriverError is
-raised if no driver responds or the driver lists no device.
+doctor`. Only this module, `nvml_process_rows` and `nvml_memory_limits` use pynvml. A number that NVML does not report
+is None. DriverError is raised if no driver responds or the driver lists no device.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pynvml
 
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import device_indexes, library_files, probe_plan
+from fgpu_ebpf.driver.nvml_memory_limits import MemoryLimits
 from fgpu_ebpf.driver.nvml_process_rows import ProcessRows
 
 _NVML = "libnvidia-ml.so.1"
@@ -74,7 +75,8 @@ class Nvml:
             self._preload(root)
             pynvml.nvmlInit()
             self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
-            self._rows = ProcessRows(ctypes.CDLL(_NVML))
+            library = ctypes.CDLL(_NVML)
+            self._rows, self.limits = ProcessRows(library), MemoryLimits(library, self._handle)
             self.devices, self.missing = self._find()
         except (pynvml.NVMLError, OSError) as error:
             raise DriverError(

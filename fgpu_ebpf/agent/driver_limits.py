@@ -1,0 +1,204 @@
+"""The driver's own memory limits of tenants: a second limit, which also holds for programs that bypass the probes.
+
+NVIDIA's driver has these limits from r615 on. Each tenant's limit in the driver is the tenant's limit in the ledger
+plus a margin. The margin covers memory that the driver counts and the ledger does not count yet, so that the driver
+refuses no request that the ledger admits.
+
+Limits of other programs, such as NVIDIA's container toolkit, have precedence. A stricter limit stays. If another
+program changes a limit that the agent has set, the changed limit stays, and `fgpu doctor` reports it. A file has the
+limits that the agent has set, and the limits before. The agent writes this file first, so that a limit that was set
+before a crash is known to the next agent.
+
+The main loop replaces `wanted`. All other methods run in the reconcile thread, because NVML may hang.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver.nvml import DriverError, Nvml
+from fgpu_ebpf.driver.nvml_memory_limits import NONE, Limits
+from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+
+FILE = "driver-limits.json"
+CHECKED_AT_A_TIME = 16  # limits that look() compares with the driver, in addition to new and changed limits
+RESTORE_SECONDS = 5.0  # the longest wait of `fgpu detach` for NVML
+log = logging.getLogger("fgpu.agent")
+
+
+class Key(NamedTuple):
+    """A cgroup's limit on a device. `folder`: the cgroup's folder; `cgroup`: the cgroup's id."""
+
+    device: int
+    folder: str
+    cgroup: int
+
+
+class _Own(NamedTuple):
+    """A limit of the agent in bytes.
+
+    Attributes:
+        before: the limits that the agent has replaced.
+        hard: the limit.
+        earlier: the limit in force when this record was written. After a crash, either limit may be in force.
+    """
+
+    before: Limits
+    hard: int
+    earlier: int
+
+    def may_be(self, now: Limits) -> bool:
+        """Return whether no other program has changed the limits since the agent wrote this record."""
+        return now == NONE or now.hard in (self.hard, self.earlier)
+
+
+class DriverLimits:
+    """The limits in the driver.
+
+    Args:
+        nvml: NVML, with its functions of memory limits.
+        file: the record of the limits that the agent has set. A file that cannot be read counts as empty.
+        root: the root of the driver's libraries, which the record has for `fgpu detach`.
+    """
+
+    def __init__(self, nvml: Nvml, file: Path, root: Path) -> None:
+        self._nvml, self._limits, self._file, self._root = nvml, nvml.limits, file, root
+        self._own = _read(file)
+        self._others: set[Key] = set()  # limits of other programs, which hold instead
+        self._checked = 0
+        self.wanted: Mapping[Key, int] | None = None  # bytes; None: the tenants are not known yet
+
+    def want(self, enforcer: Enforcer, folder: Path, margin: int) -> None:
+        """Replace `wanted`. The main loop calls this method once in each round.
+
+        Args:
+            enforcer: the tenants.
+            folder: the mount point of the cgroup hierarchy.
+            margin: bytes that are added to each limit.
+        """
+        found: dict[Key, int] = {}
+        is_absent = all(device.index in self._limits.absent for device in self._nvml.devices)
+        for tenant in () if is_absent else enforcer:
+            for device, bytes_ in enforcer.commitments.in_force(tenant).items() if not tenant.observe else ():
+                if bytes_ != abi.NO_LIMIT and device not in self._limits.absent:
+                    found[Key(device, f"{folder}{tenant.path}", tenant.cgroup)] = bytes_ + margin
+        self.wanted = found
+
+    def check(self) -> Check | None:
+        """Return the finding about limits of other programs; None: there are no such limits."""
+        folders = sorted({key.folder for key in list(self._others)})
+        if not folders:
+            return None
+        found = f"another program has set the driver's own limit of {len(folders)} cgroups, such as {folders[0]}"
+        return Check("driver limits", False, found, "fgpu leaves this limit in force: change it in that program")
+
+    def look(self) -> None:
+        """Put `wanted` in force, and compare a part of the limits with the driver."""
+        wanted = self.wanted
+        if wanted is None:
+            return
+        for key in [key for key in self._own if key not in wanted]:
+            self._restore(key)
+        self._others.intersection_update(wanted)
+        own = {key: one.hard for key, one in self._own.items()}
+        new = [key for key, hard in wanted.items() if key not in self._others and own.get(key) != hard]
+        self._put({key: wanted[key] for key in [*new, *self._next(wanted)]})
+
+    def restore_all(self) -> None:
+        """Restore the limits before those of the agent."""
+        for key in list(self._own):
+            self._restore(key)
+
+    def _next(self, keys: Iterable[Key]) -> list[Key]:
+        found = list(islice(keys, self._checked, self._checked + CHECKED_AT_A_TIME))
+        self._checked = self._checked + CHECKED_AT_A_TIME if found else 0
+        return found
+
+    def _put(self, wanted: Mapping[Key, int]) -> None:
+        due: dict[Key, _Own] = {}
+        for key, bytes_ in wanted.items():
+            now, own = self._limits.get(key.device, key.folder), self._own.get(key)
+            if now is None or (own and now.hard == own.hard == bytes_):
+                continue
+            if own.may_be(now) if own else now.hard > bytes_:
+                self._others.discard(key)
+                due[key] = _Own(own.before if own else now, bytes_, now.hard)
+            else:
+                self._others.add(key)
+                self._own.pop(key, None)
+        if due and self._write(self._own | due):
+            self._own |= due
+            for key, own in due.items():
+                if _exists(key):
+                    self._limits.set(key.device, key.folder, Limits(min(own.before.soft, own.hard), own.hard))
+
+    def _restore(self, key: Key) -> None:
+        own = self._own[key]
+        if _exists(key):
+            now = self._limits.get(key.device, key.folder)
+            is_own = now is not None and now.hard in (own.hard, own.earlier)
+            if now is None or (is_own and not self._limits.set(key.device, key.folder, own.before)):
+                return  # the next call tries again
+        del self._own[key]
+        self._write(self._own)
+
+    def _write(self, own: Mapping[Key, _Own]) -> bool:
+        rows = [[*key, *one.before, one.hard, one.earlier] for key, one in own.items()]
+        try:
+            atomic_file.write(self._file, json.dumps({"root": str(self._root), "limits": rows}))
+        except OSError as error:
+            log.warning("the driver's own limits stay as they are, because %s cannot be written: %s", self._file, error)
+            return False
+        return True
+
+
+def take_away(file: Path) -> None:
+    """Restore the limits before those of the agents, and remove the record. A driver that does not respond has none."""
+    try:
+        root = Path(json.loads(file.read_text(encoding="utf-8"))["root"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    thread = threading.Thread(target=_restore_all, args=(file, root), daemon=True)
+    thread.start()
+    thread.join(RESTORE_SECONDS)
+    if thread.is_alive():
+        log.warning("NVML does not answer: the driver's own limits of %s stay in force", file)
+
+
+def _restore_all(file: Path, root: Path) -> None:
+    try:
+        DriverLimits(Nvml(root), file, root).restore_all()
+    except DriverError as error:
+        log.warning("the driver's own limits cannot be restored: %s", error)
+
+
+def _exists(key: Key) -> bool:
+    """Return whether the cgroup still exists. A later cgroup at the same path has no limit of the agent."""
+    try:
+        return os.stat(key.folder).st_ino == key.cgroup
+    except OSError:
+        return False
+
+
+def _read(file: Path) -> dict[Key, _Own]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["limits"]
+        return {
+            Key(int(device), str(folder), int(cgroup)): _Own(Limits(int(soft), int(before)), int(hard), int(earlier))
+            for device, folder, cgroup, soft, before, hard, earlier in rows
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        log.error("%s cannot be read (%s): the driver's own limits of an earlier agent stay in force", file, error)
+        return {}
