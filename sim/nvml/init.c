@@ -24,7 +24,29 @@ uint32_t nvml_count(void) { return n_devices; }
 
 const struct sim_device *nvml_device(uint32_t index) { return &devices[index]; }
 
-static nvmlReturn_t ask(struct sim_request request, struct sim_reply *reply, void *payload, size_t room)
+static nvmlReturn_t result_of(int status)
+{
+    switch (status) {
+    case SIM_OK:
+        return NVML_SUCCESS;
+    case SIM_LOST:
+        return NVML_ERROR_GPU_IS_LOST;
+    case SIM_NOT_SUPPORTED:
+        return NVML_ERROR_NOT_SUPPORTED;
+    case SIM_NOT_ALLOWED:
+        return NVML_ERROR_NO_PERMISSION;
+    case SIM_INVALID:
+        return NVML_ERROR_INVALID_ARGUMENT;
+    case SIM_NOT_FOUND:
+        return NVML_ERROR_NOT_FOUND;
+    case SIM_NO_MEMORY:
+        return NVML_ERROR_INSUFFICIENT_RESOURCES; /* of the server's tables: NVML takes no memory */
+    default:
+        return NVML_ERROR_UNKNOWN;
+    }
+}
+
+static nvmlReturn_t ask(struct sim_request request, struct sim_reply *reply, void *payload, size_t room, int file)
 {
     uint32_t n;
     char self[16] = "";
@@ -39,18 +61,22 @@ static nvmlReturn_t ask(struct sim_request request, struct sim_reply *reply, voi
     char mine[16];
     snprintf(mine, sizeof mine, "%d", (int)getpid());
     if (length > 0 && strcmp(self, mine)) request.flags |= SIM_FLAG_FOREIGN_PROC;
-    int status = link_call(&connection, request, reply, payload, room);
-    return status == SIM_OK ? NVML_SUCCESS : status == SIM_LOST ? NVML_ERROR_GPU_IS_LOST : NVML_ERROR_UNKNOWN;
+    return result_of(link_call_file(&connection, request, reply, payload, room, &file));
 }
 
 nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room)
 {
-    return ask((struct sim_request){.op = op, .device = device}, reply, payload, room);
+    return ask((struct sim_request){.op = op, .device = device}, reply, payload, room, -1);
 }
 
 nvmlReturn_t nvml_ask_after(uint32_t op, uint32_t device, uint64_t known, void *payload, size_t room)
 {
-    return ask((struct sim_request){.op = op, .device = device, .requested = known}, NULL, payload, room);
+    return ask((struct sim_request){.op = op, .device = device, .requested = known}, NULL, payload, room, -1);
+}
+
+nvmlReturn_t nvml_ask_file(struct sim_request request, void *payload, size_t room, int file)
+{
+    return ask(request, NULL, payload, room, file);
 }
 
 nvmlReturn_t nvml_enter(nvmlDevice_t handle, const void *out, const struct sim_device **device)

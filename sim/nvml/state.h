@@ -23,6 +23,8 @@ bool nvml_is_ready(void);
 nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room);
 /* Does the same for the first event after number `known`. */
 nvmlReturn_t nvml_ask_after(uint32_t op, uint32_t device, uint64_t known, void *payload, size_t room);
+/* Sends a request and a descriptor, which the caller keeps (-1: none). */
+nvmlReturn_t nvml_ask_file(struct sim_request request, void *payload, size_t room, int file);
 nvmlReturn_t nvml_text(char *out, unsigned int length, const char *text);
 uint32_t nvml_count(void);
 const struct sim_device *nvml_device(uint32_t index);

@@ -123,7 +123,7 @@ static enum sim_status restore(struct client *target, const struct sim_request *
         back[to[i]] = i;
     }
     if (request->parties) ledger_move(target, to);
-    bool has_room = ledger_unpark(target);
+    bool has_room = limits_allow_return(target) && ledger_unpark(target);
     if (request->parties && !has_room) ledger_move(target, back);
     if (request->parties && has_room) turns_leave(target, 0);
     show_devices(target);

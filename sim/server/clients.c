@@ -147,6 +147,7 @@ void client_listen(const struct client *client, bool listens)
 
 static void forget_held(struct client *client)
 {
+    if (client->is_held && client->held_file >= 0) close(client->held_file);
     server.n_held -= client->is_held;
     client->is_held = false;
 }

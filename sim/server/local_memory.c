@@ -27,7 +27,9 @@ enum sim_status local_set(struct client *client, const struct sim_request *reque
     uint64_t local = wanted > first ? wanted - first : 0;
     uint64_t own = gpu->info.context_bytes - (wanted < first ? first - wanted : 0);
     uint64_t before = holding->bytes[SIM_CONTEXT] + holding->bytes[SIM_LOCAL];
-    if (own + local > before && !ledger_fits(request->device, own + local - before)) return SIM_NO_MEMORY;
+    uint64_t more = own + local > before ? own + local - before : 0;
+    if (more && !(ledger_fits(request->device, more) && limits_allow(client, request->device, more)))
+        return SIM_NO_MEMORY;
     gpu->used += own + local - before;
     holding->bytes[SIM_CONTEXT] = own;
     holding->bytes[SIM_LOCAL] = local;

@@ -43,6 +43,15 @@ static uint64_t parse_size(const char *text)
     return bytes >= MIN_MEMORY ? bytes : 0;
 }
 
+static int read_limits(void)
+{
+    const char *limits = getenv("FGPU_SIM_MEMORY_LIMITS");
+    if (limits && strcmp(limits, "0") && strcmp(limits, "1"))
+        return fail("FGPU_SIM_MEMORY_LIMITS is neither 0 nor 1", limits);
+    server.has_limits = limits && *limits == '1';
+    return 0;
+}
+
 /* Reads the server's environment. No client's environment has any effect. */
 static int make_devices(void)
 {
@@ -62,7 +71,7 @@ static int make_devices(void)
         return fail("FGPU_SIM_PARALLEL is not a percentage from 100 to 400", parallel);
     server.parallel = (uint32_t)percent;
     server.n_gpus = (uint32_t)n;
-    return fault_start(getenv("FGPU_SIM_FAULT"));
+    return read_limits() ? 1 : fault_start(getenv("FGPU_SIM_FAULT"));
 }
 
 /* Creates the socket under another name and renames it when it listens. A client that finds the socket then finds it
@@ -168,8 +177,8 @@ static int serve(const char *dir)
     int lock = lock_directory(dir);
     if (lock < 0) return fail(dir, lock == -2 ? "another server is running here" : strerror(errno));
     if (make_node(dir)) return fail(dir, strerror(errno));
-    /* Two descriptors for each client, and one for each share and export. */
-    const rlim_t wanted = 2 * SIM_MAX_CLIENTS + SIM_MAX_SHARES + SIM_MAX_EXPORTS + 64;
+    /* Two descriptors for each client, and one for each share, export and limit. */
+    const rlim_t wanted = 2 * SIM_MAX_CLIENTS + SIM_MAX_SHARES + SIM_MAX_EXPORTS + SIM_MAX_LIMITS + 64;
     struct rlimit files = {wanted, wanted}, now;
     if (!getrlimit(RLIMIT_NOFILE, &now) && now.rlim_cur < files.rlim_cur) {
         files.rlim_max = now.rlim_max > files.rlim_cur ? now.rlim_max : files.rlim_cur;

@@ -2,6 +2,7 @@
 #include "server/state.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -19,6 +20,7 @@ static union {
     struct sim_time time;
     struct sim_queue queue;
     struct sim_xid xid;
+    struct sim_limits limits;
     uint32_t result;
 } payload;
 
@@ -148,6 +150,13 @@ static struct answer answer_checkpoint(struct client *client, const struct sim_r
     return a;
 }
 
+static struct answer answer_limits(const struct client *client, const struct sim_request *request, int sent)
+{
+    if (request->op == SIM_SET_LIMITS) return (struct answer){.status = limits_set(client, request, sent)};
+    enum sim_status status = limits_get(request->device, sent, &payload.limits);
+    return (struct answer){.status = status, .size = status ? 0 : sizeof payload.limits};
+}
+
 /* Returns whether the message requests memory. */
 static bool is_taking(const struct client *client, const struct sim_request *request)
 {
@@ -191,7 +200,7 @@ static struct answer answer(struct client *client, const struct sim_request *nam
     case SIM_ATTACH:
         return answer_attach(client);
     case SIM_TAKE:
-        return (struct answer){.status = ledger_take(client, request)};
+        return (struct answer){.status = limits_take(client, request)};
     case SIM_SET_LOCAL:
         return (struct answer){.status = local_set(client, request)};
     case SIM_RESIDENT:
@@ -207,6 +216,9 @@ static struct answer answer(struct client *client, const struct sim_request *nam
         return answer_processes(client, request);
     case SIM_XID:
         return answer_xid(request);
+    case SIM_SET_LIMITS:
+    case SIM_GET_LIMITS:
+        return answer_limits(client, request, sent);
     case SIM_WORK:
     case SIM_QUEUE:
         return answer_work(client, request);
@@ -274,9 +286,10 @@ static bool must_wait(const struct sim_request *request)
     return request->flags & SIM_FLAG_NVML && now_ns() < fault_nvml_until_ns();
 }
 
-static void hold(struct client *client, const struct sim_request *request)
+static void hold(struct client *client, const struct sim_request *request, int sent)
 {
     client->held = *request;
+    client->held_file = sent >= 0 ? fcntl(sent, F_DUPFD_CLOEXEC, 0) : -1;
     client->is_held = true;
     server.n_held++;
     client_listen(client, false);
@@ -289,7 +302,9 @@ void requests_held_serve(void)
         c->is_held = false;
         server.n_held--;
         client_listen(c, true);
-        reply_to(c, &c->held, -1);
+        int file = c->held_file;
+        reply_to(c, &c->held, file);
+        if (file >= 0) close(file);
     }
 }
 
@@ -313,7 +328,7 @@ static void serve(struct client *client, const struct sim_request *request, ssiz
     if (got != sizeof *request || request->magic != SIM_MAGIC)
         client_drop(client, "malformed request");
     else if (must_wait(request))
-        hold(client, request);
+        hold(client, request, sent);
     else
         reply_to(client, request, sent);
 }

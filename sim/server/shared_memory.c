@@ -240,7 +240,8 @@ enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_
 {
     struct share *share = find(key);
     if (!share || share->is.kind != SIM_POOL || share->named != client) return SIM_NOT_ALLOWED;
-    if (bytes > share->named_bytes && fault_fails(SIM_POOL)) return SIM_NO_MEMORY;
+    uint64_t more = bytes > share->named_bytes ? bytes - share->named_bytes : 0;
+    if (more && (fault_fails(SIM_POOL) || !limits_allow(client, share->is.device, more))) return SIM_NO_MEMORY;
     if (bytes > share->is.bytes) {
         if (!ledger_take_unnamed(share->is.device, bytes - share->is.bytes)) return SIM_NO_MEMORY;
         share->is.bytes = bytes;

@@ -9,7 +9,8 @@
 #include <stddef.h>
 #include <sys/types.h>
 
-#define MAX_DEPTH 32 /* nested pid namespaces; the kernel has the same bound */
+#define MAX_DEPTH 32  /* nested pid namespaces; the kernel has the same bound */
+#define MAX_LEVELS 32 /* nested cgroups; deeper ones are not told apart */
 
 /* The pid of a process in each pid namespace from the server's (level 0) to its own (level depth - 1), and the inode of
  * each namespace. They do not change while the process lives. */
@@ -68,12 +69,15 @@ struct client {
     bool is_held;           /* a request waits for the end of a stall */
     bool is_parked;         /* the process is checkpointed: its memory is not on the devices */
     struct sim_request held;
+    int held_file;                       /* the descriptor that came with it, or -1 */
     struct holding own[SIM_MAX_DEVICES]; /* memory that belongs to no context */
     uint64_t resident[SIM_MAX_DEVICES];  /* managed memory that is on the device */
     struct context *contexts;
     uint32_t n_contexts, room;
     uint32_t devices[SIM_MAX_DEVICES]; /* the device that the process uses as each one; its requests have the latter */
     struct checkpoint checkpoint;
+    ino_t cgroups[MAX_LEVELS]; /* the cgroups around the process, when the server last looked */
+    uint32_t n_cgroups;
 };
 
 struct gpu {
@@ -89,6 +93,7 @@ struct gpu {
 struct server {
     struct gpu gpus[SIM_MAX_DEVICES];
     uint32_t n_gpus;
+    bool has_limits;   /* the driver has limits of cgroups */
     uint32_t parallel; /* contexts run side by side, and two take this percentage of their time; 0: they alternate */
     struct client clients[SIM_MAX_CLIENTS];
     uint32_t n_closed;   /* clients in state CLIENT_CLOSED */
@@ -248,9 +253,30 @@ void turns_leave(const struct client *client, uint64_t context);
 pid_t view_pid(const struct client *of, const struct client *asker);
 /* Fills in the rows of the device's processes that the asker may see, and returns their number. */
 uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room);
+/* Returns the bytes in the row of a client. */
+uint64_t view_bytes(const struct client *client, uint32_t device);
 uint32_t view_dump(struct sim_record *out, uint32_t room);
 /* Returns for how many microseconds of the last second kernels ran. */
 uint64_t view_busy_us(uint32_t device);
+
+/* cgroups.c */
+
+/* Returns the number of the cgroups that a process is in, and their inodes, outermost first; 0: they are unknown. */
+uint32_t cgroups_around(pid_t pid, ino_t *inodes);
+/* Returns the inode of a cgroup, or 0 if the descriptor is not the folder of one that exists. */
+ino_t cgroup_inode(int folder);
+
+/* limits.c: limits of cgroups on the memory of a device. Without a limit, none of these functions costs anything. */
+
+/* The caller keeps the folder. */
+enum sim_status limits_set(const struct client *client, const struct sim_request *request, int folder);
+enum sim_status limits_get(uint32_t device, int folder, struct sim_limits *out);
+/* Returns whether a client may have so many bytes more. */
+bool limits_allow(struct client *client, uint32_t device, uint64_t bytes);
+/* Returns whether a checkpointed client may have its memory again. */
+bool limits_allow_return(struct client *client);
+/* ledger_take within the limits. */
+enum sim_status limits_take(struct client *client, const struct sim_request *request);
 
 /* teardown.c */
 

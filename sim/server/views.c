@@ -19,7 +19,7 @@ static uint64_t listed(const struct holding *holding)
     return sum;
 }
 
-static uint64_t listed_bytes(const struct client *client, uint32_t device)
+uint64_t view_bytes(const struct client *client, uint32_t device)
 {
     uint64_t sum = listed(&client->own[device]);
     for (uint32_t i = 0; i < client->n_contexts; i++)
@@ -50,7 +50,7 @@ uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_
     turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         pid_t pid = c->state == CLIENT_FREE || c->is_parked ? 0 : view_pid(c, asker);
-        uint64_t bytes = pid ? listed_bytes(c, device) : 0;
+        uint64_t bytes = pid ? view_bytes(c, device) : 0;
         if (!bytes) continue;
         /* Two connections of one process (a second copy of the library) are one row. */
         uint32_t i = 0;

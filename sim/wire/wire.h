@@ -21,6 +21,7 @@
 #define SIM_MAX_CONTEXTS 512 /* of a client, on all devices together */
 #define SIM_MAX_SHARES 1024
 #define SIM_MAX_EXPORTS 1024
+#define SIM_MAX_LIMITS 1024 /* of cgroups, on all devices together */
 #define SIM_KEPT_XIDS 64
 #define SIM_ATTRIBUTES 148
 #define SIM_DRIVER_VERSION "580.159.04"
@@ -57,6 +58,8 @@ enum sim_op {
     SIM_RESIDENT,   /* bytes = managed memory of the process that is on the device from now on */
     SIM_CHECKPOINT, /* kind = enum sim_checkpoint, requested = a pid, bytes = milliseconds; reply.count = the result.
                        With parties: key has for each device the one to restore to, in SIM_PLACE_BITS each */
+    SIM_SET_LIMITS, /* sends the folder of a cgroup; bytes = the hard limit, requested = the soft one; only for root */
+    SIM_GET_LIMITS, /* sends the folder of a cgroup; struct sim_limits */
     SIM_OPS,
 };
 
@@ -89,7 +92,9 @@ enum sim_status {
     SIM_ILLEGAL_STATE, /* the process is in another state */
     SIM_NOT_READY,     /* the time is over */
     SIM_NOT_SUPPORTED,
-    SIM_FAILED, /* the target has ended, or a fault is set */
+    SIM_FAILED,    /* the target has ended, or a fault is set */
+    SIM_INVALID,   /* the request contradicts itself */
+    SIM_NOT_FOUND, /* the descriptor is not the folder of a cgroup */
 };
 
 /* The functions that one process calls for another, in the order of the rows of a fault's specification. */
@@ -190,6 +195,12 @@ struct sim_xid {
     uint64_t count;  /* how many there were in all */
     uint64_t number; /* its own number, from 1 on */
     uint64_t xid;    /* 0: there is none */
+};
+
+/* What the processes of a cgroup, and of the cgroups inside it, may have on a device. */
+struct sim_limits {
+    uint64_t soft, hard; /* 0 and UINT64_MAX: there is no limit */
+    uint64_t used;
 };
 
 struct sim_process {
