@@ -27,6 +27,7 @@ CONTEXT = 518 * MIB  # the size of a context on the simulated device
 KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph", "local", "runtime", "launch")
 GPUS = os.environ.get("FGPU_TEST_GPUS", "1")
 PARALLEL = os.environ.get("FGPU_TEST_PARALLEL", "")  # FGPU_SIM_PARALLEL of the driver; "": contexts alternate
+DRIVER_LIMITS = bool(os.environ.get("FGPU_TEST_DRIVER_LIMITS"))  # the driver has memory limits of cgroups
 MEMORY = os.environ.get("FGPU_TEST_MEMORY", "16GiB")  # of each device
 REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
 ENVIRONMENT = {

@@ -63,14 +63,22 @@ def _reads(link: str) -> str:
 IN_A_WORLD = (sys.executable, "-m", "tests.world")
 
 
-def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 225, parallel: str = "") -> None:
+def run_on_devices(
+    file: str,
+    number: int = 2,
+    memory: str = "16GiB",
+    seconds: float = 225,
+    parallel: str = "",
+    has_limits: bool = False,
+) -> None:
     """Run the tests of a file in a separate world with an agent and `number` simulated devices of `memory` each.
 
     Fail if a test fails, or if the tests take longer than `seconds`. `parallel`: the value of FGPU_SIM_PARALLEL.
+    `has_limits`: the driver has memory limits of cgroups.
     """
     command = [*IN_A_WORLD, sys.executable, "-m", "pytest", "-q", file]
     environment = {**os.environ, "FGPU_TEST_GPUS": str(number), "FGPU_TEST_MEMORY": memory, "FGPU_TEST_WORLDS": ""}
-    environment["FGPU_TEST_PARALLEL"] = parallel
+    environment |= {"FGPU_TEST_PARALLEL": parallel, "FGPU_TEST_DRIVER_LIMITS": "1" if has_limits else ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -109,6 +117,7 @@ class Service:
         with open(self._driver_log, "wb") as log:
             environment = {"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": host.GPUS}
             environment |= {"FGPU_SIM_PARALLEL": PARALLEL} if PARALLEL else {}
+            environment |= {"FGPU_SIM_MEMORY_LIMITS": "1"} if host.DRIVER_LIMITS else {}
             self._driver = subprocess.Popen([SIM / "fgpu-simd"], stdout=log, stderr=log, env=environment)
         eventually(lambda: b"ready" in self._driver_log.read_bytes(), 20, "the simulated driver")
 
