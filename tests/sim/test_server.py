@@ -111,7 +111,7 @@ def test_a_stale_socket_is_replaced(tools: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("GPUS", "x"), ("GPUS", "17"), ("GPUS", "-1"), ("MEMORY", "16GB"), ("MEMORY", "1"), ("MEMORY", "-4GiB"),
-     ("MEMORY", "99999999999GiB"), ("MODEL", "h100")],
+     ("MEMORY", "99999999999GiB"), ("MODEL", "h100"), ("MEMORY_LIMITS", "yes")],
 )  # fmt: skip
 def test_invalid_settings_are_refused(tools: Path, tmp_path: Path, name: str, value: str) -> None:
     environment = {f"FGPU_SIM_{name}": value}
