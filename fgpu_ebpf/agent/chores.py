@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.driver_limits import DriverLimits
+from fgpu_ebpf.agent.host_config import MODULES_BYTES
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
@@ -64,7 +65,8 @@ def make_chores(
         return next((d.uuid_text for d in driver.nvml.devices if d.index == device), str(device))
 
     def limit_in_driver() -> None:
-        driver_limits.want(manager.enforcer, manager.workloads.root, settings.module_bytes)
+        margin = max(settings.module_bytes, MODULES_BYTES)  # above what the ledger does not count yet
+        driver_limits.want(manager.enforcer, manager.workloads.root, margin)
         failed_checks.pop("driver limits", None)
         if check := driver_limits.check():
             failed_checks["driver limits"] = check
