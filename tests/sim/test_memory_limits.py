@@ -49,6 +49,10 @@ def block(size): return L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(size))
 def vmm(size): return L.cuMemCreate(C.byref(C.c_uint64()), C.c_size_t(size), C.byref(Prop(1, 0, 1, 0)), C.c_uint64(0))
 def pooled_block(size): return L.cuMemAllocAsync(C.byref(C.c_uint64()), C.c_size_t(size), None)
 def stack(size): return L.cuCtxSetLimit(0, C.c_size_t(size))
+def shared_pool_block(size):
+    shared.append(pool_descriptor(shared[0]))
+    return L.cuMemAllocFromPoolAsync(C.byref(C.c_uint64()), C.c_size_t(size), shared[0], None)
+shared = [pool()]
 def managed(size):
     at = C.c_uint64()
     need("cuMemAllocManaged", C.byref(at), C.c_size_t(size), 1)
@@ -190,6 +194,16 @@ def test_a_context_needs_room_below_the_limit(limited: Machine, groups: Callable
         with limited.spawn(TENANT, enter) as client:
             assert hear(client) == expected
             client.kill()
+
+
+def test_a_pool_that_can_be_shared_grows_up_to_the_limit(
+    limited: Machine, groups: Callable[[str], Path], tenant: Callable[[Path], Popen[str]]
+) -> None:
+    at = groups("a")
+    limit(limited, at, CONTEXT + 66 * MIB)
+    client = tenant(at)
+    assert results(client, *["shared_pool_block 32"] * 3, "block 2") == [0, 0, OUT_OF_MEMORY, 0]
+    assert looked(limited, at) == (0, 0, CONTEXT + 66 * MIB, CONTEXT + 66 * MIB)
 
 
 def test_processes_of_a_cgroup_share_its_limit(
