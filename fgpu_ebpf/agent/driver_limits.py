@@ -86,6 +86,8 @@ class DriverLimits:
             folder: the mount point of the cgroup hierarchy.
             margin: bytes that are added to each limit.
         """
+        if not self._limits.exist:
+            return
         found: dict[Key, int] = {}
         is_absent = all(device.index in self._limits.absent for device in self._nvml.devices)
         for tenant in () if is_absent else enforcer:

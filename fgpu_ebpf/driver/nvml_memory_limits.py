@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pynvml
 
 SET, GET = "nvmlDeviceSetMemoryLimits_v1", "nvmlDeviceGetMemoryLimits_v1"
-_ABSENT = (pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, pynvml.NVML_ERROR_NOT_SUPPORTED)
 NO_LIMIT = (1 << 64) - 1  # NVML_DEVICE_MEMORY_LIMIT_MAX
 
 
@@ -45,9 +44,12 @@ class MemoryLimits:
 
     def __init__(self, library: ctypes.CDLL, handle: Callable[[int], Any]) -> None:
         self._handle = handle
-        self.absent: set[int] = set()  # devices, by index in the ledger, whose driver has no such limits
         self._set: Any = getattr(library, SET, None)
         self._get: Any = getattr(library, GET, None)
+        self.exist = bool(self._set and self._get)
+        """True if the driver has the functions."""
+        self.absent: set[int] = set()
+        """The devices, by index in the ledger, for which the driver has no limits."""
 
     def get(self, device: int, folder: str) -> Limits | None:
         """Return the limits of a cgroup on a device, or None if NVML does not report them.
@@ -65,9 +67,9 @@ class MemoryLimits:
 
     def _call(self, function: Any, device: int, asked: ctypes.Structure) -> bool:
         try:
-            code = function(self._handle(device), ctypes.byref(asked)) if function else _ABSENT[0]
+            code = function(self._handle(device), ctypes.byref(asked)) if self.exist else None
         except pynvml.NVMLError:  # the device has no handle
             return False
-        if code in _ABSENT:
+        if code == pynvml.NVML_ERROR_NOT_SUPPORTED:
             self.absent.add(device)
         return bool(code == pynvml.NVML_SUCCESS)
