@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
-from fgpu_ebpf.agent.driver_limits import DriverLimits
-from fgpu_ebpf.agent.host_config import MODULES_BYTES
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
@@ -49,7 +47,7 @@ class Chores:
 
 def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
-    failed_checks: MutableMapping[str, Check], settings: Settings, opens: DeniedOpens, driver_limits: DriverLimits,
+    failed_checks: MutableMapping[str, Check], settings: Settings, opens: DeniedOpens,
 ) -> Chores:  # fmt: skip
     """Make the steps of a round.
 
@@ -65,11 +63,9 @@ def make_chores(
         return next((d.uuid_text for d in driver.nvml.devices if d.index == device), str(device))
 
     def limit_in_driver() -> None:
-        margin = max(settings.module_bytes, MODULES_BYTES)  # above what the ledger does not count yet
-        driver_limits.want(manager.enforcer, manager.workloads.root, margin)
-        failed_checks.pop("driver limits", None)
-        if check := driver_limits.check():
-            failed_checks["driver limits"] = check
+        if reconciler.driver_limits:
+            root, margin = manager.workloads.root, settings.module_bytes
+            reconciler.driver_limits.publish(manager.enforcer, root, margin, failed_checks)
 
     enforcer, turns = manager.enforcer, ledger.times.turns
     unwitnessed, keepers = Unwitnessed(driver.contexts, settings.module_bytes), Keepers()

@@ -18,12 +18,13 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.agent.host_config import MODULES_BYTES
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver.nvml import DriverError, Nvml
 from fgpu_ebpf.driver.nvml_memory_limits import NONE, Limits
@@ -78,16 +79,20 @@ class DriverLimits:
         self._checked = 0
         self.wanted: Mapping[Key, int] | None = None  # bytes; None: the tenants are not known yet
 
-    def want(self, enforcer: Enforcer, folder: Path, margin: int) -> None:
-        """Replace `wanted`. The main loop calls this method once in each round.
+    def publish(
+        self, enforcer: Enforcer, folder: Path, module_bytes: int, failed_checks: MutableMapping[str, Check]
+    ) -> None:
+        """Replace `wanted`, and report limits of other programs. The main loop calls this method once in each round.
 
         Args:
             enforcer: the tenants.
             folder: the mount point of the cgroup hierarchy.
-            margin: bytes that are added to each limit.
+            module_bytes: the most memory without a recorded allocation that a process may have unreported.
+            failed_checks: the agent's failed checks by name, which this method changes.
         """
         if not self._limits.exist:
             return
+        margin = max(module_bytes, MODULES_BYTES)  # above what the ledger does not count yet
         found: dict[Key, int] = {}
         is_absent = all(device.index in self._limits.absent for device in self._nvml.devices)
         for tenant in () if is_absent else enforcer:
@@ -95,6 +100,9 @@ class DriverLimits:
                 if bytes_ != abi.NO_LIMIT and device not in self._limits.absent:
                     found[Key(device, f"{folder}{tenant.path}", tenant.cgroup)] = bytes_ + margin
         self.wanted = found
+        failed_checks.pop("driver limits", None)
+        if check := self.check():
+            failed_checks[check.name] = check
 
     def check(self) -> Check | None:
         """Return the finding about limits of other programs; None: there are no such limits."""

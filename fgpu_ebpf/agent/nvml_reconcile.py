@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.agent import driver_limits
 from fgpu_ebpf.agent.carried_charges import Carried
-from fgpu_ebpf.agent.driver_limits import DriverLimits
 from fgpu_ebpf.agent.ledger_corrections import Corrections, Drift
 from fgpu_ebpf.agent.orphan_release import OrphanRelease
 from fgpu_ebpf.agent.turn_audit import LOOK_SECONDS, Audit, Percent, Verdict
@@ -113,7 +114,8 @@ class Reconciler:
         levels: Callable[[str], tuple[int, ...]],
         tally: xids.Tally | None = None,
         ran: Iterable[int] = (),
-        driver_limits: DriverLimits | None = None,
+        run_dir: Path | None = None,
+        root: Path = Path("/"),
     ) -> None:
         """Make the thread.
 
@@ -123,7 +125,8 @@ class Reconciler:
             levels: returns the levels of a cgroup's path.
             tally: counts XIDs.
             ran: pids of programs that ran before this start, if this start has changed the layout.
-            driver_limits: the driver's own limits, which a full pass puts in force.
+            run_dir: the folder for the record of the driver's own limits; None: these limits are not set.
+            root: the root of the driver's libraries.
         """
         self._nvml = nvml
         self._ledger = ledger
@@ -133,7 +136,8 @@ class Reconciler:
         self._lets_go = self.has_let_go = False  # whether a release of the devices was requested, and is done
         self._known: Mapping[int, Process] = {}
         self._audit = Audit()
-        self._tally, self._driver_limits = tally or xids.Tally(), driver_limits
+        self._tally = tally or xids.Tally()
+        self.driver_limits = driver_limits.DriverLimits(nvml, run_dir / driver_limits.FILE, root) if run_dir else None
         self._repaired: deque[int] = deque()  # devices that `fgpu device clear` has named
         self._ended = 0  # the number of ended processes at the last sweep
         self._devices_at = 0.0  # the time of the next reading of the devices' memory in use
@@ -302,8 +306,8 @@ class Reconciler:
         at, used, mig = time.monotonic(), now.used, now.mig
         if is_due:
             self._choose_levels()
-            if self._driver_limits:
-                self._driver_limits.look()
+            if self.driver_limits:
+                self.driver_limits.look()
             self._nvml.look_for_missing()
             used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
             mig = frozenset(device.index for device in self._nvml.devices if self._nvml.in_mig_mode(device.index))

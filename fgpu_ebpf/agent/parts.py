@@ -11,7 +11,6 @@ from typing import NamedTuple
 from fgpu_ebpf.agent.cgroup_looks import HostLook
 from fgpu_ebpf.agent.chores import Chores, make_chores
 from fgpu_ebpf.agent.denied_opens import DeniedOpens
-from fgpu_ebpf.agent.driver_limits import FILE, DriverLimits
 from fgpu_ebpf.agent.kernel_events import KernelEvents
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler
 from fgpu_ebpf.agent.policy_reload import Policies
@@ -84,9 +83,9 @@ def wire(
     manager.classes, manager.adapters = settings.priorities, settings.adapters
     ledger.times.set_concurrent(settings.concurrent(devices))
     tally = driver.xids.tally(settings.ignored_xids, devices)
-    driver_limits = DriverLimits(driver.nvml, settings.run_dir / FILE, settings.driver_root)
+    ran = older if driver.layout_changed else ()
     reconciler = Reconciler(
-        driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else (), driver_limits
+        driver.nvml, ledger, manager.enforcer.levels, tally, ran, settings.run_dir, settings.driver_root
     )
     events = KernelEvents(
         ledger,
@@ -103,7 +102,7 @@ def wire(
     )  # fmt: skip
     stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, stale_mounts, Lists(settings.run_dir))
-    chores = make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings, opens, driver_limits)
+    chores = make_chores(driver, ledger, manager, reconciler, history, failed_checks, settings, opens)
     if chores.room_requests:
         events.lacks = chores.room_requests.ask
     return Parts(
