@@ -2,12 +2,12 @@
 
 NVIDIA's driver has these limits from r615 on. Each tenant's limit in the driver is the tenant's limit in the ledger
 plus a margin. The margin covers memory that the driver counts and the ledger does not count yet, so that the driver
-refuses no request that the ledger admits.
+refuses no request that the ledger admits, except shortly after a limit was raised.
 
 Limits of other programs, such as NVIDIA's container toolkit, have precedence. A stricter limit stays. If another
-program changes a limit that the agent has set, the changed limit stays, and `fgpu doctor` reports it. A file has the
-limits that the agent has set, and the limits before. The agent writes this file first, so that a limit that was set
-before a crash is known to the next agent.
+program changes a limit that the agent has set, the changed limit stays. `fgpu doctor` reports both cases, and limits
+that the driver refuses. A file has the limits that the agent has set, and the limits before. The agent writes this file
+first, so that a limit that was set before a crash is known to the next agent.
 
 The main loop replaces `wanted`. All other methods run in the reconcile thread, because NVML may hang.
 """
@@ -76,6 +76,8 @@ class DriverLimits:
         self._nvml, self._limits, self._file, self._root = nvml, nvml.limits, file, root
         self._own = _read(file)
         self._others: set[Key] = set()  # limits of other programs, which hold instead
+        self._refused: set[Key] = set()  # limits that the driver refuses
+        self._fault = ""  # why the record cannot be written
         self._checked = 0
         self.wanted: Mapping[Key, int] | None = None  # bytes; None: the tenants are not known yet
 
@@ -105,12 +107,14 @@ class DriverLimits:
             failed_checks[check.name] = check
 
     def check(self) -> Check | None:
-        """Return the finding about limits of other programs; None: there are no such limits."""
-        folders = sorted({key.folder for key in list(self._others)})
-        if not folders:
+        """Return the finding about limits that are not in force; None: there are no such limits."""
+        lacks = (("of another program", list(self._others)), ("that the driver refuses", list(self._refused)))
+        found = [f"limits {which}: {len(keys)}, such as {min(keys).folder!r}" for which, keys in lacks if keys]
+        found += [self._fault] if self._fault else []
+        if not found:
             return None
-        found = f"another program has set the driver's own limit of {len(folders)} cgroups, such as {folders[0]}"
-        return Check("driver limits", False, found, "fgpu leaves this limit in force: change it in that program")
+        fix = "remove the limit of the other program, or free space under /run; fgpu's own limits stay in force"
+        return Check("driver limits", False, f"the driver's own limits: {'; '.join(found)}", fix)
 
     def look(self) -> None:
         """Put `wanted` in force, and compare a part of the limits with the driver."""
@@ -120,6 +124,7 @@ class DriverLimits:
         for key in [key for key in self._own if key not in wanted]:
             self._restore(key)
         self._others.intersection_update(wanted)
+        self._refused.intersection_update(wanted)
         own = {key: one.hard for key, one in self._own.items()}
         new = [key for key, hard in wanted.items() if key not in self._others and own.get(key) != hard]
         self._put({key: wanted[key] for key in [*new, *self._next(wanted)]})
@@ -146,11 +151,19 @@ class DriverLimits:
             else:
                 self._others.add(key)
                 self._own.pop(key, None)
-        if due and self._write(self._own | due):
+        # A limit that the driver refuses is due again and again, with the same record.
+        if due and (due.items() <= self._own.items() or self._write(self._own | due)):
             self._own |= due
             for key, own in due.items():
-                if _exists(key):
-                    self._limits.set(key.device, key.folder, Limits(min(own.before.soft, own.hard), own.hard))
+                self._set(key, own)
+
+    def _set(self, key: Key, own: _Own) -> None:
+        limits = Limits(min(own.before.soft, own.hard), own.hard)
+        if _exists(key) and not self._limits.set(key.device, key.folder, limits):
+            self._refused.add(key)
+        else:
+            self._own[key] = own._replace(earlier=own.hard)
+            self._refused.discard(key)
 
     def _restore(self, key: Key) -> None:
         own = self._own[key]
@@ -167,8 +180,9 @@ class DriverLimits:
         try:
             atomic_file.write(self._file, json.dumps({"root": str(self._root), "limits": rows}))
         except OSError as error:
-            log.warning("the driver's own limits stay as they are, because %s cannot be written: %s", self._file, error)
+            self._fault = f"{self._file} cannot be written ({error.strerror})"
             return False
+        self._fault = ""
         return True
 
 
@@ -176,7 +190,7 @@ def take_away(file: Path) -> None:
     """Restore the limits before those of the agents, and remove the record. A driver that does not respond has none."""
     try:
         root = Path(json.loads(file.read_text(encoding="utf-8"))["root"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     thread = threading.Thread(target=_restore_all, args=(file, root), daemon=True)
     thread.start()
@@ -209,6 +223,6 @@ def _read(file: Path) -> dict[Key, _Own]:
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         log.error("%s cannot be read (%s): the driver's own limits of an earlier agent stay in force", file, error)
         return {}

@@ -7,6 +7,7 @@ a driver's version does not tell whether it has them.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,12 +59,12 @@ class MemoryLimits:
             device: the index of the device in the ledger.
             folder: the path of the cgroup's folder.
         """
-        asked = _Get(folder.encode())
+        asked = _Get(os.fsencode(folder))
         return Limits(asked.soft, asked.hard) if self._call(self._get, device, asked) else None
 
     def set(self, device: int, folder: str, limits: Limits) -> bool:
         """Set the limits of a cgroup on a device. Return whether the driver has set them. NONE clears the limits."""
-        return self._call(self._set, device, _Set(folder.encode(), *limits))
+        return self._call(self._set, device, _Set(os.fsencode(folder), *limits))
 
     def _call(self, function: Any, device: int, asked: ctypes.Structure) -> bool:
         try:

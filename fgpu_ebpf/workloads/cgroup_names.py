@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -82,7 +81,6 @@ _POD = re.compile(
     r"(?:[a-z-]*kubepods[a-z-]*-)?pod"
     r"(?P<uid>[0-9a-f]{8}(?:[_-]?[0-9a-f]{4}){3}[_-]?[0-9a-f]{12})(?:\.slice.*)?"
 )
-MOST_PARSED = 1024  # paths whose names are kept, because each rescan has the same paths
 UNIT_SUFFIXES = (".service", ".scope")
 # The folders that contain several workloads: slices of systemd (see is_folder), folders of engines and of kubelet.
 # _ENGINE_UNITS has systemd units of engines. Containers are inside the unit if the cgroup driver is not systemd.
@@ -113,12 +111,6 @@ def is_monitor(parts: list[str]) -> bool:
 
 def parse(parts: list[str]) -> CgroupName:
     """Return the names in a path. `parts`: the folders of the path, from the hierarchy's root inwards."""
-    return _parsed("/".join(parts))
-
-
-@lru_cache(MOST_PARSED)
-def _parsed(path: str) -> CgroupName:
-    parts = path.split("/")
     containers = [(depth, *found) for depth, found in enumerate(_containers(parts), 1) if found]
     machine = next((depth for depth, part in enumerate(parts, 1) if _MACHINE.fullmatch(part)), len(parts))
     units = [(depth, part) for depth, part in enumerate(parts[:machine], 1) if part.endswith(UNIT_SUFFIXES)]

@@ -1,4 +1,4 @@
-"""docs/faults.md has a row for each fault that the tests of combinations cause, with the cells that they check."""
+"""docs/faults.md has a row for each fault that the tests of combinations cause, with the cells of these tests."""
 
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ class Fault(Generic[SomeWorld]):
     """A row of the table.
 
     Attributes:
-        cause: causes the fault, and checks the cells that differ from `=`.
-        cells: the text of these cells, by column.
+        cause: causes the fault, with the checks of this fault. Afterwards every column is checked.
+        cells: the texts of cells that differ from `=`, by column.
     """
 
     cause: Callable[[SomeWorld], None]

@@ -104,11 +104,11 @@ def test_the_driver_s_limit_follows_the_tenant_s_limit_across_a_kill(limited: Te
 @inside
 def test_a_limit_of_another_program_stays_and_is_reported(limited: Tenant) -> None:
     in_driver(limited.cgroup, 7 * GIB)
-    eventually(lambda: "the driver's own limit of 1 cgroups" in fgpu("doctor", check=False).stdout, 10, "the report")
+    eventually(lambda: "limits of another program: 1" in fgpu("doctor", check=False).stdout, 10, "the report")
     assert in_driver(limited.cgroup) == 7 * GIB
     in_driver(limited.cgroup, NONE)
     becomes(limited, LIMIT + MARGIN)
-    eventually(lambda: "driver's own limit" not in fgpu("doctor", check=False).stdout, 10, "no report")
+    eventually(lambda: "driver limits" not in fgpu("doctor", check=False).stdout, 10, "no report")
 
 
 @inside

@@ -33,7 +33,7 @@ class World:
         self.seen: list[int] = []
         self.ended: list[Scanned] = []
         self.workers = Workers[str, Job, Taken](lambda job: job(), lambda _: True, lambda: None, few=2)
-        self.owners: list[str] = []  # the cgroups whose owners were requested
+        self.owners: list[str] = []  # the argument of each call of owner_of()
         self.scan = HostScan(self.work, self.owner_of, read, lambda pid, _, found: self.seen.append(pid))
         monkeypatch.setattr(procfs, "pids", lambda: list(self.pids))
         monkeypatch.setattr(procfs, "cgroup_path", self.pids.__getitem__)
