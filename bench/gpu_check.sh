@@ -49,7 +49,7 @@ for source in examples/fill.c bench/programs/*.c; do
     program=build/${source%%/*}/$(basename "$source" .c)
     step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source $program"
 done
-claims='start views runtimes fill torch jax pair race kills restarts orphan freed lookups hidden sandbox contexts deny parked sizes idle room full entries'
+claims='start views runtimes fill torch jax pair race kills restarts orphan freed lookups hidden sandbox contexts deny parked sizes idle room full deadline entries'
 benchmarks='memory calls storm load steady truth compute'
 for claim in ${CLAIMS:-$claims $benchmarks}; do
     more=()

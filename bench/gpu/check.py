@@ -21,7 +21,7 @@ from pathlib import Path
 import pynvml
 
 from bench.gpu.claims import GRANULE, PYTHON, Sampler, Skip, need, say
-from bench.gpu.parking import full, idle, parked, room, sizes
+from bench.gpu.parking import deadline, full, idle, parked, room, sizes
 from bench.gpu.runtimes import runtimes
 from bench.gpu.views import views
 from bench.gpu.ways import contexts, deny, entries, hidden, lookups, sandbox
@@ -327,6 +327,7 @@ CLAIMS: dict[str, Callable[[Service, Place], None]] = {
         idle,
         room,
         full,
+        deadline,
         entries,
     )
 }

@@ -1,9 +1,10 @@
-"""The claims `parked`, `sizes`, `idle`, `room` and `full`.
+"""The claims `parked`, `sizes`, `idle`, `room`, `full` and `deadline`.
 
 `parked`: a torch program is parked by `fgpu park`, and each kind of call wakes it with its data. `sizes`: the time to
 park and wake programs of several sizes, beside that of the driver's functions alone. `idle`: programs are parked by
 their policy when they are idle, and only then. `room`: two tenants that do not fit on the device use it in turn.
-`full`: a request that finds the device full waits while an idle tenant is parked for it.
+`full`: a request that finds the device full waits while an idle tenant is parked for it. `deadline`: such a
+request fails at the deadline of its policy.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ size = int(sys.argv[1])
 memory = mmap.mmap(-1, size)
 ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size)
 """
-AFTER, HELD = 10, 8
+AFTER, HELD, DEADLINE = 10, 8, 2
 STAYS = 12  # a little longer than a tenant stays after it was busy
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -214,14 +215,16 @@ def _parks(tenants: dict[str, Tenant]) -> dict[str, int]:
     return {name: tenant.view()["parking"]["parks"] for name, tenant in tenants.items()}
 
 
-def _under_policy(service: Service, place: Place, names: tuple[str, ...], after: str) -> dict[str, Tenant]:
-    """Return new tenants, by name, under a policy that parks them."""
-    tenants = {name: place.tenant(LIMIT) for name in names}
+def _under_policy(
+    service: Service, place: Place, names: tuple[str, ...], after: str, limit: int = LIMIT
+) -> dict[str, Tenant]:
+    """Return new tenants, by name, with this limit in bytes, under a policy that parks them."""
+    tenants = {name: place.tenant(limit) for name in names}
     for tenant in tenants.values():
         tenant.assert_enforced()
         fgpu("unset", tenant.path)
     paths = '", "'.join(tenant.path for tenant in tenants.values())
-    (service.policies / "policy.yaml").write_text(POLICY.format(paths=paths, limit=LIMIT, after=after))
+    (service.policies / "policy.yaml").write_text(POLICY.format(paths=paths, limit=limit, after=after))
     fgpu("reload")
     for tenant in tenants.values():
         tenant.assert_enforced()
@@ -278,6 +281,25 @@ def full(service: Service, place: Place) -> None:
                 need((seen["state"], seen["parks"]) == ("parked", number), "the other tenant is parked")
                 need(holds.do("intact()", 120), "a call wakes it with its data")
             need(asks.do("intact()"), "the data of the tenant that waited is intact")
+
+
+def deadline(service: Service, place: Place) -> None:
+    """Let a tenant request memory while the parking of 60 GiB for it lasts longer than the deadline of its policy."""
+    with tempfile.TemporaryDirectory() as folder, parking(service, Path(folder), "park"):
+        after = f"1h, deadline: {DEADLINE}s"
+        first, second = _under_policy(service, place, ("first", "second"), after, LARGE).values()
+        with _all_but(70 * GIB):
+            holds, asks = Torch(first, 60), Torch(second, 1)
+            time.sleep(STAYS)
+            line, began = f"result('cuMemAlloc', C.c_size_t({12 * GIB}))", time.monotonic()
+            need(asks.do(line) == 2, "a request is refused while a tenant is parked for it")
+            took = time.monotonic() - began
+            say("refused_after", f"{took:.2f}", "s")
+            need(DEADLINE <= took < DEADLINE + 2, "it is refused at the deadline")
+            becomes(first, "parked", 90)
+            need(asks.do(line) == 0, "the same request has its memory when the tenant is parked")
+            need(asks.do("intact()"), "the data of the tenant that waited is intact")
+        need(holds.do("intact()", 120), "a call wakes the parked tenant with its data")
 
 
 def idle(service: Service, place: Place) -> None:

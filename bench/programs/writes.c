@@ -1,7 +1,7 @@
 /* writes: a program that always has kernels of 2 ms in flight, which write to its memory, until stdin ends. It prints
  * "ready MPS", where MPS is 1 if the program uses MPS, and answers each line of stdin with the number of its launches.
- * At the first error of the driver it prints the error and exits. It does not use fgpu; bench/killed_clients.py runs
- * it. */
+ * After the line "fault" its kernels write to address 8, which causes a fatal fault of the driver. At the first error of the driver it prints the error and exits. It does not use fgpu;
+ * bench/killed_clients.py and bench/isolation.py run it. */
 #include <cuda.h>
 #include <dlfcn.h>
 #include <poll.h>
@@ -70,6 +70,7 @@ int main(void)
         CALL(cuEventRecord, events[launches % IN_FLIGHT], NULL);
         if (poll(&input, 1, 0) <= 0) continue;
         if (!fgets(line, sizeof line, stdin)) return 0;
+        if (line[0] == 'f') memory = 8;
         printf("%lu\n", launches);
         fflush(stdout);
     }
