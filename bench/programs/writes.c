@@ -1,7 +1,8 @@
 /* writes: a program that always has kernels of 2 ms in flight, which write to its memory, until stdin ends. It prints
  * "ready MPS", where MPS is 1 if the program uses MPS, and answers each line of stdin with the number of its launches.
- * After the line "fault" its kernels write to address 8, which causes a fatal fault of the driver. At the first error of the driver it prints the error and exits. It does not use fgpu;
- * bench/killed_clients.py and bench/isolation.py run it. */
+ * After the line "fault" its kernels write to address 8, which causes a fatal fault of the driver. At the first error
+ * of the driver it prints the error and exits. It does not use fgpu; bench/killed_clients.py and bench/isolation.py
+ * run it. */
 #include <cuda.h>
 #include <dlfcn.h>
 #include <poll.h>
