@@ -56,7 +56,7 @@ struct client {
     enum client_state state;
     int sock;
     int pidfd;
-    uint64_t free_at_ns; /* CLIENT_CLOSED: when the simulated driver has freed the memory */
+    uint64_t closed_at_ns, free_at_ns; /* CLIENT_CLOSED: since when, and when the driver has freed the memory */
     struct identity process;
     bool has_ended; /* the process has ended; no request is served any more */
     bool attached;

@@ -214,8 +214,9 @@ struct sim_record {
     uint32_t pid;
     uint32_t device;
     uint32_t contexts;
-    uint32_t has_ended; /* the process has ended, and another process has its connection */
-    uint64_t resident;  /* managed memory that is on the device */
+    uint32_t has_ended;      /* the process has ended, and another process has its connection */
+    uint64_t freed_after_ns; /* how long after the last close of its connection its memory is freed; 0: it is open */
+    uint64_t resident;       /* managed memory that is on the device */
     uint64_t bytes[SIM_KINDS];
     union {
         uint64_t requested[SIM_ASKED];
