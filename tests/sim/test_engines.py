@@ -9,7 +9,7 @@ from .device_time_kit import queue
 
 
 def test_a_copy_takes_its_time_in_its_stream(machine: Machine) -> None:
-    """A synchronous copy takes the same time. In the thread's stream, it does not wait for a kernel of another stream."""
+    """A synchronous copy takes the same time. In the thread's stream, it does not wait for kernels elsewhere."""
     script = """
 f = kernel("spin_20000us")[1]; s, t = stream(), stream(); began = time.monotonic()
 first = led(s); copies(1, s); middle = recorded(s); launch(f, s); last = recorded(s); queued(first)

@@ -99,7 +99,7 @@ def test_a_stalled_nvml_blocks_no_call_of_cuda(machine: Machine) -> None:
         with machine.spawn(f"import pynvml as N; {asking}") as gone:
             assert waiting.stdout is not None
             assert gone.stdout is not None
-            assert [one.stdout.readline() for one in (waiting, gone)] == ["asks\n"] * 2
+            assert [waiting.stdout.readline(), gone.stdout.readline()] == ["asks\n"] * 2
             time.sleep(0.2)
             gone.kill()
         assert machine.python("start(); say(info()[1] >> 30)") == ["139"]

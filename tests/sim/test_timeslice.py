@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.wait import eventually
-
 from .conftest import Machine
 from .device_time_kit import queue
+from .faults_kit import order
 
 # With a slice of 2 ms and a change of 0.18 ms, a context has 2 of 2.18 ms if others always have work.
 SLICE, CHANGE = 2.0, 0.18
@@ -42,7 +41,7 @@ say(ms(first, middle), all_, waited >= LEAD_MS + all_)
 
 
 def together(machine: Machine, us: int, deep: int, devices: tuple[int, ...], parallel: int = 1) -> list[float]:
-    """Let contexts work at the same time, each `deep` kernels of `us` in each of its streams. Return the times in ms."""
+    """Let contexts work at the same time, each `deep` kernels of `us` in each stream. Return the times in ms."""
     script = f"us, deep, devices, parallel = {us}, {deep}, {devices}, {parallel}\n{TOGETHER}"
     (line,) = queue(machine, script)
     return sorted(map(float, line.split()))
@@ -115,12 +114,12 @@ def test_events_show_the_real_duration(machine: Machine) -> None:
 
 def test_work_of_a_killed_process_is_dropped(machine: Machine) -> None:
     """Its memory remains for a minute."""
-    machine.run(machine.tools / "fgpu-simd", "--fault", "slow-end:60s")
+    order(machine, "slow-end:60s")
     with machine.spawn("start(); launch(kernel('spin_3600000000us')[1]); say('up'); wait()") as hog:
         assert hog.stdout is not None
         assert hog.stdout.readline() == "up\n"
         hog.kill()
-    eventually(lambda: machine.process(hog.pid)["freed_after_us"])
+    machine.freed_after_us(hog.pid)
     assert queue(machine, FOUR) == ["25.0 100.0 True"]
 
 

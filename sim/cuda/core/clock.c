@@ -36,7 +36,8 @@ void context_lost(struct context *context, uint64_t at, uint64_t lost)
     bool is_more = lost > context->lost_ns;
     if (is_more) remember_loss(context);
     context->lost_ns = later(context->lost_ns, lost);
-    uint64_t now = at - context->lost_ns, end = is_more && context->work_ns > context->known_ns ? context->work_ns : now;
+    uint64_t now = at - context->lost_ns,
+             end = is_more && context->work_ns > context->known_ns ? context->work_ns : now;
     context->reached_ns = later(context->reached_ns, now);
     context->known_ns = later(context->known_ns, sooner(now, end));
     if (is_more) remember_loss(context);
