@@ -178,6 +178,7 @@ void client_close(struct client *client)
     turns_leave(client, 0);
     server.n_closed++;
     uint64_t now = now_ns();
+    client->closed_at_ns = now;
     client->free_at_ns =
         holds_anything(client) ? now + CLEANUP_MIN_NS + now % CLEANUP_SPREAD_NS + fault_end_takes_ns() : now;
 }

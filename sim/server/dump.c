@@ -28,9 +28,10 @@ static void print_process(const struct sim_record *r, const char *before)
         if (kind != SIM_PAGES) bytes += r->bytes[kind];
         if (kind < SIM_ASKED) requested += r->requested[kind];
     }
-    printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"contexts\": %u, \"bytes\": %" PRIu64
-           ", \"requested_bytes\": %" PRIu64,
-           before, r->pid, r->device, r->has_ended ? "true" : "false", r->contexts, bytes, requested);
+    printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"freed_after_us\": %" PRIu64
+           ", \"contexts\": %u, \"bytes\": %" PRIu64 ", \"requested_bytes\": %" PRIu64,
+           before, r->pid, r->device, r->has_ended ? "true" : "false", r->freed_after_ns / 1000, r->contexts, bytes,
+           requested);
     for (int kind = 0; kind < SIM_KINDS; kind++) {
         /* For managed memory, prints the requested bytes. The bytes on the device follow below. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);

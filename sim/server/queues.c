@@ -24,6 +24,7 @@ struct group {
 struct item {
     uint64_t from_ns; /* the earliest start, by the context's clock */
     uint64_t left_ns;
+    uint64_t done_ns;    /* 0: it is not done */
     struct group *group; /* NULL: the kernel runs alone */
     struct member *member;
     uint64_t round;
@@ -110,6 +111,14 @@ uint64_t queue_done(const struct client *client, const struct sim_request *reque
     return queue ? queue->done : UINT64_MAX;
 }
 
+uint64_t queue_done_ns(const struct client *client, const struct sim_request *request)
+{
+    const struct queue *queue = find(client, request);
+    uint64_t index = request->requested;
+    bool is_kept = queue && index && index <= queue->done && queue->queued - index < MOST_WAITING;
+    return is_kept ? queue->items[index % MOST_WAITING].done_ns : 0;
+}
+
 static struct item *head(struct queue *queue)
 {
     return queue->done < queue->queued ? &queue->items[(queue->done + 1) % MOST_WAITING] : NULL;
@@ -140,13 +149,17 @@ uint64_t queues_steady_ns(uint32_t device, const struct client *client, uint64_t
 /* Removes work that is done, and lets the next work arrive. */
 static bool goes_on(struct queue *queue, uint64_t clock_ns, uint64_t ns)
 {
+    uint64_t at_ns = clock_ns;
     for (struct item *item; (item = head(queue)); queue->done++) {
         if (item->from_ns > clock_ns) return true;
         if (item->member && item->member->arrived < item->round) item->member->arrived = item->round;
         if (!all_there(item)) return true;
-        item->left_ns -= ns < item->left_ns ? ns : item->left_ns;
+        uint64_t ran = ns < item->left_ns ? ns : item->left_ns;
+        item->left_ns -= ran;
+        at_ns += ran;
         ns = 0;
         if (item->left_ns) return true;
+        item->done_ns = at_ns;
     }
     return false;
 }

@@ -297,8 +297,10 @@ struct sim_queue turns_look_queue(const struct client *client, const struct sim_
 {
     struct timeline *t = up_to_now(request->device);
     const struct runner *r = runner_of(t, client, request->context, false);
-    return (struct sim_queue){
-        .at_ns = t->at_ns, .lost_ns = r ? r->lost_ns : 0, .done = r ? queue_done(client, request) : UINT64_MAX};
+    return (struct sim_queue){.at_ns = t->at_ns,
+                              .lost_ns = r ? r->lost_ns : 0,
+                              .done = r ? queue_done(client, request) : UINT64_MAX,
+                              .done_ns = r ? queue_done_ns(client, request) : 0};
 }
 
 bool turns_has_work(const struct client *client)

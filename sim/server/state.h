@@ -56,7 +56,7 @@ struct client {
     enum client_state state;
     int sock;
     int pidfd;
-    uint64_t free_at_ns; /* CLIENT_CLOSED: when the simulated driver has freed the memory */
+    uint64_t closed_at_ns, free_at_ns; /* CLIENT_CLOSED: since when, and when the driver has freed the memory */
     struct identity process;
     bool has_ended; /* the process has ended; no request is served any more */
     bool attached;
@@ -227,6 +227,8 @@ bool queues_any(void);
 uint64_t queue_add(const struct client *client, const struct sim_request *request);
 /* Returns the index of the last work that is done; UINT64_MAX: there is no such queue. */
 uint64_t queue_done(const struct client *client, const struct sim_request *request);
+/* Returns when the work with the requested index was done, by the context's clock; 0: it is unknown. */
+uint64_t queue_done_ns(const struct client *client, const struct sim_request *request);
 /* Returns for how long nothing will begin or end in the queues of a context. */
 uint64_t queues_steady_ns(uint32_t device, const struct client *client, uint64_t context, uint64_t clock_ns);
 /* Runs the queues of a context for `ns`, until clock_ns. Returns how many have work left. */

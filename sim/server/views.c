@@ -102,6 +102,7 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
             *record = (struct sim_record){.pid = (uint32_t)c->process.pid[0],
                                           .device = device,
                                           .has_ended = c->has_ended,
+                                          .freed_after_ns = c->free_at_ns - c->closed_at_ns,
                                           .resident = c->resident[device]};
             add_holding(record, &c->own[device]);
             for (uint32_t i = 0; i < c->n_contexts; i++) {

@@ -181,6 +181,7 @@ struct sim_queue {
     uint64_t at_ns, lost_ns; /* as in struct sim_time */
     uint64_t index;          /* of the queued work, from 1 on; 0: the queue was full; UINT64_MAX: impossible work */
     uint64_t done;           /* the index of the last work that is done */
+    uint64_t done_ns;        /* by the context's clock: when the work with the requested index was done; 0: unknown */
 };
 
 /* A process that has the key may open the memory. The key is too long to be guessed. */
@@ -214,8 +215,9 @@ struct sim_record {
     uint32_t pid;
     uint32_t device;
     uint32_t contexts;
-    uint32_t has_ended; /* the process has ended, and another process has its connection */
-    uint64_t resident;  /* managed memory that is on the device */
+    uint32_t has_ended;      /* the process has ended, and another process has its connection */
+    uint64_t freed_after_ns; /* how long after the last close of its connection its memory is freed; 0: it is open */
+    uint64_t resident;       /* managed memory that is on the device */
     uint64_t bytes[SIM_KINDS];
     union {
         uint64_t requested[SIM_ASKED];

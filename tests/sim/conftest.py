@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.wait import Deadline
+from tests.support.wait import Deadline, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "sim"
@@ -141,6 +141,14 @@ class Machine:
         found = [p for p in self.dump()["processes"] if p["pid"] == pid and p["device"] == device]
         assert len(found) == 1, found
         return found[0]
+
+    def freed_after_us(self, pid: int) -> int:
+        """Return how long after the last close of a process's connection the server will free its memory.
+
+        This is the server's plan, which does not change. Use a process with an end that is delayed: the row of another
+        process may have gone when the dump is read.
+        """
+        return eventually(lambda: self.process(pid)["freed_after_us"])
 
     def settles_at(self, used: int, within: float = 1.0) -> float:
         """Return the seconds until the device has `used` bytes in use. Fail after `within`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import time
 from collections.abc import Callable
@@ -85,23 +86,26 @@ def test_the_end_of_a_process_can_be_delayed(machine: Machine) -> None:
     assert time.monotonic() - killed > 2.9
 
 
-@pytest.mark.timed
 def test_a_stalled_nvml_blocks_no_call_of_cuda(machine: Machine) -> None:
-    """A process that is killed while it waits for NVML leaves nothing in the server."""
+    """A process that is killed while it waits for NVML leaves nothing in the server.
+
+    The stall is much longer than the test, and the end of the faults ends it.
+    """
     pytest.importorskip("pynvml")
     before = machine.descriptors()
-    order(machine, "nvml-stall:500ms")
-    start = time.monotonic()
-    with machine.spawn(NVML + "say(N.nvmlDeviceGetMemoryInfo(device).total >> 30)") as waiting:
-        with machine.spawn(NVML) as gone:
+    order(machine, "nvml-stall:3600s")
+    asking = "say('asks'); N.nvmlInit(); say(N.nvmlDeviceGetMemoryInfo(N.nvmlDeviceGetHandleByIndex(0)).total >> 30)"
+    with machine.spawn(f"import pynvml as N; {asking}") as waiting:
+        with machine.spawn(f"import pynvml as N; {asking}") as gone:
+            assert waiting.stdout is not None
+            assert gone.stdout is not None
+            assert [waiting.stdout.readline(), gone.stdout.readline()] == ["asks\n"] * 2
             time.sleep(0.2)
             gone.kill()
         assert machine.python("start(); say(info()[1] >> 30)") == ["139"]
-        assert time.monotonic() - start < 0.45
-        assert waiting.poll() is None
-        assert waiting.stdout is not None
+        assert select.select([waiting.stdout], [], [], 0.2)[0] == []
+        order(machine, "reset")
         assert waiting.stdout.readline() == "140\n"
-        assert 0.45 < time.monotonic() - start < 1
     machine.settles_at(0)
     machine.has_descriptors(before)
     ticks = machine.ticks()

@@ -134,9 +134,10 @@ static bool is_done(struct event *event)
 {
     if (!event->recorded) return true;
     if (event->queue_index) {
-        if (!queue_reached(event->context, event->queue, event->queue_index)) return false;
+        uint64_t done_ns;
+        if (!queue_reached(event->context, event->queue, event->queue_index, &done_ns)) return false;
         event->queue_index = 0;
-        event->done_ns = context_now(event->context);
+        event->done_ns = done_ns;
     }
     return context_reached(event->context, event->done_ns);
 }

@@ -24,7 +24,7 @@ CUresult context_begin(struct context *context, int device, unsigned flags)
     memcpy(context->limits, default_limits, sizeof default_limits);
     growth_begins(context);
     context->legacy = context->per_thread = (struct stream){.context = context};
-    context->lost_ns = context->work_ns = context->expected_ns = context->n_losses = 0;
+    context->lost_ns = context->work_ns = context->expected_ns = context->known_ns = context->n_losses = 0;
     memset(context->engines_ns, 0, sizeof context->engines_ns);
     context->legacy.id = 1;
     context->per_thread.id = 2;

@@ -10,6 +10,8 @@
 
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
+static uint64_t sooner(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
 static uint64_t real_now(void)
 {
     struct timespec ts;
@@ -19,12 +21,26 @@ static uint64_t real_now(void)
 
 uint64_t context_now(const struct context *context) { return real_now() - context->lost_ns; }
 
+static void remember_loss(struct context *context)
+{
+    const struct loss now = {context->known_ns, context->lost_ns};
+    const struct loss *last = &context->losses[(context->n_losses + LOSSES - 1) % LOSSES];
+    if (context->n_losses && last->at_ns == now.at_ns && last->lost_ns == now.lost_ns) return;
+    context->losses[context->n_losses++ % LOSSES] = now;
+}
+
+/* The clock loses time only while there is work. What was lost since known_ns was therefore lost before the end of the
+ * work, however late this function is called. */
 void context_lost(struct context *context, uint64_t at, uint64_t lost)
 {
-    if (lost > context->lost_ns)
-        context->losses[context->n_losses++ % LOSSES] = (struct loss){context->reached_ns, context->lost_ns};
+    bool is_more = lost > context->lost_ns;
+    if (is_more) remember_loss(context);
     context->lost_ns = later(context->lost_ns, lost);
-    context->reached_ns = later(context->reached_ns, at - context->lost_ns);
+    uint64_t now = at - context->lost_ns,
+             end = is_more && context->work_ns > context->known_ns ? context->work_ns : now;
+    context->reached_ns = later(context->reached_ns, now);
+    context->known_ns = later(context->known_ns, sooner(now, end));
+    if (is_more) remember_loss(context);
 }
 
 static bool ask(struct context *context, uint32_t op, uint64_t ns, uint64_t from, struct sim_time *answer)
@@ -44,12 +60,14 @@ uint64_t context_start(const struct context *context, uint64_t from)
     return later(from, context->work_ns > context->reached_ns ? context->reached_ns : context_now(context));
 }
 
-/* Sends only work of a microsecond or more to the server. */
+/* Sends only work of a microsecond or more to the server. If there is no other work, no time is lost before its start.
+ */
 uint64_t context_work(struct context *context, uint64_t ns, uint64_t from)
 {
     struct sim_time answer;
     uint64_t done = context_start(context, from) + ns;
     if (ns >= 1000 && ask(context, SIM_WORK, ns, from, &answer)) done = answer.done_ns;
+    if (context->work_ns <= context->known_ns) context->known_ns = later(context->known_ns, done - ns);
     context->work_ns = later(context->work_ns, done);
     return done;
 }
@@ -89,11 +107,11 @@ void context_wait(struct context *context, uint64_t until)
     }
 }
 
-/* Time that was lost between two observations is assumed to have been lost evenly. */
+/* Time that was lost between two times at which the loss is known is assumed to have been lost evenly. */
 uint64_t context_real(const struct context *context, uint64_t at)
 {
     size_t n = context->n_losses < LOSSES ? context->n_losses : LOSSES;
-    struct loss before = {0}, after = {context->reached_ns, context->lost_ns};
+    struct loss before = {0}, after = {context->known_ns, context->lost_ns};
     for (size_t i = context->n_losses - n; i < context->n_losses; i++) {
         const struct loss *loss = &context->losses[i % LOSSES];
         if (loss->at_ns >= at) {

@@ -102,6 +102,7 @@ struct context {
     uint64_t engines_ns[ENGINES]; /* when each engine will have done its last copy */
     uint64_t lost_ns, reached_ns; /* the clock is at least lost_ns behind, and has shown at least reached_ns */
     uint64_t work_ns;             /* when all work of the context will be done, by its clock */
+    uint64_t known_ns;            /* the clock was or will be lost_ns behind when it shows this time */
     /* On a shared device: at the real time asked_ns, the server expected the clock to show expected_from_ns at the real
      * time expected_ns. */
     uint64_t asked_ns, expected_ns, expected_from_ns;

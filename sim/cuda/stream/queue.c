@@ -18,10 +18,13 @@ static bool ask(struct context *context, uint32_t op, struct sim_request request
 }
 
 /* Also returns true if the server has no such queue any more. */
-bool queue_reached(struct context *context, uint64_t queue, uint64_t index)
+bool queue_reached(struct context *context, uint64_t queue, uint64_t index, uint64_t *done_ns)
 {
-    struct sim_queue answer;
-    return !ask(context, SIM_LOOK_QUEUE, (struct sim_request){.queue = queue}, &answer) || answer.done >= index;
+    struct sim_queue answer = {0};
+    struct sim_request request = {.queue = queue, .requested = index};
+    bool is_done = !ask(context, SIM_LOOK_QUEUE, request, &answer) || answer.done >= index;
+    if (done_ns) *done_ns = answer.done_ns ? answer.done_ns : context_now(context);
+    return is_done;
 }
 
 /* Releases the lock for a moment. Returns false if the context has ended meanwhile. */
@@ -37,7 +40,7 @@ static bool rest(const struct context *context, uint64_t id)
 void queue_wait(struct context *context, uint64_t queue, uint64_t index)
 {
     uint64_t id = context->id;
-    while (!queue_reached(context, queue, index) && rest(context, id))
+    while (!queue_reached(context, queue, index, NULL) && rest(context, id))
         ;
 }
 
@@ -54,7 +57,7 @@ void queues_wait(struct context *context)
 bool queue_is_used(struct context *context, struct stream *stream)
 {
     if (!stream->queue_index) return false;
-    if (!queue_reached(context, stream->id, stream->queue_index)) return true;
+    if (!queue_reached(context, stream->id, stream->queue_index, NULL)) return true;
     uint64_t now = context_now(context);
     if (stream->done_ns < now) stream->done_ns = now;
     stream->queue_index = 0;

@@ -31,8 +31,8 @@ void streams_end(struct context *context);
 
 /* queue.c: streams whose work the server does */
 
-/* Returns whether the work with this index is done. */
-bool queue_reached(struct context *context, uint64_t queue, uint64_t index);
+/* Returns whether the work with this index is done, and when it was, by the context's clock. `done_ns` may be NULL. */
+bool queue_reached(struct context *context, uint64_t queue, uint64_t index, uint64_t *done_ns);
 /* Waits until the work with this index is done. Releases the lock while it sleeps, and so does queues_wait. */
 void queue_wait(struct context *context, uint64_t queue, uint64_t index);
 /* Waits until no stream of the context is a queue with work. */
