@@ -6,12 +6,16 @@ import threading
 import time
 
 from tests.support.commands import ask
+from tests.support.wait import waited_here, waiting_of
 
 PAUSE_SECONDS = 0.02
 
 
 class Pings:
-    """A thread that sends requests to the agent's control socket inside a `with`."""
+    """A thread that sends requests to the agent's control socket inside a `with`.
+
+    The time in which this thread or the agent waited for a processor does not count.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -19,10 +23,12 @@ class Pings:
         self._thread = threading.Thread(target=self._ask)
 
     def _ask(self) -> None:
+        agent = ask(verb="ping")["pid"]
         while not self._over.wait(PAUSE_SECONDS):
-            begun = time.monotonic()
+            waiting, waited, begun = waiting_of(agent), waited_here(), time.monotonic()
             ask(verb="ping")
-            self.seconds.append(time.monotonic() - begun)
+            seconds = time.monotonic() - begun
+            self.seconds.append(max(0.0, seconds - waiting() - (waited_here() - waited)))
 
     def __enter__(self) -> Pings:
         self._thread.start()

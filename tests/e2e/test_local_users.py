@@ -12,6 +12,7 @@ import pytest
 from tests.support.commands import ask
 from tests.support.host import BUILD, CONTEXT, MIB
 from tests.support.service import Service
+from tests.support.wait import quiet_seconds
 
 PROCESSES, MAPPINGS = 100, 30_000  # reading all mappings takes one processor 10 s
 ROOM = 40 * MIB
@@ -47,7 +48,9 @@ def crowd(tmp_path: Path) -> Iterator[None]:
 def test_processes_with_many_mappings_delay_no_tenant(agent: Service, tenant, crowd: None, scale) -> None:
     """T46: the agent examines all processes of the host at its start and every half minute."""
     agent.kill_agent()
-    seconds = agent.start_agent()
+    begun = quiet_seconds()
+    agent.start_agent()
+    seconds = quiet_seconds() - begun
     worst, end = 0.0, time.monotonic() + scale(4, 33, 66)
     while time.monotonic() < end:
         one = tenant(CONTEXT + ROOM)
@@ -56,9 +59,9 @@ def test_processes_with_many_mappings_delay_no_tenant(agent: Service, tenant, cr
             one.client().ok(f"alloc {ROOM}")
         one.end()
         for _ in range(10):
-            begun = time.monotonic()
+            begun = quiet_seconds()
             ask(verb="ping")
-            worst = max(worst, time.monotonic() - begun)
+            worst = max(worst, quiet_seconds() - begun)
             time.sleep(0.05)
     print(f"start {seconds:.1f} s, slowest reply {worst:.3f} s")
     assert worst < PING_SECONDS

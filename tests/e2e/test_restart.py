@@ -27,7 +27,7 @@ from tests.support.host import (
     cgroup_root,
 )
 from tests.support.service import Service
-from tests.support.wait import Deadline, eventually
+from tests.support.wait import Deadline, eventually, quiet_seconds
 
 ROOM = 40 * MIB
 
@@ -154,7 +154,9 @@ def test_the_fastest_of_three_starts_enforces_limits_within_three_seconds(agent:
     for _ in range(3):
         agent.kill_agent()
         agent.kill_gatekeeper()
-        seconds.append(agent.start_agent())
+        begun = quiet_seconds()
+        agent.start_agent()
+        seconds.append(quiet_seconds() - begun)
     assert min(seconds) < 3, seconds
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fgpu_ebpf.driver import programs
@@ -28,6 +29,12 @@ ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 UUIDS = [bytes(range(start, start + 16)) for start in (0, 100)]
 numbers = itertools.count(1)
+PATIENT = """
+import sys
+from fgpu_ebpf.gatekeeper import connections, main as gatekeeper
+connections.PATIENCE_NS *= 60
+sys.exit(gatekeeper.main())
+"""  # keeps a connection for a minute, so a test that has no processor for seconds is still in time
 
 
 class Keeper:
@@ -66,6 +73,11 @@ class Keeper:
 
     def resident_kib(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4
+
+    def processor_seconds(self) -> float:
+        """Return the processor time of all threads since the start."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -157,6 +169,16 @@ def keeper(pins: Path, ledger: Ledger) -> Iterator[Keeper]:
     assert keeper.process.poll() is None, keeper.log.read_text()
     log = keeper.log.read_text()
     assert "Traceback" not in log, log
+    assert keeper.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def patient(pins: Path, ledger: Ledger) -> Iterator[Keeper]:
+    """Run a gatekeeper that keeps connections for a minute. The tests of one file share it."""
+    keeper = Keeper(pins, code=PATIENT)
+    assert keeper.ready, keeper.log.read_text()
+    yield keeper
+    assert keeper.process.poll() is None, keeper.log.read_text()
     assert keeper.stop() == 0
 
 

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
@@ -112,6 +113,10 @@ class Child:
                 pickle.dump(said, pipe)
         finally:
             os._exit(0)  # never return into the test runner, of which this process is a copy
+
+    def has_said(self) -> bool:
+        """Return whether the function has returned. Its result is still unread."""
+        return bool(select.select([self._read], [], [], 0)[0])
 
     def result(self) -> Any:
         with open(self._read, "rb") as pipe:

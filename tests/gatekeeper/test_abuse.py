@@ -25,9 +25,10 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
-from tests.gatekeeper.conftest import GIB, Keeper
+from tests.gatekeeper.conftest import GIB, PATIENT, Keeper
 from tests.gatekeeper.hello_client import Child, connect, hello, in_cgroup, receive, request, until
 from tests.gatekeeper.waits_kit import prompt, waits
+from tests.support.wait import Deadline, quiet_seconds, waiting_of
 
 Make = Callable[..., Path]
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -298,19 +299,18 @@ def test_a_malformed_message_closes_the_connection_of_its_sender(
     assert keeper.resident_kib() - resident < 1024
 
 
-@pytest.mark.timed
-def test_a_second_message_closes_the_connection(keeper: Keeper, cgroup: Make) -> None:
-    def chatter(pause: float) -> float:
-        with connect(keeper.run) as sock:
-            began = time.monotonic()
-            sock.send(request())
-            time.sleep(pause)
-            sock.send(request())
-            assert receive(sock) is None
-            return time.monotonic() - began
+def test_a_second_message_closes_the_connection(patient: Keeper, cgroup: Make) -> None:
+    """The gatekeeper would keep the connection for a minute otherwise, and the process waits for 10 s at most."""
 
-    counted = keeper.grows("malformed", 1)
-    assert in_cgroup(cgroup(), chatter, 0.05) < 0.3
+    def chatter() -> bool:
+        with connect(patient.run) as sock:
+            sock.send(request())
+            time.sleep(0.05)
+            sock.send(request())
+            return receive(sock) is None
+
+    counted = patient.grows("malformed", 1)
+    assert in_cgroup(cgroup(), chatter)
     counted()
 
 
@@ -330,73 +330,70 @@ def test_the_gatekeeper_closes_descriptors_that_a_client_sends(keeper: Keeper, t
 
 @pytest.mark.timed
 def test_silent_clients_are_disconnected_and_delay_no_other_client(keeper: Keeper, tenant: Make) -> None:
-    def silent() -> list[float]:
-        socks = [connect(keeper.run) for _ in range(16)]
-        began = time.monotonic()
-        ends = []
-        for sock in socks:
+    def silent() -> tuple[list[float], bool]:
+        began = [(time.monotonic(), connect(keeper.run)) for _ in range(16)]
+        deadline, ends = Deadline(1.5), []
+        for begun, sock in began:
             assert receive(sock) is None
-            ends.append(time.monotonic() - began)
-        return ends
+            ends.append(time.monotonic() - begun)
+        return ends, deadline.is_over()
 
+    in_cgroup(tenant(), waits, keeper, 1)  # a gatekeeper that has served a tenant has all of its own files open
+    until(lambda: keeper.count("processes") == 0)
     counted = keeper.grows("silent", 64)
     before = keeper.descriptors()
     crowd = [Child(tenant(), silent) for _ in range(4)]
     time.sleep(0.1)
-    assert prompt(in_cgroup(tenant(), waits, keeper.run, 20))
-    ends = [end for child in crowd for end in child.result()]
-    assert all(0.8 < end < 1.5 for end in ends)
+    assert prompt(in_cgroup(tenant(), waits, keeper, 20))
+    for child in crowd:
+        ends, is_late = child.result()
+        assert (min(ends) > 0.8, is_late) == (True, False), ends
     counted()
     until(lambda: keeper.descriptors() <= before, 1)
 
 
-@pytest.mark.timed
 @pytest.mark.parametrize("processes", [1, 40])
-def test_a_tenant_has_at_most_sixteen_connections(keeper: Keeper, tenant: Make, processes: int) -> None:
-    ready, start = os.pipe(), os.pipe()
+def test_a_tenant_has_at_most_sixteen_connections(patient: Keeper, tenant: Make, processes: int) -> None:
+    """No connection is closed only for its age during the test."""
+    ready, counting = os.pipe(), os.pipe()
 
     def still_open(number: int) -> int:
-        os.close(start[1])
+        os.close(counting[1])
+        socks = [connect(patient.run) for _ in range(number)]
         os.write(ready[1], b".")
-        # All connect at once. Otherwise the first connections would be closed, with free slots, when the last connect.
-        os.read(start[0], 1)
-        socks = [connect(keeper.run) for _ in range(number)]
-        time.sleep(0.4)
+        os.read(counting[0], 1)
         return sum(not select.select([sock], [], [], 0)[0] for sock in socks)
 
     place = tenant()
-    counted = keeper.grows("dropped_tenant", 24)
+    dropped = patient.grows("dropped_tenant", 24)
     crowd = [Child(place, still_open, 40 // processes) for _ in range(processes)]
     for _ in crowd:
         os.read(ready[0], 1)
-    os.close(start[1])
+    dropped()
+    time.sleep(0.6)  # two heartbeats: it closes no more of them
+    os.close(counting[1])
     assert sum(child.result() for child in crowd) == 16
-    counted()
-    for end in (*ready, start[0]):
+    for end in (*ready, counting[0]):
         os.close(end)
 
 
-@pytest.mark.timed
 def test_silent_connections_of_many_cgroups_are_closed_if_all_slots_are_used(
     start: Callable[..., Keeper], cgroup: Make
 ) -> None:
     """Seventy undecided cgroups hold 16 silent connections each. The number of open descriptors stays bounded."""
-    keeper = start()
+    keeper = start(code=PATIENT)
     place = cgroup()
-    ready, begin = os.pipe(), os.pipe()
+    ready = os.pipe()
 
     def fill() -> None:
         os.setpgid(0, 0)
-        os.close(begin[1])
         for _ in range(70):
             if os.fork() == 0:
                 inner = place / str(os.getpid())
                 inner.mkdir()
                 (inner / "cgroup.procs").write_text("0")
+                kept = [connect(keeper.run, 60) for _ in range(16)]
                 os.write(ready[1], b".")
-                # All connect at once. Otherwise the first connections would be closed for their silence.
-                os.read(begin[0], 1)
-                kept = [connect(keeper.run) for _ in range(16)]
                 signal.pause()
                 del kept
         signal.pause()
@@ -405,19 +402,24 @@ def test_silent_connections_of_many_cgroups_are_closed_if_all_slots_are_used(
     try:
         for _ in range(70):
             os.read(ready[0], 1)
-        os.close(begin[1])
         until(lambda: keeper.count("dropped_total") > 50, 4)
         assert keeper.descriptors() < 2 * 1024 + 50
     finally:
         os.killpg(filler.pid, signal.SIGKILL)
         os.waitpid(filler.pid, 0)
-        for end in (*ready, begin[0]):
+        for end in ready:
             os.close(end)
 
 
-def flood_silently(run: Path, number: int) -> None:
+SHORT = PATIENT.replace(
+    "sys.exit", "connections.WAIT_NS //= 4; connections.REFUSE_NS //= 4; connections.FORGIVE_NS //= 4; sys.exit"
+)
+HEARTBEAT_SECONDS = 0.25
+
+
+def flood_silently(run: Path, on: Path) -> None:
     kept: list[socket.socket] = []
-    for _ in range(number):
+    while on.exists():
         try:
             kept.append(connect(run))
         except OSError:
@@ -425,8 +427,8 @@ def flood_silently(run: Path, number: int) -> None:
         del kept[:-64]
 
 
-def flood_with_hellos(run: Path, number: int) -> None:
-    for _ in range(number):
+def flood_with_hellos(run: Path, on: Path) -> None:
+    while on.exists():
         try:
             with connect(run) as sock:
                 sock.send(request())
@@ -434,8 +436,8 @@ def flood_with_hellos(run: Path, number: int) -> None:
             continue
 
 
-def flood_with_garbage(run: Path, number: int) -> None:
-    for _ in range(number):
+def flood_with_garbage(run: Path, on: Path) -> None:
+    while on.exists():
         try:
             with connect(run) as sock:
                 sock.send(b"?")
@@ -446,34 +448,54 @@ def flood_with_garbage(run: Path, number: int) -> None:
 @pytest.mark.timed
 @pytest.mark.parametrize("flood", [flood_silently, flood_with_hellos, flood_with_garbage])
 def test_a_flood_from_one_tenant_does_not_delay_another_tenant(
-    keeper: Keeper, tenant: Make, flood: Callable[[Path, int], None], scale: Callable[..., int]
+    start: Callable[..., Keeper],
+    tenant: Make,
+    tmp_path: Path,
+    flood: Callable[[Path, Path], None],
+    scale: Callable[..., int],
 ) -> None:
+    """A tenant may use a quarter of its usual time, so that a flood uses it up without having a processor alone."""
+    keeper, on = start(code=SHORT), tmp_path / "on"
+
     def nicely() -> None:
         os.nice(5)  # the test measures the queue, not the lack of processors
-        flood(keeper.run, scale(2500, 5000, 50_000))
+        flood(keeper.run, on)
 
-    place = tenant()
-    dropped = keeper.grows("dropped_tenant", 100)
-    answered, malformed = keeper.count("hello_managed"), keeper.count("malformed")
+    on.touch()
+    place, began = tenant(), time.monotonic()
     crowd = [Child(place, nicely) for _ in range(2)]
-    time.sleep(0.2)
-    took = in_cgroup(tenant(), waits, keeper.run, 20)
-    for child in crowd:
-        child.result()
+    try:
+        time.sleep(scale(1, 2, 20))
+        took = in_cgroup(tenant(), waits, keeper, 10)
+        until(lambda: keeper.count("dropped_tenant") >= 100, 10)
+    finally:
+        on.unlink()
+        for child in crowd:
+            child.result()
     assert prompt(took), took
-    dropped()
-    assert keeper.count("hello_managed") - answered < 2000, "the time of a tenant is bounded"
-    assert keeper.count("malformed") - malformed < 8000
+    until(lambda: keeper.count("hello_managed") >= 10)  # figures of the end of the flood
+    beats = 2 + (time.monotonic() - began) / HEARTBEAT_SECONDS
+    print(f"{beats:.1f} heartbeats, {keeper.counts()}")
+    assert keeper.count("hello_managed") < 62 * beats, "the time of a tenant is bounded"
+    assert keeper.count("malformed") < 150 * beats
 
 
 @pytest.mark.timed
 def test_a_tenant_that_has_used_its_time_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
-    code = (
-        "import sys; from fgpu_ebpf.gatekeeper import connections, main; connections.WAIT_NS = 0; sys.exit(main.main())"
-    )
-    keeper = start(code=code)
-    took, _ = in_cgroup(tenant(), waits, keeper.run, 3)
-    assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after it
+    keeper = start(code=PATIENT.replace("sys.exit", "connections.WAIT_NS = 0; sys.exit"))
+
+    def ask() -> tuple[float, float]:
+        waited, longest = 0.0, 0.0
+        for _ in range(3):
+            began, quiet = time.monotonic(), quiet_seconds()
+            assert hello(keeper.run)
+            longest = max(longest, time.monotonic() - began)
+            waited = max(waited, quiet_seconds() - quiet)
+        return longest, waited
+
+    longest, waited = in_cgroup(tenant(), ask)
+    assert longest > 0.1
+    assert waited < 0.9  # until the next heartbeat, or the one after it
 
 
 @pytest.mark.timed
@@ -500,7 +522,7 @@ sys.exit(gatekeeper.main())
 
     crowd = [Child(tenant(), hang) for _ in range(3)]
     time.sleep(0.1)
-    assert prompt(in_cgroup(tenant(), waits, keeper.run, 20))
+    assert prompt(in_cgroup(tenant(), waits, keeper, 20))
     assert [child.result() for child in crowd] == [True] * 3
     assert keeper.stop() == 0
 
@@ -688,8 +710,8 @@ def test_sigterm_ends_the_heartbeat_and_keeps_a_socket_that_refuses_connections(
     assert keeper.process.wait(30) == 0
 
 
-@pytest.mark.timed
 def test_the_gatekeeper_does_not_wait_for_a_log_without_a_reader(start: Callable[..., Keeper], tenant: Make) -> None:
+    """A write to the log would not return until the test reads, so no hello would be answered."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     try:
@@ -697,26 +719,31 @@ def test_the_gatekeeper_does_not_wait_for_a_log_without_a_reader(start: Callable
             os.write(write, b"x" * 4096)
     except BlockingIOError:
         os.set_blocking(write, True)
-    keeper = start(stderr=write)
+    keeper = start(stderr=write, code=PATIENT)
     assert keeper.ready
-    assert prompt(in_cgroup(tenant(), waits, keeper.run, 15))
+    in_cgroup(tenant(), waits, keeper, 15)
     os.close(read)
-    assert prompt(in_cgroup(tenant(), waits, keeper.run, 15))
+    in_cgroup(tenant(), waits, keeper, 15)
     os.close(write)
 
 
-@pytest.mark.timed
 def test_the_heartbeat_is_written_continuously(keeper: Keeper, tenant: Make) -> None:
-    def watch() -> list[int]:
+    """A heartbeat is late by as much as the gatekeeper, or the process that reads it, has waited for a processor."""
+
+    def watch() -> tuple[list[int], float]:
         reply = hello(keeper.run)
         assert reply
-        page, seen, end = reply.page(0), set(), time.monotonic() + 1.1
-        while time.monotonic() < end:
+        seen: set[int] = set()
+        page, deadline, late, before = reply.page(0), Deadline(2), 0.0, time.monotonic()
+        while len(seen) < 5 and not deadline.is_over():
             seen.add(page.heartbeat_ns)
             time.sleep(0.005)
-        return sorted(seen)
+            late, before = max(late, time.monotonic() - before), time.monotonic()
+        return sorted(seen), late
 
-    beats = in_cgroup(tenant(), watch)
+    waiting = waiting_of(keeper.process.pid)
+    beats, late = in_cgroup(tenant(), watch)
+    late += waiting()
     gaps = [later - earlier for earlier, later in itertools.pairwise(beats)]
     assert len(gaps) >= 3
-    assert max(gaps) < 0.4e9
+    assert max(gaps) / 1e9 < 0.4 + late, late

@@ -124,27 +124,24 @@ def test_a_process_is_answered_only_if_its_memory_has_the_breakpoints(
     ledger.forget_file(*file_of(library))
 
 
-@pytest.mark.timed
 def test_a_waiting_process_is_answered_once_the_breakpoint_exists(
-    keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None]
+    patient: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None]
 ) -> None:
     """The process has mapped the file already. The gatekeeper reads the file's contents in its memory repeatedly."""
     ledger.enter_file(*file_of(library), CHECK)
-    read, write = os.pipe()
 
-    def ask() -> tuple[int, float]:
+    def ask() -> int:
         map_file(library)
-        begun = time.monotonic()
-        os.write(write, b"x")
-        reply = hello(keeper.run)
-        return reply.answer.code if reply else -1, time.monotonic() - begun
+        reply = hello(patient.run, patience=60)
+        return reply.answer.code if reply else -1
 
+    held = patient.grows("hello_held")
     child = Child(tenant(), ask)
-    os.read(read, 1)
+    held()
     time.sleep(0.2)
+    assert not child.has_said()
     probe(library)
-    code, seconds = child.result()
-    assert (code, seconds > 0.1) == (abi.Code.MANAGED, True)
+    assert child.result() == abi.Code.MANAGED
     ledger.forget_file(*file_of(library))
 
 

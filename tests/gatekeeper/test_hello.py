@@ -18,8 +18,9 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.scheduling.fair_queue import Share
-from tests.gatekeeper.conftest import GIB, UUIDS, Keeper
+from tests.gatekeeper.conftest import GIB, PATIENT, UUIDS, Keeper
 from tests.gatekeeper.hello_client import Child, connect, hello, in_cgroup, receive, request, until
+from tests.support.wait import Deadline
 
 Make = Callable[..., Path]
 CLONE_NEWTIME = 0x80
@@ -162,97 +163,91 @@ def test_a_page_is_never_older_than_its_answer(keeper: Keeper, ledger: Ledger, t
     assert len({answered for answered, _ in seen}) == 6
 
 
-def timed_hello(run: Path, starting: int | None = None) -> tuple[int, float]:
-    began = time.monotonic()
-    if starting is not None:
-        os.write(starting, b".")
-    reply = hello(run)
-    return reply.answer.code if reply else -1, time.monotonic() - began
+def code_of_hello(run: Path) -> int:
+    reply = hello(run, patience=60)
+    return reply.answer.code if reply else -1
 
 
-@pytest.mark.timed
-def test_undecided_processes_are_held_and_the_agent_is_notified(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+def test_undecided_processes_are_held_and_the_agent_is_notified(patient: Keeper, ledger: Ledger, cgroup: Make) -> None:
     place = cgroup()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
-        agent.bind(str(keeper.run / "discover.sock"))
+        agent.bind(str(patient.run / "discover.sock"))
         agent.settimeout(20)
-        child = Child(place, timed_hello, keeper.run)
+        child = Child(place, code_of_hello, patient.run)
         assert json.loads(agent.recv(100)) == {"tgid": child.pid, "others": []}
         time.sleep(0.2)
+        assert not child.has_said()
         ledger.set_limits([LevelLimits(place.stat().st_ino, {0: GIB})])
         ledger.resolve(place.stat().st_ino, managed=True)
-        code, seconds = child.result()
+        until(child.has_said, 0.6)  # at the next heartbeat, or at the one after it
+        code = child.result()
         agent.setblocking(False)
         with pytest.raises(BlockingIOError):  # sent once, however often the gatekeeper checked the process
             agent.recv(100)
-    (keeper.run / "discover.sock").unlink()
+    (patient.run / "discover.sock").unlink()
     assert code == abi.Code.MANAGED
-    assert 0.2 < seconds < 0.8
 
 
-@pytest.mark.timed
 def test_a_process_of_a_managed_cgroup_waits_until_the_cgroup_s_page_exists(
-    keeper: Keeper, ledger: Ledger, cgroup: Make
+    patient: Keeper, ledger: Ledger, cgroup: Make
 ) -> None:
     place = cgroup()
     ledger.resolve(place.stat().st_ino, managed=True)
-    read, write = os.pipe()
-    child = Child(place, timed_hello, keeper.run, write)
-    os.read(read, 1)
-    time.sleep(0.2)
+    child = Child(place, code_of_hello, patient.run)
+    time.sleep(0.4)
+    assert not child.has_said()
     ledger.set_limits([LevelLimits(place.stat().st_ino, {0: GIB})])
-    code, seconds = child.result()
-    assert (code, seconds > 0.1) == (abi.Code.MANAGED, True)
+    assert child.result() == abi.Code.MANAGED
 
 
-@pytest.mark.timed
 def test_an_undecided_process_is_disconnected_without_an_answer_after_a_second(keeper: Keeper, cgroup: Make) -> None:
+    def ask() -> tuple[int, float, bool]:
+        began, deadline = time.monotonic(), Deadline(1.5)
+        code = code_of_hello(keeper.run)
+        return code, time.monotonic() - began, deadline.is_over()
+
     grown = keeper.grows("hello_unanswered")
-    code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
-    assert code == -1
-    assert 0.9 < seconds < 1.5
+    code, seconds, is_late = in_cgroup(cgroup(), ask)
+    assert (code, is_late) == (-1, False)
+    assert seconds > 0.9
     grown()
 
 
-@pytest.mark.timed
 @pytest.mark.parametrize("name", ["libcuda.so.1", "libfgpu.so", "libcuda.so.580.1"])
 def test_a_managed_process_waits_until_its_files_are_probed(
-    keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path, tmp_path: Path, name: str
+    patient: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path, tmp_path: Path, name: str
 ) -> None:
     library = tmp_path / name
     library.write_bytes(bytes(4096))
     status = library.stat()
 
-    def with_library() -> tuple[int, float]:
+    def with_library() -> int:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC):
-            return timed_hello(keeper.run, write)
+            return code_of_hello(patient.run)
 
-    read, write = os.pipe()
-    assert in_cgroup(unmanaged, with_library)[0] == abi.Code.UNMANAGED
-    os.read(read, 1)
+    assert in_cgroup(unmanaged, with_library) == abi.Code.UNMANAGED
+    held = patient.grows("hello_held")
     child = Child(tenant(), with_library)
-    os.read(read, 1)
+    held()
     time.sleep(0.15)
+    assert not child.has_said()
     ledger.enter_file(status.st_dev, status.st_ino)
-    code, seconds = child.result()
-    assert (code, seconds > 0.05) == (abi.Code.MANAGED, True)
+    assert child.result() == abi.Code.MANAGED
     ledger.forget_files()
 
 
-@pytest.mark.timed
 def test_hellos_wait_for_a_ledger_that_is_pinned_later(
     start: Callable[..., Keeper], pins: Path, tenant: Make, tmp_path: Path
 ) -> None:
     later = tmp_path / "later"
-    keeper = start(pins=later)
+    keeper = start(pins=later, code=PATIENT)
     assert keeper.ready
-    read, write = os.pipe()
-    child = Child(tenant(), timed_hello, keeper.run, write)
-    os.read(read, 1)
+    child = Child(tenant(), code_of_hello, keeper.run)
     time.sleep(0.3)
+    assert not child.has_said()
     later.symlink_to(pins)
-    code, seconds = child.result()
-    assert (code, 0.15 < seconds < 0.9) == (abi.Code.MANAGED, True)
+    until(child.has_said, 0.75)
+    assert child.result() == abi.Code.MANAGED
 
 
 def rows_seen(run: Path, names: tuple[int, ...]) -> list[tuple[int, int, int]]:

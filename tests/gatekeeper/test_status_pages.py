@@ -22,12 +22,12 @@ from fgpu_ebpf.linux import futex
 from fgpu_ebpf.scheduling.fair_queue import Share
 from tests.gatekeeper.conftest import Keeper
 from tests.gatekeeper.hello_client import Child, Reply, hello
-
-pytestmark = pytest.mark.timed
+from tests.support.wait import Deadline
 
 Make = Callable[..., Path]
 MS, WORD = 1_000_000, 2**64 - 1
-SECONDS = 3.0
+TURNS = 10
+SECONDS, LONGEST_SECONDS = 3.0, 100.0
 
 
 class Pages:
@@ -48,15 +48,15 @@ class Pages:
         self.status.bell = (self.status.bell + 1) & 0xFFFFFFFF
         futex.wake(ctypes.addressof(self.status) + StatusPage.bell.offset)
 
-    def wait_until(self, is_open: bool, end: float) -> None:
-        while bool(self.gate() & Gate.OPEN) != is_open and time.monotonic() < end:
+    def wait_until(self, is_open: bool, end: Deadline) -> None:
+        while bool(self.gate() & Gate.OPEN) != is_open and not end.is_over():
             time.sleep(0.0001)
 
 
-def write_anything(run: Path, seed: int) -> int:
+def write_anything(run: Path, seed: int, on: Path) -> int:
     """Write arbitrary bytes, nearly valid words, and wake-ups, at full speed. Return how often."""
-    mine, draw, end, rounds = Pages(run), random.Random(seed), time.monotonic() + SECONDS, 0
-    while time.monotonic() < end:
+    mine, draw, end, rounds = Pages(run), random.Random(seed), time.monotonic() + LONGEST_SECONDS, 0
+    while on.exists() and time.monotonic() < end:
         rounds += 1
         if draw.random() < 0.3:
             mine.memory[64:1088] = draw.randbytes(1024)
@@ -70,18 +70,22 @@ def write_anything(run: Path, seed: int) -> int:
     return rounds
 
 
-def take_turns(run: Path) -> int:
-    """Run an honest program that always has work to launch. Return the number of its turns."""
-    mine, end, turns = Pages(run), time.monotonic() + SECONDS, 0
+def take_turns(run: Path, on: Path) -> int:
+    """Run an honest program that always has work to launch, for SECONDS. Return the number of its turns.
+
+    The program continues beyond SECONDS until it has had enough turns, for as long as Deadline allows.
+    """
+    mine, least, end, turns = Pages(run), time.monotonic() + SECONDS, Deadline(SECONDS), 0
     device = mine.status.devices[0]
-    while time.monotonic() < end:
+    while time.monotonic() < least or (turns <= TURNS and not end.is_over()):
         device.waiting, device.drained = 1, mine.gate() >> 2
         mine.ring()
         mine.wait_until(True, end)
         device.waiting, turns = 0, turns + 1
-        while mine.gate() & Gate.OPEN and time.monotonic() < end:
+        while mine.gate() & Gate.OPEN and (time.monotonic() < least or not end.is_over()):
             device.launches += 1
             time.sleep(0.0005)
+    on.unlink()
     return turns
 
 
@@ -100,11 +104,10 @@ def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
     ledger.times.forget(made)
 
 
-def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
+def followed(keeper: Keeper, ledger: Ledger, on: Path, *children: Child) -> list[int]:
     """Return the children's results. Check all counts while the children run: a count may only grow."""
     pid, before = keeper.process.pid, dict[tuple[int, int], TurnCounts]()
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    while on.exists():
         assert keeper.process.poll() is None, keeper.log.read_text()
         for key, counts in ledger.times.turns().items():
             last = before.get(key, TurnCounts())
@@ -117,16 +120,18 @@ def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
 
 
 def test_any_status_page_leaves_the_gatekeeper_running_and_the_neighbour_its_turns(
-    keeper: Keeper, ledger: Ledger, sharing: Callable[..., Path]
+    keeper: Keeper, ledger: Ledger, sharing: Callable[..., Path], tmp_path: Path
 ) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     liars = [Share(), Share(limit_millionths=250_000), Share(rank=2)]
-    children = [Child(sharing(share), write_anything, keeper.run, seed + n) for n, share in enumerate(liars)]
-    honest = Child(sharing(Share()), take_turns, keeper.run)
-    *rounds, turns = followed(keeper, ledger, *children, honest)
+    on = tmp_path / "on"  # until the honest program has ended
+    on.touch()
+    children = [Child(sharing(share), write_anything, keeper.run, seed + n, on) for n, share in enumerate(liars)]
+    honest = Child(sharing(Share()), take_turns, keeper.run, on)
+    *rounds, turns = followed(keeper, ledger, on, *children, honest)
     assert min(rounds) > 50
-    assert turns > 10
+    assert turns > TURNS
     assert keeper.counts()["slices"]["faults"] == 0
 
 

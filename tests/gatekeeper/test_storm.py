@@ -28,9 +28,9 @@ from fgpu_ebpf.gatekeeper.ledger_cache import Lineages, ManagedState
 from fgpu_ebpf.gatekeeper.mapping_scanner import MappingScanner
 from fgpu_ebpf.linux import breakpoints, procfs
 from fgpu_ebpf.linux.worker_threads import MOST_WANTED
-from tests.gatekeeper.conftest import Keeper
+from tests.gatekeeper.conftest import PATIENT, Keeper
 from tests.gatekeeper.hello_client import Child, hello, in_cgroup, request, until
-from tests.gatekeeper.storm import PATIENCE_SECONDS, STORM
+from tests.gatekeeper.storm import STORM
 from tests.gatekeeper.waits_kit import prompt, waits
 from tests.support.wait import Deadline
 
@@ -49,21 +49,16 @@ sys.exit(gatekeeper.main())
 """
 
 CLONE_NEWNET, CROWD = 0x40000000, 150
-PATIENT = """
-import sys
-from fgpu_ebpf.gatekeeper import connections, main as gatekeeper
-connections.PATIENCE_NS *= 30
-sys.exit(gatekeeper.main())
-"""
+SHIM_SECONDS = 2.0  # for which a shim waits for its answer
 
 
 class Storm:
     """The 300 processes of one cgroup that send a hello at the same time (storm.py). They have started to send."""
 
-    def __init__(self, run: Path, cgroup: Path, niceness: int = 0) -> None:
+    def __init__(self, run: Path, cgroup: Path, niceness: int = 0, patience: float = SHIM_SECONDS) -> None:
         enter = f'echo $$ >"$0/cgroup.procs" && exec nice -n {niceness} "$@"'
         program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("storm.py"))]
-        asked = [str(run / "shim/shim.sock"), request().hex(), str(ctypes.sizeof(abi.Answer))]
+        asked = [str(run / "shim/shim.sock"), request().hex(), str(ctypes.sizeof(abi.Answer)), str(patience)]
         command = ["sh", "-c", enter, str(cgroup), *program, *asked]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout
@@ -71,7 +66,7 @@ class Storm:
 
     def met(self) -> list[tuple[float, int, int]]:
         """Return for each process: seconds until its answer, or -1; attempts; attempts without a processor to send."""
-        said, _ = self._process.communicate(timeout=60)
+        said, _ = self._process.communicate(timeout=120)
         assert self._process.returncode == 0
         return [(seconds, attempts, mute) for seconds, attempts, mute in json.loads(said)]
 
@@ -79,9 +74,14 @@ class Storm:
 def test_a_storm_of_300_hellos_of_one_tenant_is_answered_at_the_first_attempt(
     start: Callable[..., Keeper], tenant: Make
 ) -> None:
-    keeper = start()
-    met = Storm(keeper.run, tenant()).met()
-    assert len([seconds for seconds, *_ in met if 0 <= seconds < PATIENCE_SECONDS]) == STORM
+    """Shims wait for 2 s. The gatekeeper may not need more processor time than that for all answers."""
+    keeper = start(code=PATIENT)
+    before = keeper.processor_seconds()
+    met = Storm(keeper.run, tenant(), patience=50).met()
+    needed = keeper.processor_seconds() - before
+    print(f"{needed:.2f} s of a processor; the last answer after {max(met)[0]:.2f} s")
+    assert len([seconds for seconds, *_ in met if seconds >= 0]) == STORM
+    assert needed < SHIM_SECONDS
     until(lambda: keeper.count("hello_managed") == STORM)
     assert [keeper.count(name) for name in ("dropped_total", "hello_unanswered")] == [0, 0]
     assert keeper.count("dropped_tenant") <= sum(mute for *_, mute in met)
@@ -93,7 +93,7 @@ def test_a_storm_of_one_tenant_does_not_delay_another_tenant(start: Callable[...
     keeper = start(code=SLOW)
 
     crowd = Storm(keeper.run, tenant(), niceness=5)  # the test measures the queue, not the lack of processors
-    assert prompt(in_cgroup(tenant(), waits, keeper.run, 10))
+    assert prompt(in_cgroup(tenant(), waits, keeper, 10))
     assert len(crowd.met()) == STORM
 
 

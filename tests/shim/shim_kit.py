@@ -1,6 +1,7 @@
 """The library for the tests of the shim: the built shim, compiled programs, a stand-in for the driver, a fake agent.
 
 Everything is built into a separate folder, including the shim, so that probes and preloads affect no other file.
+Compilers have no time limit of their own: they may need minutes for a part of a processor, and the test has a limit.
 """
 
 import json
@@ -52,11 +53,7 @@ class Build:
     def compile(self, source: str | Path, target: str, *flags: str) -> Path:
         path = self.folder / target
         where = HERE / "programs" / source if isinstance(source, str) else source
-        subprocess.run(
-            [*self.compiler, "-O1", "-w", "-isystem", self.headers, "-o", path, where, *flags],
-            check=True,
-            timeout=DEADLINE,
-        )
+        subprocess.run([*self.compiler, "-O1", "-w", "-isystem", self.headers, "-o", path, where, *flags], check=True)
         return path
 
     def library(self, source: str | Path, target: str, *flags: str) -> Path:
@@ -78,9 +75,7 @@ class Build:
 
     def make(self, out: Path, *variables: str) -> Path:
         subprocess.run(
-            ["make", "-s", "-C", ROOT / "shim", f"OUT={out}", f"HEADERS={self.headers}", *variables],
-            check=True,
-            timeout=60,
+            ["make", "-s", "-C", ROOT / "shim", f"OUT={out}", f"HEADERS={self.headers}", *variables], check=True
         )
         return out / "libfgpu.so"
 

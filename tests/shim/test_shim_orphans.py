@@ -24,22 +24,22 @@ def asked(agent: Agent, kind: int = MEMORY) -> list[bool]:
 
 def test_a_request_waits_until_the_device_has_released_memory(held: Agent) -> None:
     held.do("limit", **FULL)
-    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
+    result, ms, own_ms, _ = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
     assert ms >= 190
     assert own_ms < 1000
     assert held.do("look")["refused"] == 0
-    assert 3 <= len(asked(held)) <= 5 + ms / 50  # about every 50 ms
+    assert 2 <= len(asked(held)) <= 5 + ms / 50  # about every 50 ms, or later without a processor
     assert asked(held)[:-1] == [True] * (len(asked(held)) - 1)
 
 
-@pytest.mark.parametrize("age_ms", [0, 3500, 29_000])
+@pytest.mark.parametrize("age_ms", [0, 3500, 15_000])
 def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_memory(
     held: Agent, age_ms: int
 ) -> None:
     first = partial(held.do, "limit", **{**FULL, "age_ms": age_ms})
     then = partial(held.do, "limit", **FULL, looked_ms=-1000)
-    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", first=first, then=then)
+    result, ms, own_ms, _ = call_while(held, "alloc(256 * MiB)", first=first, then=then)
     assert result == OOM
     assert ms >= 190
     assert own_ms < 300
@@ -50,7 +50,7 @@ def test_a_request_is_refused_once_a_comparison_shows_that_the_device_keeps_the_
 def test_a_comparison_before_the_request_does_not_end_the_wait(held: Agent) -> None:
     """The device may have released the memory since."""
     held.do("limit", **{**FULL, "age_ms": 200}, looked_ms=100)
-    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
+    result, ms, own_ms, _ = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
     assert ms >= 190
     assert own_ms < 1000
@@ -68,7 +68,7 @@ HOPELESS = {
 @pytest.mark.parametrize("why", HOPELESS)
 def test_a_request_does_not_wait_if_waiting_cannot_help(held: Agent, why: str) -> None:
     first = partial(held.do, "limit", **{"limit": GIB, **HOPELESS[why]})
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)", first=first)
+    result, _, own_ms, _ = call_while(held, "alloc(256 * MiB)", first=first)
     assert (result, held.do("look")["refused"]) == (OOM, 1)
     assert own_ms < 100
     assert len(asked(held)) <= 2
@@ -84,7 +84,7 @@ def test_a_request_waits_if_only_the_outer_level_is_full(held: Agent) -> None:
     held.do("set", levels=2)
     held.do("limit", level=1, **FULL)
     held.do("knobs", outer=1)
-    result, ms, own_ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, **EMPTY))
+    result, ms, own_ms, _ = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, **EMPTY))
     assert result == 0
     assert ms >= 190
     assert own_ms < 1000
@@ -94,7 +94,7 @@ def test_a_request_is_made_three_times_if_the_kernel_refuses_room_that_the_page_
     held.do("knobs", fixed=1)
     held.do("limit", limit=GIB, used=0, orphaned=0)
     held.do("limit", **{**FULL, "used": GIB // 2, "orphaned": 1})
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    result, _, own_ms, _ = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
     assert own_ms < 100
     assert asked(held) == [True, True, False]
@@ -104,7 +104,7 @@ def test_a_context_waits_for_orphaned_memory(held: Agent) -> None:
     held.do("knobs", fixed=1)
     held.do("limit", **FULL)
     call = "L.cuDevicePrimaryCtxRetain(C.byref(C.c_void_p()), 0)"
-    result, ms, own_ms = call_while(held, call, then=lambda: held.do("knobs"))
+    result, ms, own_ms, _ = call_while(held, call, then=lambda: held.do("knobs"))
     assert result == 0
     assert ms >= 190
     assert own_ms < 1000
@@ -114,7 +114,7 @@ def test_a_context_waits_for_orphaned_memory(held: Agent) -> None:
 def test_a_pool_waits_for_orphaned_memory(held: Agent) -> None:
     held.do("limit", **FULL)
     call = "int(new(256 * MiB) < 1000)"
-    result, ms, own_ms = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
+    result, ms, own_ms, _ = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
     assert result == 0
     assert ms >= 190
     assert own_ms < 1000
@@ -123,7 +123,7 @@ def test_a_pool_waits_for_orphaned_memory(held: Agent) -> None:
 def test_a_request_waits_without_comparisons_until_the_orphaned_memory_is_30_s_old(held: Agent) -> None:
     set_at = time.monotonic()
     held.do("limit", **{**FULL, "age_ms": 29_000})
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    result, _, own_ms, _ = call_while(held, "alloc(256 * MiB)")
     assert time.monotonic() - set_at >= 1
     assert result == OOM
     assert own_ms < 1500
@@ -132,7 +132,7 @@ def test_a_request_waits_without_comparisons_until_the_orphaned_memory_is_30_s_o
 def test_a_request_waits_for_a_second_after_any_program_of_the_level_has_freed_memory_unseen(held: Agent) -> None:
     set_at = time.monotonic()
     held.do("limit", limit=GIB, used=GIB, freed_ms=0)
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)")
+    result, _, own_ms, _ = call_while(held, "alloc(256 * MiB)")
     assert time.monotonic() - set_at >= 1
     assert result == OOM
     assert own_ms < 1500
@@ -142,7 +142,7 @@ def test_a_request_waits_for_a_second_after_any_program_of_the_level_has_freed_m
 def test_a_request_does_not_wait_for_a_free_in_the_future(held: Agent, ahead_ms: int) -> None:
     """The page has the time by another clock if the process is in a time namespace."""
     first = partial(held.do, "limit", limit=GIB, used=GIB, freed_ms=-ahead_ms)
-    result, _, own_ms = call_while(held, "alloc(256 * MiB)", first=first)
+    result, _, own_ms, _ = call_while(held, "alloc(256 * MiB)", first=first)
     assert result == OOM
     assert own_ms < 300
 
@@ -150,7 +150,7 @@ def test_a_request_does_not_wait_for_a_free_in_the_future(held: Agent, ahead_ms:
 def test_a_pool_with_two_requests_waits_once(held: Agent) -> None:
     """The pool requests less if a whole block is refused. Both requests together wait as long as one."""
     held.do("limit", **{**FULL, "age_ms": -100_000})
-    result, ms, own_ms = call_while(held, "new(256 * MiB)", setup=POOLS)
+    result, ms, own_ms, _ = call_while(held, "new(256 * MiB)", setup=POOLS)
     assert result == OOM
     assert ms >= 3900
     assert own_ms < 4500
@@ -160,7 +160,7 @@ def test_a_pool_with_two_requests_waits_once(held: Agent) -> None:
 def test_unused_pool_memory_is_released_before_a_request_waits(held: Agent) -> None:
     held.do("limit", limit=GIB, used=GIB // 2, orphaned=GIB // 2, age_ms=0)
     setup = POOLS + "p = new(448 * MiB); drop(p)\n"
-    result, _, own_ms = call_while(held, "(L.fake_sync(), alloc(448 * MiB))[1]", setup=setup)
+    result, _, own_ms, _ = call_while(held, "(L.fake_sync(), alloc(448 * MiB))[1]", setup=setup)
     assert result == 0
     assert own_ms < 100
 
@@ -177,7 +177,7 @@ def call():
     signal.setitimer(signal.ITIMER_REAL, 0)
     return r or (0 if e == 77 and seen else 1000)
 """
-    result, ms, own_ms = call_while(held, "call()", then=lambda: held.do("limit", **EMPTY), setup=setup)
+    result, ms, own_ms, _ = call_while(held, "call()", then=lambda: held.do("limit", **EMPTY), setup=setup)
     assert result == 0
     assert ms >= 190
     assert own_ms < 1000

@@ -28,15 +28,15 @@ class Deadline:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._quiet, self._any = _quiet_clock() + seconds, time.monotonic() + LONGEST * seconds
+        self._quiet, self._any = quiet_seconds() + seconds, time.monotonic() + LONGEST * seconds
 
     def is_over(self) -> bool:
         """Return whether that time has passed."""
-        return _quiet_clock() > self._quiet or time.monotonic() > self._any
+        return quiet_seconds() > self._quiet or time.monotonic() > self._any
 
     def left(self) -> float:
         """Return the seconds until the end, if no program waits for a processor until then."""
-        return self._quiet - _quiet_clock()
+        return self._quiet - quiet_seconds()
 
 
 def waited_seconds() -> float:
@@ -52,9 +52,31 @@ def stolen_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1)
 
 
-def _quiet_clock() -> float:
+def quiet_seconds() -> float:
     """Return the seconds since some moment in which no program waited for a processor and the hypervisor took none."""
     return time.monotonic() - waited_seconds() - stolen_seconds()
+
+
+def waited_here() -> float:
+    """Return for how many seconds the calling thread has waited for a processor since its start."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
+def waiting_of(pid: int) -> Callable[[], float]:
+    """Return a function that returns for how many seconds a process's threads together have waited for a processor.
+
+    The seconds count from this call. A thread that has ended meanwhile does not count.
+    """
+
+    def waits() -> dict[str, int]:
+        found = {}
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                found[task.name] = int((task / "schedstat").read_text().split()[1])
+        return found
+
+    before = waits()
+    return lambda: sum(ns - before.get(thread, 0) for thread, ns in waits().items()) / 1e9
 
 
 def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pause: float = 0.01) -> T:
