@@ -38,7 +38,7 @@ REFRESH_NS, LATEST_NS = 20 * SECOND, 300 * SECOND  # costs are measured again: a
 FIRST_REFRESH_NS = 2 * SECOND  # until the second measurement: while the first is wrong, no tenant may be held
 STALE_NS = 5 * SECOND  # a tenant that was idle for this time may do other work now, so its cost is measured again
 LOOK_NS, MOST_LOOK_NS = 4 * MS, 12 * MS  # bounds of the time between checks: less if a tenant may soon be held
-IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are checked
+IDLE_LOOK_NS = 24 * MS  # the period in which idle tenants are checked, and all tenants while no tenant is slowed
 LAG_NS, NEAR_NS = 10 * MS, 6 * MS  # a tenant that is ahead by LAG_NS waits until it is ahead by less than NEAR_NS
 IDLE_NS = 50 * MS  # a tenant without work for this time has no missed share
 SLOW_NS = 100 * MS  # the time over which the slowing of a tenant is measured
@@ -295,8 +295,10 @@ def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
     """
     if any(runner.place.share.limited for runner in free):
         return LOOK_NS
-    least_ns = MOST_LOOK_NS if len(active) > 1 else IDLE_LOOK_NS
-    for other in filter(_Runner.is_slowed, free):
+    slowed = [runner for runner in free if runner.is_slowed()]
+    is_bounded = slowed or any(runner.place.share.limited for runner in active)
+    least_ns = MOST_LOOK_NS if is_bounded else IDLE_LOOK_NS
+    for other in slowed:
         for runner in free:
             if runner is other:
                 continue
