@@ -130,7 +130,7 @@ class DriverLimits:
         self._put({key: wanted[key] for key in [*new, *self._next(wanted)]})
 
     def restore_all(self) -> None:
-        """Restore the limits before those of the agent."""
+        """Restore the limits that the agent has replaced."""
         for key in list(self._own):
             self._restore(key)
 

@@ -87,5 +87,5 @@ class Looks:
 
     @staticmethod
     def _run(look: _Look, until: float) -> bool:
-        """Run steps until this time of the monotonic clock, and return True if the scan is over."""
+        """Run steps until the monotonic clock reaches `until`, and return True if the scan is over."""
         return all(monotonic() < until for _ in look.steps)

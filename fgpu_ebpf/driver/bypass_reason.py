@@ -137,7 +137,7 @@ class Reasons:
         self._found: dict[tuple[int, int], tuple[Reason, str]] = {}
 
     def of(self, pid: int, generation: int) -> Reason | None:
-        """Return the reason of a process. If no reason was found before, the lookup is repeated."""
+        """Return why a process does not use the shim; None: unknown. If no reason was found before, search again."""
         if (pid, generation) not in self._found and (found := reason(pid, self._is_shim)):
             self._found[pid, generation] = found, loader_of(pid) if found is Reason.OTHER_LOADER else ""
         known, _ = self._found.get((pid, generation), (None, ""))

@@ -82,7 +82,7 @@ def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]
         yield "  no other container shares the device's time now"
         return
     had, due = _percent(turn.had_millionths), _percent(turn.entitled_millionths)
-    yield f"  had {had} of the last half second, entitled to {due}; waited {turn.wait_ns / _NS:.1f} s in total"
+    yield f"  turns: {had} of the last half second, entitled to {due}; waited {turn.wait_ns / _NS:.1f} s in total"
     if turn.since_ns:
         yield f"  waiting for its turn for {max(0, now_ns - turn.since_ns) / _NS:.1f} s"
 

@@ -123,7 +123,7 @@ class Place:
         )  # fmt: skip
 
     def virtual_ns(self) -> int:
-        """Return the virtual time that orders turns: of the outermost unit or, without units, of the tenant."""
+        """Return the virtual time of the outermost unit or, without units, of the tenant. This time orders turns."""
         return self.above[-1].virtual_ns(self.seen.devices) if self.above else self.account.virtual_ns
 
     def begins(self) -> int:

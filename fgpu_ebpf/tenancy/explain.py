@@ -282,7 +282,7 @@ def _device_line(device: dict[str, Any]) -> str:
     times = "once" if device["refused"] == 1 else f"{device['refused']} times"
     text += f", refused {times}" if device["refused"] else ""
     crowded = device["refused_entries"]
-    text += f", {crowded} of these requests for too many allocations, threads or processes" if crowded else ""
+    text += f" ({crowded} because of too many allocations, threads or processes)" if crowded else ""
     return f"{text}: {over}" if (over := excess(device)) else text
 
 

@@ -127,7 +127,7 @@ def test_explain_and_the_program_report_a_refusal_for_too_many_allocations(write
     assert greedy.complaints() == "fgpu: device memory is refused: too many allocations, threads or processes\n"
     said = fgpu("explain", f"/{GROUP}/greedy").stdout
     assert re.search(rf"has {ALLOCATIONS} of {ALLOCATIONS} allocations .*bounds.allocations in agent.yaml", said)
-    assert ", refused 2 times, 2 of these requests for too many allocations, threads or processes" in said
+    assert ", refused 2 times (2 because of too many allocations, threads or processes)" in said
     folder.start("modest").client().ok(f"alloc {MIB}")
 
 

@@ -69,6 +69,6 @@ def test_fgpu_info_prints_the_share_of_time(monkeypatch: pytest.MonkeyPatch) -> 
         had_millionths=240_000, entitled_millionths=250_000, wait_ns=12_300_000_000, since_ns=NOW_NS - 10**9
     )
     assert said(monkeypatch, page(1, MIB), share=share, turn=turn)[2:] == [
-        "  had 24% of the last half second, entitled to 25%; waited 12.3 s in total",
+        "  turns: 24% of the last half second, entitled to 25%; waited 12.3 s in total",
         "  waiting for its turn for 1.0 s",
     ]
