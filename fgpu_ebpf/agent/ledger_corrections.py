@@ -129,7 +129,7 @@ class Corrections:
 
         If a context was destroyed while other contexts remained, the overhead is set exactly, because no probe has
         recorded which memory was freed with the context. The overhead may then be below 0. While the process has a
-        context, later overheads may be as low.
+        context, later overheads may be as low as this one.
         """
         exact, life = held - process.witnessed(device), (tgid, process.generation, device)
         contexts_ended, gone = self._exact.get(life, (0, 0))

@@ -288,7 +288,8 @@ def default_after(of: Settings) -> Wanted:
 
 # -- drop-in files of fgpu alone: Podman and CRI-O ------------------------------------------------------------------
 
-HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"
+HEAD = "# `fgpu setup` wrote this file; `fgpu setup ENGINE --undo` removes the file.\n"
+_EARLIER_HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"  # until 2026-11
 _HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
 
 
@@ -300,7 +301,7 @@ def check_is_ours(of: Settings) -> None:
 
 def drop_in_without(text: str, _: str | None = None) -> str:
     """Return an empty text if the file is fgpu's, else the file's text."""
-    return "" if text.startswith(HEAD) else text
+    return "" if text.startswith((HEAD, _EARLIER_HEAD)) else text
 
 
 def podman_after(of: Settings) -> Wanted:

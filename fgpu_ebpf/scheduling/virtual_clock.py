@@ -31,7 +31,7 @@ class Clocks:
     def turn_begins(self, devices: Collection[int], rank: int, virtual_ns: int, lifted_ns: int = 0) -> None:
         """Record the beginning of a turn or of another quantum of a turn.
 
-        `lifted_ns`: the current time if the floor gave the turn, else 0.
+        `lifted_ns`: the current time if the turn was granted against starvation (`fair_queue.Floor`), else 0.
         """
         for device in devices:
             floor = self.floors.get(device, Floor())

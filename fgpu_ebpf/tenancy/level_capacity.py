@@ -130,7 +130,7 @@ class LevelCapacity:
                 del self._levels[owner.cgroup]
 
     def keep_only(self, cgroups: Collection[int]) -> None:
-        """Remove the levels of all other cgroups."""
+        """Remove the levels of all cgroups except these."""
         for cgroup in [cgroup for cgroup in self._owners if cgroup not in cgroups]:
             self.leave(cgroup)
 

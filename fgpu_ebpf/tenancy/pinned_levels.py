@@ -26,7 +26,7 @@ MOST_NAMED = 3
 
 
 def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
-    """Enter the pinned levels, apply policies and overrides, and release the other levels."""
+    """Enter the pinned levels, apply policies and overrides, and release the levels that none of these requests."""
     workloads, enforcer = manager.workloads, manager.enforcer
     alive = {cgroup: path for path in ("/", *workloads.walk()) if (cgroup := workloads.cgroup(path)) is not None}
     used = _used(ledger)

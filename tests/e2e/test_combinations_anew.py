@@ -255,7 +255,7 @@ FAULTS: dict[str, Fault[Host]] = {
             orphaned_memory=LAST,
         ),
     ),
-    "containers start again while the agent is away": Fault(
+    "containers start again while the agent is not running": Fault(
         partial(containers_again, is_agent_away=True),
         same(
             f"when the agent runs again, {NEW}",
