@@ -1,8 +1,7 @@
 """Computation of the settings with which an engine gives every container the shim, and of settings without fgpu.
 
-This module runs in `fgpu setup` and `fgpu doctor`. The module writes nothing and reads only other settings of the
-engine. The engines are Docker, Podman, containerd, CRI-O, k3s and RKE2. With the computed settings, these engines run
-`fgpu-oci`. Settings that are not fgpu's are kept. Unreadable or unknown settings raise SetupError.
+This module runs in `fgpu setup` and `fgpu doctor`, and writes nothing. With the computed settings, Docker, Podman,
+containerd, CRI-O, k3s and RKE2 run `fgpu-oci`. Settings of others are kept. Unknown settings raise SetupError.
 """
 
 from __future__ import annotations
@@ -289,7 +288,7 @@ def default_after(of: Settings) -> Wanted:
 # -- drop-in files of fgpu alone: Podman and CRI-O ------------------------------------------------------------------
 
 HEAD = "# `fgpu setup` wrote this file; `fgpu setup ENGINE --undo` removes the file.\n"
-_EARLIER_HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"  # until 2026-11
+_HEADS = (HEAD, "# Written by `fgpu setup`; --undo takes it away.\n")  # with the one of earlier versions
 _HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
 
 
@@ -301,7 +300,7 @@ def check_is_ours(of: Settings) -> None:
 
 def drop_in_without(text: str, _: str | None = None) -> str:
     """Return an empty text if the file is fgpu's, else the file's text."""
-    return "" if text.startswith((HEAD, _EARLIER_HEAD)) else text
+    return "" if text.startswith(_HEADS) else text
 
 
 def podman_after(of: Settings) -> Wanted:
