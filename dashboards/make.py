@@ -81,9 +81,9 @@ def device_memory(by: str, legend: str) -> list[Query]:
     ]
 
 
-def bypassing(labels: str, by: str, legend: str) -> Query:
-    """Return the number of bypassing processes."""
-    return Query(f"sum by ({by}) (fgpu_bypassing_processes{{{labels}}})", legend)
+def bypassing(by: str, legend: str, which: str = "") -> Query:
+    """Return the number of bypassing processes. `which`: INNERMOST for tenants without groups."""
+    return Query(f"sum by ({by}) (fgpu_bypassing_processes{{{TENANT}}} {which}".rstrip() + ")", legend)
 
 
 def ratio(above: str, below: str, labels: str) -> str:
@@ -140,9 +140,9 @@ CLUSTER = [
           "can be used up at once.", ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
-    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})", NONE_IS_USUAL),
+    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}} {INNERMOST})", NONE_IS_USUAL),
     stat("Tenants not enforced by the kernel", "Tenants with the enforcement cooperative, counted, observe or none.",
-         "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)', NONE_IS_GOOD),
+         "none", f'count((fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1) {INNERMOST})', NONE_IS_GOOD),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})", NONE_IS_GOOD),
     stat("Policies rejected", "Nodes with an error in their policy files: the last good set is in force.", "none",
@@ -157,7 +157,7 @@ CLUSTER = [
     series("Refusals, by reason", "Allocations refused per second. `limit`: of the tenant or its group; `device_full`; "
            "`entries`: too many allocations, threads or processes; `observed`: admitted beyond the limit.", "ops",
            refused(BOTH, "reason")),
-    series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "how", "{{how}}")),
+    series("Bypassing processes, by how", AROUND, "none", bypassing("how", "{{how}}", INNERMOST)),
     series("Share of time", "Part of each device's time: the ten tenants that owned most. A tenant that is alone "
            "on its devices and has no ceiling is not measured.", "percentunit",
            Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
@@ -286,7 +286,7 @@ TENANTS = [
            Query(f"sum by (instance, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
     series("Waiting for a turn", "How long the tenant has waited for its next turn so far.", "s",
            Query(f"max by (instance, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
-    series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "tenant, how", "{{tenant}} {{how}}")),
+    series("Bypassing processes, by how", AROUND, "none", bypassing("tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
     table("Names", "The tenant's names, and its policy.", "none",

@@ -76,6 +76,7 @@ class DriverLimits:
         self._nvml, self._limits, self._file, self._root = nvml, nvml.limits, file, root
         self._own = _read(file)
         self._others: set[Key] = set()  # limits of other programs, which hold instead
+        self._changed: set[Key] = set()  # those of `_others` that were set after the agent's own limit
         self._refused: set[Key] = set()  # limits that the driver refuses
         self._fault = ""  # why the record cannot be written
         self._checked = 0
@@ -124,6 +125,7 @@ class DriverLimits:
         for key in [key for key in self._own if key not in wanted]:
             self._restore(key)
         self._others.intersection_update(wanted)
+        self._changed.intersection_update(wanted)
         self._refused.intersection_update(wanted)
         own = {key: one.hard for key, one in self._own.items()}
         new = [key for key, hard in wanted.items() if key not in self._others and own.get(key) != hard]
@@ -145,12 +147,15 @@ class DriverLimits:
             now, own = self._limits.get(key.device, key.folder), self._own.get(key)
             if now is None or (own and now.hard == own.hard == bytes_):
                 continue
-            if own.may_be(now) if own else now.hard > bytes_:
+            if own and not own.may_be(now):
+                self._changed.add(key)
+                del self._own[key]
+            elif own or now == NONE or (now.hard > bytes_ and key not in self._changed):
                 self._others.discard(key)
+                self._changed.discard(key)
                 due[key] = _Own(own.before if own else now, bytes_, now.hard)
-            else:
-                self._others.add(key)
-                self._own.pop(key, None)
+                continue
+            self._others.add(key)
         # A limit that the driver refuses is due again and again, with the same record.
         if due and (due.items() <= self._own.items() or self._write(self._own | due)):
             self._own |= due
@@ -178,7 +183,9 @@ class DriverLimits:
     def _write(self, own: Mapping[Key, _Own]) -> bool:
         rows = [[*key, *one.before, one.hard, one.earlier] for key, one in own.items()]
         try:
-            atomic_file.write(self._file, json.dumps({"root": str(self._root), "limits": rows}))
+            devices = {device.uuid.hex(): device.index for device in self._nvml.devices}
+            record = {"root": str(self._root), "devices": devices, "limits": rows}
+            atomic_file.write(self._file, json.dumps(record))
         except OSError as error:
             self._fault = f"{self._file} cannot be written ({error.strerror})"
             return False
@@ -189,19 +196,20 @@ class DriverLimits:
 def take_away(file: Path) -> None:
     """Restore the limits before those of the agents, and remove the record. A driver that does not respond has none."""
     try:
-        root = Path(json.loads(file.read_text(encoding="utf-8"))["root"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        root, known = Path(record["root"]), {bytes.fromhex(u): int(i) for u, i in record.get("devices", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return
-    thread = threading.Thread(target=_restore_all, args=(file, root), daemon=True)
+    thread = threading.Thread(target=_restore_all, args=(file, root, known), daemon=True)
     thread.start()
     thread.join(RESTORE_SECONDS)
     if thread.is_alive():
         log.warning("NVML does not answer: the driver's own limits of %s stay in force", file)
 
 
-def _restore_all(file: Path, root: Path) -> None:
+def _restore_all(file: Path, root: Path, known: dict[bytes, int]) -> None:
     try:
-        DriverLimits(Nvml(root), file, root).restore_all()
+        DriverLimits(Nvml(root, known), file, root).restore_all()
     except DriverError as error:
         log.warning("the driver's own limits cannot be restored: %s", error)
 

@@ -177,7 +177,10 @@ class ControlServer:
         return explain.level_at(path, self._agent.parts.manager, self._agent.parts.ledger)
 
     def _find(self, request: dict[str, Any]) -> str:
-        return targets.find(_text(request, "target"), self._agent.parts.enforcer, self._agent.parts.manager.workloads)
+        target, manager = _text(request, "target"), self._agent.parts.manager
+        if any(tenant.name == target for tenant in manager.gone):
+            raise TargetError(f"the cgroup of {target} was removed; `fgpu ps` shows the processes that keep its memory")
+        return targets.find(target, self._agent.parts.enforcer, manager.workloads)
 
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
         parts, path = self._agent.parts, self._find(request)

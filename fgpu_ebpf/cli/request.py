@@ -54,5 +54,6 @@ def did_you_mean(name: str) -> str:
         snapshot = control_client.call(run_dir(), {"verb": "snapshot"}, HINT_SECONDS)
     except (ConnectionError, control_client.RequestError):
         return ""
-    found = difflib.get_close_matches(name, [tenant["tenant"] for tenant in snapshot["tenants"]], 1)
+    others = [tenant["tenant"] for tenant in snapshot["tenants"] if tenant["tenant"] != name]
+    found = difflib.get_close_matches(name, others, 1)
     return f"; did you mean {found[0]}?" if found else ""

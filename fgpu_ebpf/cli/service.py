@@ -179,7 +179,7 @@ def _detached() -> dict[str, Any]:
 
 def _is_terminal() -> bool:
     """Return whether a user at a terminal can read and answer a question."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _confirm() -> None:

@@ -24,15 +24,16 @@ from fgpu_ebpf.tenancy.event_log import line_of
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
-MOST_PATH_CELLS = 1000  # a row with a cgroup's path is not truncated
+MOST_CELLS = 1000  # no name, path or figure is truncated
 
 
-def _text(table: Table, most_cells: int = 120) -> str:
+def _text(table: Table) -> str:
     from rich.console import Console  # this import takes longer than a whole command that prints JSON
 
     out = io.StringIO()
-    Console(file=out, width=most_cells).print(table)
+    Console(file=out, width=MOST_CELLS).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -41,15 +42,26 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(_literal(column), justify="left" if i == 0 else "right", no_wrap=True)
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(_literal, cells))
+
+
+def _literal(cell: str) -> Text:
+    """Return a text without markup, control characters and line breaks. A tenant chooses names of its processes."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else "?" for c in cell))
 
 
 def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
     """Return the table of `fgpu usage`. Each row has a name, the source, and numbers as text."""
     table = _table(by.upper(), "SOURCE", "GPU TIME h", "MEMORY GiB*h", "HELD h", "IDLE h", "WAITED h")
     for row in rows:
-        table.add_row(*row)
+        _add(table, *row)
     return _text(table) if rows else "no tenant has used a device in this time\n"
 
 
@@ -66,7 +78,7 @@ def status(snapshot: Mapping[str, Any]) -> str:
                 memory_text(d["peak_bytes"]),
                 str(d["refused"]),
             )
-            table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
+            _add(table, tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
     why = no_limit(snapshot) or _nothing_managed(snapshot)
     parts = (_devices(snapshot), _shares(snapshot), _counted(snapshot), _orphans(snapshot), _parked(snapshot))
     return "".join([_text(table), *parts]) + (f"\n{why}\n" if why else "")
@@ -144,7 +156,7 @@ def _shares(snapshot: Mapping[str, Any]) -> str:
         parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", entitled)
         limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
         waited = f"{c['wait_seconds']:.1f}s"
-        table.add_row(tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))
+        _add(table, tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))
     short = [(tenant, gpu, c["shortfall"]["why"]) for tenant, gpu, c in rows if c["shortfall"]]
     lines = [f"{tenant} got less than its entitled time on gpu {gpu}: {why}\n" for tenant, gpu, why in short]
     return "\n".join(["", _text(table), *lines])
@@ -240,5 +252,5 @@ def processes(rows: list[ProcessRow]) -> str:
         part = "-" if row.had_ratio is None else f"{row.had_ratio:.1%}"
         bypass = f"{row.how} ({row.why})" if row.why else row.how or "-"
         numbers = (str(row.pid), str(row.gpu), "-" if row.bytes is None else memory_text(row.bytes))
-        table.add_row(row.tenant or "-", *numbers, part, row.user or "-", row.name or "(gone)", bypass)
-    return _text(table, MOST_PATH_CELLS)
+        _add(table, row.tenant or "-", *numbers, part, row.user or "-", row.name or "(gone)", bypass)
+    return _text(table)

@@ -62,7 +62,7 @@ class _Run(click.Command):
 
 
 @examples("fgpu run --memory 8GiB -- python3 train.py", "fgpu run --memory 50% --compute 25% --name alice -- bash")
-@click.command(cls=_Run, context_settings={"ignore_unknown_options": True})
+@click.command(cls=_Run, context_settings={"allow_interspersed_args": False})
 @_limits
 @click.option("--name", default="", help="The tenant's name; default: run-N.")
 @click.option("--pidns", is_flag=True, help="Run in a new pid namespace.")

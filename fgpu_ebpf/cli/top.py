@@ -32,7 +32,7 @@ _SIGNALS = (*_ENDINGS, signal.SIGINT, signal.SIGTSTP, signal.SIGWINCH)
 
 def is_watched() -> bool:
     """Return True if input and output are terminals, and the output is not a dumb terminal (TERM)."""
-    return sys.stdin.isatty() and sys.stdout.isatty() and not Console().is_dumb_terminal
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
 def print_once(ask: Ask, choice: ViewChoice) -> None:

@@ -142,8 +142,8 @@ class Nvml:
         self._restart()
 
     def _handle(self, index: int) -> Any:
-        """Return the handle of a device. Raise NVMLError if the devices are released."""
-        if self.released:
+        """Return the handle of a device. Raise NVMLError if the device is missing or all devices are released."""
+        if self.released or index not in self._handles:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
         return self._handles[index]
 
@@ -181,14 +181,14 @@ class Nvml:
         """
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle(index)).free)
-        except (pynvml.NVMLError, KeyError):
+        except pynvml.NVMLError:
             return None
 
     def in_mig_mode(self, index: int) -> bool:
         """Return whether the device is divided into MIG instances, which the ledger does not support."""
         try:
-            return bool(pynvml.nvmlDeviceGetMigMode(self._handles[index])[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
-        except pynvml.NVMLError:  # the device has no MIG mode
+            return bool(pynvml.nvmlDeviceGetMigMode(self._handle(index))[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+        except pynvml.NVMLError:  # the device has no MIG mode, or is missing
             return False
 
     def taken_bytes(self, index: int) -> int | None:

@@ -64,6 +64,7 @@ class DraServer:
 
         await self.close()
         self._server, self._closing = grpc.aio.server(options=_OPTIONS), asyncio.Event()
+        self._stamps = [None] * len(self._paths)
         self._server.add_generic_rpc_handlers(self._handlers())
         for path in self._paths:
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ class DraServer:
         if self._server is None:
             return
         server, self._server = self._server, None
-        ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if stamp(path) == own]
+        ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if own and stamp(path) == own]
         for path in reversed(ours):  # first the socket by which kubelet detects the end
             path.unlink(missing_ok=True)
         self._closing.set()

@@ -50,20 +50,22 @@ class EventLog:
     def __init__(self) -> None:
         self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON, which is one object in the heap instead of ten
         self._number = 0
-        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: last time, omitted events
+        self._told: dict[
+            tuple[str, str, str, str, int | None], tuple[float, int]
+        ] = {}  # by kind: last time, omitted events
         self._room = FEW_KINDS  # old entries are removed when _told has this many entries
 
     def add(self, what: str, **more: Any) -> None:
         """Add and log an event, unless an event of the same kind was added less than AGAIN_SECONDS ago.
 
-        Events are of the same kind if `what`, tenant, reason, operation and text are equal.
+        Events are of the same kind if `what`, tenant, reason, operation, text and device are equal.
 
         Args:
             what: the kind of event.
             more: fields of Event.
         """
         event = Event(self._number + 1, time.time(), what, **more)
-        kind = (what, event.tenant, event.reason, event.operation + event.text)
+        kind = (what, event.tenant, event.reason, event.operation + event.text, event.gpu)
         now = time.monotonic()
         last, untold = self._told.get(kind, (-REMEMBERED_SECONDS, 0))
         if now - last >= REMEMBERED_SECONDS:
@@ -89,7 +91,9 @@ class EventLog:
     def since(self, number: int) -> dict[str, Any]:
         """Return the events after `number`, the count of events no longer kept, and the number of the last event."""
         first = self._number + 1 - len(self._last)
-        found = [json.loads(kept) for kept in islice(self._last, max(0, number + 1 - first), None)]
+        found = [
+            json.loads(kept) for kept in islice(self._last, min(max(0, number + 1 - first), len(self._last)), None)
+        ]
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
 
 

@@ -26,7 +26,10 @@ MOST_NAMED = 3
 
 
 def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
-    """Enter the pinned levels, apply policies and overrides, and release the levels that none of these requests."""
+    """Enter the pinned levels, apply policies and overrides, and release the levels that none of these requests.
+
+    Overrides of removed cgroups are dropped.
+    """
     workloads, enforcer = manager.workloads, manager.enforcer
     alive = {cgroup: path for path in ("/", *workloads.walk()) if (cgroup := workloads.cgroup(path)) is not None}
     used = _used(ledger)
@@ -35,6 +38,7 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
     manager.remove_all_empty()
     manager.consider_all()
     manager.settle()
+    manager.overrides.drop([o.cgroup for o in manager.overrides if workloads.cgroup(o.path) != o.cgroup])
     for path in alive.values():
         workload = workloads.identify(path)
         for inside in enforcer.answered.kept_free(workload, workloads) if workload and workload.is_pod else ():

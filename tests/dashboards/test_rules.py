@@ -47,7 +47,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {f"fgpu_memory_used_bytes{{{ON}}}": "95x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
     ),
     "FgpuRefusals": (
-        {f'fgpu_memory_refused_total{{{ON},reason="limit"}}': "_x17 1x3"},  # refused before it was first scraped
+        {  # refused before it was first scraped
+            f'fgpu_memory_refused_total{{{ON},reason="limit"}}': "_x17 1x3",
+            f"fgpu_build_info{{{HERE}}}": "1x20",
+        },
         {
             f'fgpu_memory_refused_total{{{ON},reason="limit"}}': "5x20",
             f'fgpu_memory_refused_total{{{ON},reason="observed"}}': "0+1x20",
@@ -138,6 +141,21 @@ def test_every_alert_has_test_series() -> None:
 @pytest.mark.parametrize("fires", [True, False])
 def test_alerts_fire_only_with_their_series(tmp_path: Path, name: str, fires: bool) -> None:
     assert_fires(tmp_path, name, CASES[name][not fires], fires)
+
+
+@pytest.mark.parametrize(
+    ("refused", "build"),
+    [("5x4 stale 5x14", "1x4 stale 1x14"), ("_x17 5x3", "_x17 1x3")],
+    ids=["a scrape has failed", "Prometheus is new"],
+)
+def test_refusals_of_earlier_days_are_no_refusals_of_the_last_15_minutes(
+    tmp_path: Path, refused: str, build: str
+) -> None:
+    series = {
+        f'fgpu_memory_refused_total{{{ON},reason="limit"}}': refused,
+        f"fgpu_build_info{{{HERE}}}": build,
+    }
+    assert_fires(tmp_path, "FgpuRefusals", series, False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 
 GIB = 1 << 30
+SHIM = "/var/lib/fgpu/shim/current/libfgpu.so"
 PROLOG = Path(__file__).parents[2] / "deploy/slurm/prolog.py"
 JOB = "JobId=7 JobName={name} UserId=a(1) NodeList=gpu[1-2] JOB_GRES=shard:3 {lines} MinCPUsNode=1 Comment={comment}"
 
@@ -267,3 +269,20 @@ def test_options_of_fgpu_set(prolog: ModuleType) -> None:
     third = 100 / 3
     assert limits({2: third, 0: 100.0}) == ["--memory=33.3333%", "--weight=33", "--device=0", "--device=2"]
     assert limits({0: 0.3}) == ["--memory=0.3000%", "--weight=1", "--device=0"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", SHIM),
+        ("libmemusage.so", f"{SHIM}:libmemusage.so"),
+        ("libm.so.6 libc.so.6", f"{SHIM}:libm.so.6 libc.so.6"),
+        (SHIM, None),
+        (f"libm.so.6:{SHIM}", None),
+    ],
+)
+def test_a_task_has_the_shim_before_the_libraries_that_the_job_preloads(before: str, after: str | None) -> None:
+    task = Path(__file__).parents[2] / "deploy/slurm/task.sh"
+    script = f'LD_PRELOAD="$1"; . {task}'  # without the preloads in this shell
+    done = subprocess.run(["sh", "-c", script, "sh", before], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == ("" if after is None else f"export LD_PRELOAD={after}\n")

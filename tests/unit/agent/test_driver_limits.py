@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.agent import driver_limits
 from fgpu_ebpf.agent.driver_limits import DriverLimits, Key
 from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver.nvml import Nvml
 from fgpu_ebpf.driver.nvml_memory_limits import GET, NONE, SET, Limits, MemoryLimits
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -75,8 +77,8 @@ def put(limits: DriverLimits, wanted: dict[Key, int]) -> None:
 
 
 def look(limits: DriverLimits) -> None:
-    """Compare each of a few limits with the driver."""
-    for _ in range(3):
+    """Compare each of a few limits with the driver, several times."""
+    for _ in range(8):
         limits.look()
 
 
@@ -248,6 +250,28 @@ def test_nvml_s_functions_are_found_by_name_and_get_the_folder_s_bytes() -> None
     older: Any = SimpleNamespace(**{GET: get})
     assert not MemoryLimits(older, lost).exist
     assert MemoryLimits(older, lost).set(0, "/a", NONE) is False
+
+
+def test_a_missing_device_has_no_limits_and_no_mig_mode() -> None:
+    nvml = Nvml.__new__(Nvml)
+    nvml._handles, nvml.released = {}, False
+    library: Any = SimpleNamespace(**{GET: None, SET: None})
+    assert MemoryLimits(library, nvml._handle).get(3, "/a") is None
+    assert not nvml.in_mig_mode(3)
+    assert nvml.free_bytes(3) is None
+
+
+def test_limits_are_restored_on_the_device_whose_index_the_ledger_had(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVML's numbers differ from the indexes if a device was missing at the first start."""
+    driver.devices = (SimpleNamespace(index=1, uuid=b"C" * 16), SimpleNamespace(index=2, uuid=b"B" * 16))
+    put(agent(driver, tmp_path), {key(tmp_path, device=1): 5 * MIB})
+    known = []
+    monkeypatch.setattr(driver_limits, "Nvml", lambda _, found: (known.append(found), driver)[1])
+    driver_limits.take_away(tmp_path / "driver-limits.json")
+    assert known == [{b"C" * 16: 1, b"B" * 16: 2}]
+    assert [*driver.now.values()] == [NONE]
 
 
 @given(

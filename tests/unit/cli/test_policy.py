@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from fgpu_ebpf.agent import host_config
 from fgpu_ebpf.agent.host_config import HostSettings
 from fgpu_ebpf.cli.policy import policy
-from fgpu_ebpf.policy import folder
 from fgpu_ebpf.policy.folder import PolicyFolder
+from fgpu_ebpf.policy.yaml_document import ConfigError
 from tests.unit import policy_kit as kit
 from tests.unit.cli import cli_kit
 from tests.unit.root_kit import needs_root
@@ -50,9 +50,8 @@ def test_check_prints_the_number_of_valid_policies_and_files(two):
 @needs_root("only files that belong to root are accepted")
 def test_check_warns_of_a_policy_of_this_host_that_parks_while_parking_is_off(two, monkeypatch):
     (two / "b.yaml").write_text(kit.text("idle", "{selector: {cgroup: a}, memory: {limit: 8GiB, park: {after: 10m}}}"))
-    monkeypatch.setattr(folder, "FOLDER", two)
     for is_on, warnings in ((False, 1), (True, 0)):
-        found = HostSettings(parking=is_on), ()
+        found = HostSettings(parking=is_on, policy_folder=two), ()
         monkeypatch.setattr(host_config, "read", lambda found=found: found)
         code, said = fgpu("check")
         assert (code, said.count("spec.memory.park: has no effect while parking is off")) == (0, warnings), said
@@ -89,7 +88,8 @@ def test_a_missing_path_is_an_error(tmp_path):
 
 
 def test_check_without_a_path_reads_the_host_s_folder_by_the_agent_s_rules(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
+    settings = HostSettings(policy_folder=tmp_path / "policy.d"), ()
+    monkeypatch.setattr(host_config, "read", lambda: settings)
     assert fgpu("check") == (0, "ok: 0 policies in 0 files: no workload gets a limit from a policy\n")
     assert fgpu("list") == (0, "no policy: no workload gets a limit from a policy\n")
     (tmp_path / "policy.d").mkdir()
@@ -147,7 +147,8 @@ def test_list_shows_the_number_of_tenants_of_each_policy(tmp_path, monkeypatch):
         found = [("a", "first", "tenant"), ("b", "first", "tenant"), ("c", "", "tenant"), ("d", "second", "gone")]
         return {"tenants": [dict(zip(("tenant", "policy", "kind"), each, strict=True)) for each in found]}
 
-    monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
+    settings = HostSettings(policy_folder=tmp_path / "policy.d"), ()
+    monkeypatch.setattr(host_config, "read", lambda: settings)
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d/a.yaml").write_text(kit.text("first") + kit.text("second"))
 
@@ -247,3 +248,10 @@ def test_an_unprivileged_user_can_run_check(two):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "ok: 3 policies in 2 files\n"), done.stderr
+
+
+def test_check_without_a_path_refuses_an_agent_yaml_with_errors(monkeypatch):
+    monkeypatch.setattr(host_config, "read", lambda: (None, (ConfigError("agent.yaml", 3, "policyFolder", "no"),)))
+    code, said = fgpu("check")
+    assert code == 1
+    assert "agent.yaml:3: policyFolder: no" in said

@@ -14,6 +14,7 @@ import click
 import pytest
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.cli import tables
 from fgpu_ebpf.cli.event_feed import EventFeed
 from fgpu_ebpf.cli.help_texts import Sections
 from fgpu_ebpf.cli.main import Main, main
@@ -105,6 +106,41 @@ def test_a_similar_name_is_suggested(command: str, tmp_path: Path) -> None:
         done = fgpu(tmp_path, command, "alcie")
         assert (done.exit_code, done.stderr) == (4, "fgpu: no tenant 'alcie'; did you mean alice?\n")
         assert fgpu(tmp_path, command, "nobody").stderr == "fgpu: no tenant 'alcie'\n"
+
+
+def test_a_tenant_s_own_name_is_not_suggested(tmp_path: Path) -> None:
+    """The cgroup of a tenant of kind `gone` was removed, so the tenant is no target."""
+    refused = {"error": "the cgroup of job-481 was removed", "code": 4}
+    with agent(tmp_path, explain=refused, snapshot=tenants("job-481")):
+        assert fgpu(tmp_path, "explain", "job-481").stderr == "fgpu: the cgroup of job-481 was removed\n"
+
+
+NAMES = ("[/x]", "[red]y[bold]", "a:cat:b", "a\nb", "\x1b[2J", "n" * 300)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_show_names_that_tenants_choose_literally_and_on_one_line(name: str) -> None:
+    row = tables.ProcessRow("t", 7, 0, 1 << 30, "no_shim", name, "", None, name, "root", 1.0)
+    for said in (tables.processes([row]), tables.usage(f"label:{name}", [(name, "s", *"123456")])):
+        heading, line, *more = said.splitlines()
+        assert not more
+        shown = "".join(c if c.isprintable() else "?" for c in name)
+        assert shown in line
+        assert "\x1b" not in heading + line
+
+
+def test_a_program_that_is_run_gets_all_of_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr("fgpu_ebpf.containers.run.run", lambda _, command: ran.append(command) or 0)
+    for words in (["--"], []):
+        with agent(tmp_path, run={"folder": "/x", "preload": "/r/p"}) as asked:
+            command = ["python3", "t.py", "--memory", "1GiB", "--name", "a", "-h"]
+            done = fgpu(tmp_path, "run", "--memory", "8GiB", *words, *command)
+        assert (done.exit_code, asked[0]["memory"], asked[0]["name"], ran.pop()) == (0, "8GiB", "", tuple(command))
+    with agent(tmp_path) as asked:
+        done = fgpu(tmp_path, "run", "--memory", "8GiB", "--memroy", "9", "--", "true")
+    assert (done.exit_code, asked) == (125, [])
+    assert "--memroy" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["set", "unset", "explain"])

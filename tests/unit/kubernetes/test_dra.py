@@ -223,3 +223,25 @@ def test_no_claim_waits_for_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert await driver._call(driver._reads, "GET", "/claims/late") == {"method": "GET"}
 
     asyncio.run(run())
+
+
+def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(tmp_path: Path) -> None:
+    (tmp_path / "plugins_registry").write_text("")
+
+    async def answer(_: Any) -> Any:
+        raise NotImplementedError
+
+    async def run() -> None:
+        server = DraServer(tmp_path, dra_messages.classes(), answer, answer)
+        for _ in range(3):
+            with pytest.raises(OSError, match="plugins_registry"):
+                await server.open()
+            assert not server.is_open
+        (tmp_path / "plugins_registry").unlink()
+        await server.open()
+        assert server.is_open
+        await server.close()
+        assert not server.path.exists()
+
+    pytest.importorskip("grpc")
+    asyncio.run(run())

@@ -73,3 +73,17 @@ def test_the_event_log_keeps_a_bounded_number_of_events_and_counts_forgotten_eve
         one.add("refused", tenant=str(number))
     assert len(one.since(0)["events"]) == MOST
     assert one.since(0)["forgotten"] == 23
+
+
+def test_the_same_event_of_another_device_is_another_event() -> None:
+    events = EventLog()
+    for gpu in (0, 1, 0):
+        events.add("failed", gpu=gpu, text="79")
+    assert [event["gpu"] for event in events.since(0)["events"]] == [0, 1]
+
+
+def test_any_number_may_be_the_last_that_a_reader_has_seen() -> None:
+    events = EventLog()
+    events.add("failed")
+    assert events.since(10**30)["events"] == events.since(1)["events"] == []
+    assert len(events.since(-(10**30))["events"]) == 1

@@ -229,3 +229,15 @@ def test_a_level_without_a_memory_limit_keeps_no_limit_and_its_share_at_a_start(
     host.start(unknown="not known")
     assert [limits for limits, _ in host.books.limits.values()] == [{0: abi.NO_LIMIT}]
     assert [by[0] for by in host.books.shares.values()] == [Share(500_000, 100, 1, 20_000_000)]
+
+
+def test_a_share_of_a_container_that_ended_without_an_agent_is_dropped_at_the_next_start(host):
+    """The device plugin would count the share as taken otherwise."""
+    gone, stays = host.cgroup("c"), host.cgroup("d")
+    manager = host.start()
+    for path in ("/c", "/d"):
+        manager.set(path, {"memory_bytes": GIB})
+    (host.root / "c").rmdir()
+    manager = host.start()
+    assert [one.cgroup for one in manager.overrides] == [stays]
+    assert gone not in [row["cgroup"] for row in json.loads(host.file.read_text())]
