@@ -113,18 +113,18 @@ def _must_read(paths: Paths) -> list[Policy]:
 
 
 def _read(paths: Paths) -> tuple[list[Policy], list[ConfigError]]:
-    """Read the given files, regardless of their owner. Without paths, read the folder of agent.yaml by the agent's rules.
+    """Read the given files, regardless of their owner.
 
-    The result is the policies, and the errors found in the files.
+    Without paths, read the folder of agent.yaml by the agent's rules. The result is the policies, and the errors found.
     """
     from fgpu_ebpf.agent import host_config
     from fgpu_ebpf.policy import folder
     from fgpu_ebpf.policy.folder import PolicyFolder
 
     if not paths:
-        host, wrong = host_config.read()
+        host, refused = host_config.read()
         if host is None:
-            return [], list(wrong)
+            return [], list(refused)
         reading = PolicyFolder(host.policy_folder, settle_seconds=0).read()
         return _listed(reading.policies), list(reading.errors)
     policies: list[Policy] = []

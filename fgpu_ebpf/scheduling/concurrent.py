@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS
 from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT
 from fgpu_ebpf.scheduling.reports import NOTHING, Seen
 from fgpu_ebpf.scheduling.state import NEVER_NS, Place
@@ -57,6 +58,7 @@ class _Runner:
     place: Place
     seen: Seen = NOTHING  # the last observation that was counted
     launched: int = 0  # launches in the time of the last count
+    launched_ns: int = 0  # when the tenant last launched
     took_ns: int = 0  # the part of this time in which the tenant had work
     active_ns: int = 0  # when the tenant last had work
     carried_ns: float = 0.0  # reported progress that was not charged yet
@@ -70,8 +72,8 @@ class _Runner:
 
     def begin(self, now_ns: int) -> None:
         """Count the tenant's launches and times from now on."""
-        self.active_ns = now_ns  # perhaps
-        self.seen = self.place.seen
+        self.active_ns = self.active_ns or now_ns  # a new tenant may have work
+        self.seen, self.launched_ns = self.place.seen, now_ns
         self.carried_ns = self.busy_ns = self.done_ns = self.claimed_ns = 0.0
 
     def is_active(self, now_ns: int) -> bool:
@@ -119,6 +121,10 @@ class _Runner:
     def count(self, passed_ns: int, now_ns: int) -> None:
         """Count the launches and the time with work since the last call, `passed_ns` ago."""
         place, self.launched = self.place, max(0, self.place.seen.launches - self.seen.launches)
+        self.launched_ns = now_ns if self.launched else self.launched_ns
+        since_ns = now_ns - max(place.seen.busy_until_ns, place.seen.wanted_ns, self.launched_ns)
+        if since_ns > MOST_FLIGHT_NS and not place.held:
+            place.seen = place.seen._replace(in_flight=0, waiting=False)  # stopped, or the end was not reported
         self.seen = place.seen
         works = bool(self.launched or place.seen.in_flight or place.seen.waiting)
         rest_ns, self.resting_ns = (self.resting_ns, 0) if works else (0, self.resting_ns + passed_ns)
@@ -290,8 +296,7 @@ class _Device:
 def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
     """Return the time until the next check, which is due when the first tenant may have to be held or released.
 
-    Progress is at most the time that passes, so some time passes before a tenant gets ahead of, or behind, a slowed
-    tenant.
+    Progress is at most the time that passes, so a tenant gets ahead of a slowed tenant only after some time.
     """
     if any(runner.place.share.limited for runner in free):
         return LOOK_NS
@@ -299,9 +304,7 @@ def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
     is_bounded = slowed or any(runner.place.share.limited for runner in active)
     least_ns = MOST_LOOK_NS if is_bounded else IDLE_LOOK_NS
     for other in slowed:
-        for runner in free:
-            if runner is other:
-                continue
+        for runner in (runner for runner in free if runner is not other):
             ahead_ns = runner.place.account.virtual_ns - other.place.account.virtual_ns
             moves, left_ns = (other, ahead_ns - NEAR_NS) if runner.place.held else (runner, LAG_NS - ahead_ns)
             least_ns = min(least_ns, left_ns * moves.place.share.weight // PLAIN_WEIGHT)
@@ -350,7 +353,8 @@ class Concurrent:
                 place.concurrent = False
             for place in its:
                 place.concurrent = True
-            device.runners, device.shared_ns = [_Runner(place) for place in its], 0
+            known = {id(runner.place): runner for runner in device.runners}
+            device.runners, device.shared_ns = [known.get(id(place)) or _Runner(place) for place in its], 0
             device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain, unlike the tenants before
         return ended
 

@@ -279,7 +279,8 @@ def test_a_measurement_has_whole_steps(period_ms: float, work_ms: float) -> None
 def observed(now_ns: int, period_ns: int, work_ns: int) -> Seen:
     """Return what the scheduler observes of a program that launches ten kernels at the begin of each period."""
     steps, since_ns = divmod(now_ns, period_ns)
-    return Seen(frozenset({0}), launches=steps * 10 + 10, in_flight=int(since_ns < work_ns))
+    until_ns = now_ns - since_ns + work_ns
+    return Seen(frozenset({0}), launches=steps * 10 + 10, in_flight=int(since_ns < work_ns), busy_until_ns=until_ns)
 
 
 def test_an_idle_time_does_not_change_what_a_launch_costs():
@@ -317,3 +318,34 @@ def test_false_launches_gain_a_bounded_part():
 def test_tenants_of_other_devices_take_turns():
     it = World(tenant(1), tenant(2), parallel=1.75).run_observed(5)
     assert it.turns.devices[0].lent_ns == 0
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("claim", ["in flight", "waiting"])
+def test_a_tenant_with_a_claim_of_the_past_delays_no_other_tenant(claim, is_known):
+    """It was stopped, or its program waits for its work in a way that the shim does not see."""
+    it = world(tenant(1), tenant(2), slower=1.75)
+    it.run_observed(8 if is_known else 0)
+    stuck, other = it.tenants[1], it.tenants[2]
+    if not is_known:
+        it.run(0.01)
+    past = it.now
+    stuck.stopped, stuck.flights = True, []
+    stuck.said = (claim == "waiting", stuck.launches, int(claim == "in flight"), past, False, past, past, past)
+    it.run_observed(3)
+    before, other.longest_wait_ns = other.done_ns, 0
+    it.run_observed(20)
+    assert (other.done_ns - before) / 20 / alone("busy") > 0.97
+    assert other.longest_wait_ns < 100 * MS
+
+
+def test_a_tenant_that_comes_and_goes_causes_no_measurement_of_the_others():
+    it = world(*[tenant(key) for key in range(1, 6)], slower=1.2)
+    it.run_observed(8)
+    comes, others = it.tenants[5], [it.tenants[key] for key in range(1, 5)]
+    comes.stopped = True
+    before = [sum(one.waits_ns) for one in others]
+    for second in range(20):
+        comes.dead = second % 2 == 0
+        it.run_observed(1)
+    assert max(sum(one.waits_ns) - was for one, was in zip(others, before, strict=True)) < 2_000 * MS
