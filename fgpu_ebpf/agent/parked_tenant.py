@@ -24,6 +24,7 @@ from fgpu_ebpf.snapshot import ParkingView
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 
 MOST_ERRANDS = 128
+LOST_SECONDS = 10.0  # other tenants wait no longer than this for a tenant in an unknown state
 
 
 class Phase(StrEnum):
@@ -142,6 +143,13 @@ class ParkedTenant:
     shall_wake: str = ""
     reason: str = ""
     has_claim: bool = False
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it will be known soon how many bytes the tenant holds on a device."""
+        if self.phase is Phase.UNKNOWN:
+            return time.monotonic() <= self.since + LOST_SECONDS
+        return self.phase in (Phase.CHECKING, Phase.PARKING, Phase.WAKING)
 
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Unless the new phase is PARKED, stop the search for calls."""

@@ -13,7 +13,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import making_room
 from fgpu_ebpf.agent.making_room import MOST_NAMES, RoomMaker
-from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, coming_to, full_level
+from fgpu_ebpf.agent.parked_tenant import LOST_SECONDS, ParkedTenant, Phase, coming_to, full_level
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.policy.rules import Compute, Priority
@@ -230,9 +230,33 @@ def test_a_tenant_with_a_request_for_memory_is_not_parked(host: Host, monkeypatc
 def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:
     host.runs("idle", on(gpu0=50))
     host.runs("lost", on(gpu0=50))
-    host.put_away("lost", 3, Phase.UNKNOWN)
-    assert host.make(gpu0=8) == (False, "lost is in a state that the parker must report")
+    lost = host.put_away("lost", 3, Phase.UNKNOWN)
+    lost.since -= LOST_SECONDS - 5
+    assert host.make(gpu0=8) == (True, "lost is in a state that the parker must report")
     assert host.parked == []
+
+
+def test_other_tenants_are_parked_if_the_state_of_one_stays_unknown(host: Host) -> None:
+    host.runs("lost", on(gpu0=50))
+    host.put_away("lost", 2, Phase.UNKNOWN).since -= LOST_SECONDS + 1
+    assert host.make(gpu0=8) == (False, "held by lost (is parked)")
+    host.runs("idle", on(gpu0=50))
+    assert host.make(gpu0=8) == (True, "idle is being parked")
+
+
+def test_a_tenant_that_cannot_be_restored_does_not_make_others_fail(host: Host) -> None:
+    """A program can stop its parked process, and then each attempt to restore the process fails."""
+    host.runs("hostile", on(gpu0=50))
+    host.runs("idle", on(gpu0=50))
+    hostile = host.put_away("hostile", 2, Phase.WAITING)
+    for _ in range(3):
+        for phase in (Phase.WAKING, Phase.UNKNOWN):
+            hostile.since -= LOST_SECONDS + 1
+            hostile.enter(phase)
+            assert host.make(gpu0=8)[0]
+            assert host.parked == []
+    hostile.enter(Phase.WAITING)
+    assert host.make(gpu0=8) == (True, "idle is being parked")
 
 
 def test_nothing_is_parked_while_another_tenant_is_being_woken(host: Host) -> None:

@@ -233,13 +233,17 @@ def test_no_room_is_left_free_for_a_request_for_which_no_tenant_was_parked(host:
     assert host.parkable.promised == {}
 
 
-def test_a_request_waits_while_another_tenant_is_being_woken_and_no_room_is_left_free_for_it(host: Host) -> None:
-    host.parks = (Phase.WAKING, "carol is being woken")
+@pytest.mark.parametrize("phase", [Phase.WAKING, Phase.UNKNOWN])
+def test_a_request_waits_while_another_tenant_is_being_woken_and_no_room_is_left_free_for_it(
+    host: Host, phase: Phase
+) -> None:
+    """The state of a tenant is also unknown for a moment after each failed attempt to park or wake the tenant."""
+    host.parks = (phase, "carol is being woken")
     assert host.asks() == WAIT
     assert host.parkable.promised == {}
     host.parks = (Phase.CHECKING, "dan is about to be parked")
     host.passes(0.1)
-    host.parks = (Phase.WAKING, "carol is being woken")
+    host.parks = (phase, "carol is being woken")
     host.passes(0.1)
     assert (host.last(), host.parkable.promised) == (WAIT, {0: 2 * GIB}), "the room of dan"
 
