@@ -180,7 +180,8 @@ class RoomRequests:
         tenant, usage = self._enforcer.get(request.cgroup), self._ledger.usage(request.cgroup, [request.device])
         if not tenant or not usage or usage[0].limit == abi.NO_LIMIT:
             return "the tenant has no limit"
-        for level in (tenant, *self._enforcer.around(tenant)):
+        enforced = (group for group in self._enforcer.around(tenant) if not group.observe)
+        for level in (tenant, *enforced):
             for u in self._ledger.usage(level.cgroup, [request.device]) or ():
                 if request.bytes > u.limit - u.used - u.parked:
                     return f"the limit of {level.name} has no room"

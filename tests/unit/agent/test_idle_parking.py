@@ -54,7 +54,10 @@ class Host:
             processes_of=lambda _: self.processes,
         )  # fmt: skip
         parking: Any = SimpleNamespace(
-            parkable=parkable, park=self._park, is_away=self.away.__contains__, view=lambda _: None,
+            parkable=parkable,
+            park=self._park,
+            is_away=self.away.__contains__,
+            view=lambda _: None,
             tenants=self.parked.values,
         )
         monkeypatch.setattr(idle_parking.time, "monotonic", lambda: self.now)

@@ -181,8 +181,9 @@ def test_no_room_is_made_for_a_tenant_whose_group_is_full(host: Host) -> None:
     assert host.parked == []
 
 
-@pytest.mark.parametrize("limit", [11, 10])
-def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_together(limit: int) -> None:
+@pytest.mark.parametrize(("limit", "observe"), [(11, False), (10, False), (10, True)])
+def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_together(limit: int, observe: bool) -> None:
+    """A group that only observes is never full."""
     lives = {(PID, 1): 1, (PID + 1, 1): 1}
     processes = {pid: Process(1, (ASKER, 5), 0, 0, True, ZERO, ZERO, ZERO, ZERO, ZERO) for pid, _ in lives}
     entries = {life: Parked(0, ASKER, on(gpu0=3)) for life in lives}
@@ -190,9 +191,10 @@ def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_togethe
         process=processes.get, usage=lambda level: [SimpleNamespace(used=5, limit=limit)],
         parked=SimpleNamespace(entries=lambda: entries),
     )  # fmt: skip
-    enforcer: Any = SimpleNamespace(name_of=lambda level: f"g{level}")
+    group = SimpleNamespace(observe=observe)
+    enforcer: Any = SimpleNamespace(name_of=lambda level: f"g{level}", get=lambda level: group)
     found = full_level(ParkedTenant(ASKER, "asker", "/asker", lives, Phase.WAITING), ledger, enforcer)
-    assert found == ("" if limit == 11 else "group g5 has 5B of 10B in use on gpu 0")
+    assert found == ("" if limit == 11 or observe else "group g5 has 5B of 10B in use on gpu 0")
 
 
 def test_a_tenant_that_waited_before_gets_its_room_first(host: Host) -> None:

@@ -47,7 +47,10 @@ class Host:
         self.history = EventLog()
         parked = SimpleNamespace(decide_on_room=lambda *said: self.decisions.append(said), entries=dict)
         ledger = SimpleNamespace(usage=self._usage, parked=parked, process=lambda pid: None)
-        tenants = {cgroup: SimpleNamespace(cgroup=cgroup, name=name, park=Park()) for cgroup, name in NAMES.items()}
+        tenants = {
+            cgroup: SimpleNamespace(cgroup=cgroup, name=name, park=Park(), observe=False)
+            for cgroup, name in NAMES.items()
+        }
         self.tenants = tenants
         enforcer = SimpleNamespace(name_of=NAMES.get, get=tenants.get, around=lambda tenant: [tenants[LAB]])
         self.parkable: Any = SimpleNamespace(ledger=ledger, enforcer=enforcer, promised=Counter())
@@ -334,6 +337,14 @@ def test_no_tenant_is_parked_for_a_request_that_cannot_be_granted(host: Host, wh
     assert host.asks() is FAIL
     assert host.history.since(0)["events"][0]["text"] == why
     assert host.lacking_bytes == []
+
+
+@pytest.mark.parametrize(("observed", "decision"), [(LAB, WAIT), (ANN, FAIL)])
+def test_a_full_group_that_only_observes_refuses_no_room(host: Host, observed: int, decision: float | None) -> None:
+    """The kernel admits requests beyond the limit of such a group. A tenant that only observes makes no requests."""
+    host.used, host.used_by_group = (8 * GIB, 0) if observed == ANN else (0, 8 * GIB)
+    host.tenants[observed].observe = True
+    assert host.asks() == decision
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.PARKED])
