@@ -96,6 +96,8 @@ class IdleParking:
     def begin(self, now: float, tenant: Tenant, own: Mapping[int, Process], purpose: str = "") -> bool:
         """Begin to park an idle tenant, unless a tenant on the same devices is being parked. The copies share the bus.
 
+        An attempt whose result stays unknown (`ParkedTenant.is_undecided`) does not prevent the next attempt.
+
         Args:
             now: the present time.
             tenant: the tenant, which is due by its policy or has no hindrance().
@@ -106,7 +108,9 @@ class IdleParking:
             Whether the parking has begun.
         """
         devices = _devices(own)
-        if any(devices & attempt.devices for attempt in self._attempts.values() if not attempt.errand.is_done):
+        undecided = {parked.cgroup for parked in self._parking.tenants() if parked.is_undecided}
+        attempts = (a for cgroup, a in self._attempts.items() if cgroup in undecided and not a.errand.is_done)
+        if any(devices & attempt.devices for attempt in attempts):
             return False
         why = f"idle for {duration_text(self._idleness.seconds(now, tenant.cgroup))}{purpose}"
         try:

@@ -34,7 +34,6 @@ _UNDECIDED = {
     Phase.UNKNOWN: "is in a state that the parker must report",
 }
 PARKS = (Phase.CHECKING, Phase.PARKING)  # room is being made while a tenant is in one of these phases
-MOVES = (*PARKS, Phase.WAKING)  # the missing bytes will be known soon
 _ASKS = "waits for memory itself"
 _TOO_SMALL = "can be parked, which is not enough"
 
@@ -90,7 +89,7 @@ class RoomMaker:
             needs: the bytes that have to be free, by device.
 
         Returns:
-            Whether room is being made, and a text that names the cause of the wait.
+            Whether room is being made or may be made soon, and a text that names the cause of the wait.
         """
         lacking = self.lacking(needs)
         if not lacking:
@@ -102,7 +101,7 @@ class RoomMaker:
         if first := self.claimant(lacking, waiting):
             return False, f"room is made for {first} first"
         phase, why = self.park_one(waiting.name, lacking)
-        return phase in MOVES, why
+        return phase is not None, why
 
     def claimant(self, devices: Iterable[int], asker: ParkedTenant | None = None) -> str:
         """Return the name of another tenant that wakes up and has a claim on one of these devices, or an empty text."""
@@ -121,7 +120,7 @@ class RoomMaker:
             why no tenant is parked.
         """
         for other in self._parking.tenants():
-            if other.phase in _UNDECIDED and self._holds(other, lacking):
+            if other.is_undecided and self._holds(other, lacking):
                 return other.phase, f"{other.name} {_UNDECIDED[other.phase]}"
         seen = self._holders(frozenset(lacking))
         holders = [replace(h, hindrance=_ASKS) if h.tenant.cgroup in self._asking else h for h in seen]

@@ -24,6 +24,7 @@ from fgpu_ebpf.snapshot import ParkingView
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 
 MOST_ERRANDS = 128
+LOST_SECONDS = 10.0  # other tenants wait no longer than this for a tenant in an unknown state
 
 
 class Phase(StrEnum):
@@ -143,6 +144,13 @@ class ParkedTenant:
     reason: str = ""
     has_claim: bool = False
 
+    @property
+    def is_undecided(self) -> bool:
+        """True if it will be known soon how many bytes the tenant holds on a device."""
+        if self.phase is Phase.UNKNOWN:
+            return time.monotonic() <= self.since + LOST_SECONDS
+        return self.phase in (Phase.CHECKING, Phase.PARKING, Phase.WAKING)
+
     def enter(self, phase: Phase, why: str = "") -> None:
         """Change the phase. Unless the new phase is PARKED, stop the search for calls."""
         if phase is not Phase.PARKED and self.calls:
@@ -253,14 +261,18 @@ def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
 
 
 def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
-    """Return a text about a level around a parked tenant that has no room for the tenant, or an empty text."""
+    """Return a text about a level around a parked tenant that has no room for the tenant, or an empty text.
+
+    Levels with `mode: observe` are never full.
+    """
     entries, needs = ledger.parked.entries(), dict[int, Counter[int]]()  # by level
     for life in tenant.members:
         process, entry = ledger.process(life[0]), entries.get(life)
         for level in process.levels[1:] if process and entry else ():
             needs.setdefault(level, Counter()).update(_by_device([entry.bytes]) if entry else {})
     for level, needed in needs.items():
-        for device, u in enumerate(ledger.usage(level) or ()):
+        group = enforcer.get(level)
+        for device, u in enumerate(() if group and group.observe else ledger.usage(level) or ()):
             if needed[device] and u.used + needed[device] > u.limit:
                 used = f"{memory_text(u.used)} of {memory_text(u.limit)} in use on gpu {device}"
                 return f"group {enforcer.name_of(level)} has {used}"

@@ -1,9 +1,10 @@
 """Requests for memory that fit in the limits when the device is full, and for which `overcommit: park` makes room.
 
 The shim of a program reports the request, waits for a decision on the tenant's page, and repeats the report during the
-wait. A request waits as long as tenants are being parked for the request, is repeated when the device has the bytes
-free, and fails if no tenant can be parked. A decision expires if the agent ends. One tenant of a device is served at a
-time. Wake-ups do not use the bytes that are `promised` to this tenant (`parked_tenant.coming_to`).
+wait. A request waits as long as tenants are being parked for the request or the state of a tenant will be known soon,
+is repeated when the device has the bytes free, and fails if no tenant can be parked. A decision expires if the agent
+ends. One tenant of a device is served at a time. Wake-ups do not use the bytes that are `promised` to this tenant
+(`parked_tenant.coming_to`).
 
 This module runs in the agent's main loop: at each report, and once in every round.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.idle_parking import IdleParking
-from fgpu_ebpf.agent.making_room import MOVES, PARKS, RoomMaker
+from fgpu_ebpf.agent.making_room import PARKS, RoomMaker
 from fgpu_ebpf.agent.parked_tenant import Phase, coming_to
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.tenancy.event_log import EventLog
@@ -168,7 +169,7 @@ class RoomRequests:
             return False, ""
         phase, why = self._maker.park_one(self._enforcer.name_of(request.cgroup), lacking)
         request.is_promised = request.is_promised or phase in PARKS
-        waits = phase in MOVES
+        waits = phase is not None
         return waits, why if waits or is_full else ""
 
     def _refusal(self, request: Request) -> str:
@@ -179,7 +180,8 @@ class RoomRequests:
         tenant, usage = self._enforcer.get(request.cgroup), self._ledger.usage(request.cgroup, [request.device])
         if not tenant or not usage or usage[0].limit == abi.NO_LIMIT:
             return "the tenant has no limit"
-        for level in (tenant, *self._enforcer.around(tenant)):
+        enforced = (group for group in self._enforcer.around(tenant) if not group.observe)
+        for level in (tenant, *enforced):
             for u in self._ledger.usage(level.cgroup, [request.device]) or ():
                 if request.bytes > u.limit - u.used - u.parked:
                     return f"the limit of {level.name} has no room"

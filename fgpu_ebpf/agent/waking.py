@@ -21,6 +21,7 @@ from fgpu_ebpf.ledger.ledger import Ledger, LedgerMissing
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.moves import Moves
 from fgpu_ebpf.workloads.cgroups import Workloads
 
 LEAST_SECONDS = 20.0
@@ -50,6 +51,7 @@ def limit_seconds(bytes_: int) -> float:
 def _wake(run_dir: Path, pins: Path, ledger: Ledger, root: Path) -> str:
     failed: dict[str, Check] = {}
     enforcer = Enforcer(ledger, Workloads(root), (), overcommit=False)
+    enforcer.moves = Moves(ledger, root, frozenset(ledger.tenants()))  # this enforcer has no tenants
     host, _ = host_config.read()
     try:
         nvml = Nvml((host.driver_root if host else Path("/")).resolve(), device_indexes.pinned(pins))

@@ -7,17 +7,16 @@ page of the process's own level makes the shim block calls.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.linux.wakeup import Wakeup
-from fgpu_ebpf.tenancy.tenant_tree import TenantTree
 
 
-def levels_at(root: Path, managed: TenantTree, path: str) -> tuple[int, ...]:
+def levels_at(root: Path, managed: Container[int], path: str) -> tuple[int, ...]:
     """Return the outermost LEVELS managed cgroups on a path, as in the kernel, innermost first."""
     return tuple(cgroup for cgroup in procfs.cgroup_ids(root, path) if cgroup in managed)[-abi.LEVELS :]
 
@@ -25,7 +24,7 @@ def levels_at(root: Path, managed: TenantTree, path: str) -> tuple[int, ...]:
 class Moves:
     """The moves of all processes. `managed`: the managed cgroups below `root`."""
 
-    def __init__(self, ledger: Ledger, root: Path, managed: TenantTree) -> None:
+    def __init__(self, ledger: Ledger, root: Path, managed: Container[int]) -> None:
         self._ledger, self._root, self._managed = ledger, root, managed
         self._wakeup = Wakeup()
         self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the earlier processes_so_far()
@@ -73,6 +72,9 @@ class Moves:
                 self._ledger.new_epoch()
 
     def _levels_of(self, pid: int) -> tuple[int, ...] | None:
-        """Return the levels that a process should have, or None if the process has ended."""
+        """Return the levels that a process should have.
+
+        The result is None if the process has ended or its cgroup lies outside this process's cgroup namespace.
+        """
         path = procfs.cgroup_path(pid)
-        return levels_at(self._root, self._managed, path) if path else None
+        return levels_at(self._root, self._managed, path) if path and not procfs.is_outside(path) else None

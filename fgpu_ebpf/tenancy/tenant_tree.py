@@ -23,7 +23,7 @@ class TenantTree:
     def __len__(self) -> int:
         return len(self._tenants)
 
-    def __contains__(self, cgroup: int) -> bool:
+    def __contains__(self, cgroup: object) -> bool:
         return cgroup in self._tenants
 
     def cgroups(self) -> set[int]:

@@ -53,6 +53,10 @@ def intact(pointer, size):
     return back.raw == pattern(size)
 def synchronise(): return L.cuCtxSynchronize()
 def query(): return L.cuStreamQuery(None)
+def free_bytes():
+    free, total = C.c_size_t(), C.c_size_t()
+    need("cuMemGetInfo_v2", C.byref(free), C.byref(total))
+    return free.value
 def kernel(us):
     module, function = C.c_void_p(), C.c_void_p()
     text = f".version 6.0\\n.target sm_50\\n.address_size 64\\n.visible .entry spin_{us}us() {{ ret; }}\\n"

@@ -28,6 +28,7 @@ from tests.support.tenant import Tenant
 from tests.support.wait import eventually, steadily
 
 LIMIT = 2 * GIB
+OUT_OF_MEMORY = 2
 BYTES = CONTEXT + HELD
 
 
@@ -299,12 +300,15 @@ def test_detach_wakes_parked_tenants(service: Service, parker: Parker, one: Tena
 
 def test_without_an_agent_a_command_wakes_a_tenant_and_charges_it(service: Service, one: Tenant) -> None:
     program = holder(one)
+    free = program.do("free_bytes()")
     fgpu("park", one.name)
     service.kill_agent()
     try:
         assert fgpu("wake", "--all").stdout == "no tenant is parked\n"
         assert one.driver() == BYTES
         assert program.is_intact()
+        assert program.do("free_bytes()") == free, "the limit holds before an agent starts"
+        assert program.do(f"alloc({LIMIT - BYTES + 2 * MIB})[0]") == OUT_OF_MEMORY
     finally:
         service.start_agent()
     assert_running(one)

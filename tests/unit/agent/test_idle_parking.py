@@ -13,7 +13,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.agent import idle_parking
 from fgpu_ebpf.agent.idle_parking import BUSY, NAME, STAY_SECONDS, IdleParking
 from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS
-from fgpu_ebpf.agent.parked_tenant import Errand, Goal
+from fgpu_ebpf.agent.parked_tenant import LOST_SECONDS, Errand, Goal, ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import ParkingError
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.ledger.usage_pages import Usage
@@ -45,6 +45,7 @@ class Host:
         self.away: set[int] = set()
         self.asked: list[tuple[str, str]] = []
         self.errands: dict[int, Errand] = {}
+        self.parked: dict[int, ParkedTenant] = {}
         self.obstacle = ""
         enforcer = type("Enforcer", (), {"__iter__": lambda _: iter(self.tenants.values())})()
         ledger = SimpleNamespace(processes=lambda: self.processes, usage=lambda _: [self.usage])
@@ -53,7 +54,11 @@ class Host:
             processes_of=lambda _: self.processes,
         )  # fmt: skip
         parking: Any = SimpleNamespace(
-            parkable=parkable, park=self._park, is_away=self.away.__contains__, view=lambda _: None
+            parkable=parkable,
+            park=self._park,
+            is_away=self.away.__contains__,
+            view=lambda _: None,
+            tenants=self.parked.values,
         )
         monkeypatch.setattr(idle_parking.time, "monotonic", lambda: self.now)
         self.idle = IdleParking(parking, self._truth, self.history, self.checks)
@@ -65,6 +70,8 @@ class Host:
         self.asked.append((tenant.name, why))
         if self.obstacle:
             raise ParkingError(self.obstacle)
+        parked = ParkedTenant(tenant.cgroup, tenant.name, "/t", {}, Phase.PARKING, since=self.now)
+        self.parked[tenant.cgroup] = parked
         self.errands[tenant.cgroup] = Errand(1, Goal.PARK, tenant.name, 64 << 20)
         return self.errands[tenant.cgroup]
 
@@ -253,6 +260,25 @@ def test_a_tenant_that_must_stay_is_not_parked_for_others(host: Host, why: str) 
     else:
         host.now += 10
     assert hindrance(host)
+
+
+@pytest.mark.parametrize(
+    ("phase", "seconds", "begins"),
+    [
+        (Phase.PARKING, LOST_SECONDS + 1, False),
+        (Phase.UNKNOWN, LOST_SECONDS - 1, False),
+        (Phase.UNKNOWN, LOST_SECONDS + 1, True),
+        (Phase.WAITING, 0, True),
+    ],
+)
+def test_another_tenant_is_parked_if_the_result_of_an_attempt_stays_unknown(
+    monkeypatch: pytest.MonkeyPatch, phase: Phase, seconds: float, begins: bool
+) -> None:
+    host = Host(monkeypatch, cgroups=(7, 8))
+    assert host.idle.begin(host.now, host.tenants[7], host.processes)
+    host.parked[7].phase = phase
+    host.now += seconds
+    assert host.idle.begin(host.now, host.tenants[8], host.processes) == begins
 
 
 def test_an_attempt_for_others_that_fails_is_repeated_more_and_more_rarely(host: Host) -> None:

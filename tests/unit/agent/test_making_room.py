@@ -13,7 +13,7 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent import making_room
 from fgpu_ebpf.agent.making_room import MOST_NAMES, RoomMaker
-from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase, coming_to, full_level
+from fgpu_ebpf.agent.parked_tenant import LOST_SECONDS, ParkedTenant, Phase, coming_to, full_level
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.policy.rules import Compute, Priority
@@ -181,8 +181,9 @@ def test_no_room_is_made_for_a_tenant_whose_group_is_full(host: Host) -> None:
     assert host.parked == []
 
 
-@pytest.mark.parametrize("limit", [11, 10])
-def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_together(limit: int) -> None:
+@pytest.mark.parametrize(("limit", "observe"), [(11, False), (10, False), (10, True)])
+def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_together(limit: int, observe: bool) -> None:
+    """A group that only observes is never full."""
     lives = {(PID, 1): 1, (PID + 1, 1): 1}
     processes = {pid: Process(1, (ASKER, 5), 0, 0, True, ZERO, ZERO, ZERO, ZERO, ZERO) for pid, _ in lives}
     entries = {life: Parked(0, ASKER, on(gpu0=3)) for life in lives}
@@ -190,9 +191,10 @@ def test_a_group_is_full_if_it_has_no_room_for_all_processes_of_a_tenant_togethe
         process=processes.get, usage=lambda level: [SimpleNamespace(used=5, limit=limit)],
         parked=SimpleNamespace(entries=lambda: entries),
     )  # fmt: skip
-    enforcer: Any = SimpleNamespace(name_of=lambda level: f"g{level}")
+    group = SimpleNamespace(observe=observe)
+    enforcer: Any = SimpleNamespace(name_of=lambda level: f"g{level}", get=lambda level: group)
     found = full_level(ParkedTenant(ASKER, "asker", "/asker", lives, Phase.WAITING), ledger, enforcer)
-    assert found == ("" if limit == 11 else "group g5 has 5B of 10B in use on gpu 0")
+    assert found == ("" if limit == 11 or observe else "group g5 has 5B of 10B in use on gpu 0")
 
 
 def test_a_tenant_that_waited_before_gets_its_room_first(host: Host) -> None:
@@ -230,9 +232,33 @@ def test_a_tenant_with_a_request_for_memory_is_not_parked(host: Host, monkeypatc
 def test_a_tenant_whose_state_is_not_known_is_waited_for(host: Host) -> None:
     host.runs("idle", on(gpu0=50))
     host.runs("lost", on(gpu0=50))
-    host.put_away("lost", 3, Phase.UNKNOWN)
-    assert host.make(gpu0=8) == (False, "lost is in a state that the parker must report")
+    lost = host.put_away("lost", 3, Phase.UNKNOWN)
+    lost.since -= LOST_SECONDS - 5
+    assert host.make(gpu0=8) == (True, "lost is in a state that the parker must report")
     assert host.parked == []
+
+
+def test_other_tenants_are_parked_if_the_state_of_one_stays_unknown(host: Host) -> None:
+    host.runs("lost", on(gpu0=50))
+    host.put_away("lost", 2, Phase.UNKNOWN).since -= LOST_SECONDS + 1
+    assert host.make(gpu0=8) == (False, "held by lost (is parked)")
+    host.runs("idle", on(gpu0=50))
+    assert host.make(gpu0=8) == (True, "idle is being parked")
+
+
+def test_a_tenant_that_cannot_be_restored_does_not_make_others_fail(host: Host) -> None:
+    """A program can stop its parked process, and then each attempt to restore the process fails."""
+    host.runs("hostile", on(gpu0=50))
+    host.runs("idle", on(gpu0=50))
+    hostile = host.put_away("hostile", 2, Phase.WAITING)
+    for _ in range(3):
+        for phase in (Phase.WAKING, Phase.UNKNOWN):
+            hostile.since -= LOST_SECONDS + 1
+            hostile.enter(phase)
+            assert host.make(gpu0=8)[0]
+            assert host.parked == []
+    hostile.enter(Phase.WAITING)
+    assert host.make(gpu0=8) == (True, "idle is being parked")
 
 
 def test_nothing_is_parked_while_another_tenant_is_being_woken(host: Host) -> None:

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.agent import blocked_calls, parkable, parker_client, parking
+from fgpu_ebpf.agent import blocked_calls, host_config, parkable, parker_client, parking, waking
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
+from fgpu_ebpf.driver import device_indexes
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
@@ -521,3 +522,39 @@ def test_a_tenant_without_a_limit_is_woken(host: Host) -> None:
     host.enforcer.get = lambda _: None
     host.until("running")
     assert host.books() == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "moved"),
+    [
+        ("/lab/alice", []),
+        ("/lab/alice/worker", []),
+        ("/../alice", []),
+        ("/lab/bob", ["lab"]),
+        ("/lab/gone", ["lab"]),
+    ],
+)
+def test_without_an_agent_a_woken_process_keeps_its_levels_unless_its_cgroup_has_changed(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, moved: list[str]
+) -> None:
+    for folder in ("lab/alice/worker", "lab/bob"):
+        (tmp_path / folder).mkdir(parents=True)
+    cgroups = {name: (tmp_path / name).stat().st_ino for name in ("lab", "lab/alice")}
+    levels, moves = (cgroups["lab/alice"], cgroups["lab"]), list[Any]()
+    parked(host)
+    ledger: Any = host.ledger
+    process = ledger.processes
+    monkeypatch.setattr(
+        ledger, "processes", lambda: {p: dataclasses.replace(of, levels=levels) for p, of in process().items()}
+    )
+    ledger.tenants = lambda: dict.fromkeys(levels, 1)
+    ledger.context_bytes = lambda _: 0
+    ledger.new_epoch = lambda: None
+    ledger.move = lambda *arguments: moves.append(arguments)
+    monkeypatch.setattr(procfs, "cgroup_path", lambda _: path)
+    monkeypatch.setattr(host_config, "read", lambda: (None, []))
+    monkeypatch.setattr(device_indexes, "pinned", lambda _: {})
+    monkeypatch.setattr(waking, "Nvml", lambda *_: None)
+    assert waking._wake(host.folder, tmp_path, ledger, tmp_path) == ""
+    assert host.books() == (False, 0)
+    assert moves == ([(ledger.pid, GENERATION, tuple(cgroups[name] for name in moved))] if moved else [])

@@ -47,7 +47,10 @@ class Host:
         self.history = EventLog()
         parked = SimpleNamespace(decide_on_room=lambda *said: self.decisions.append(said), entries=dict)
         ledger = SimpleNamespace(usage=self._usage, parked=parked, process=lambda pid: None)
-        tenants = {cgroup: SimpleNamespace(cgroup=cgroup, name=name, park=Park()) for cgroup, name in NAMES.items()}
+        tenants = {
+            cgroup: SimpleNamespace(cgroup=cgroup, name=name, park=Park(), observe=False)
+            for cgroup, name in NAMES.items()
+        }
         self.tenants = tenants
         enforcer = SimpleNamespace(name_of=NAMES.get, get=tenants.get, around=lambda tenant: [tenants[LAB]])
         self.parkable: Any = SimpleNamespace(ledger=ledger, enforcer=enforcer, promised=Counter())
@@ -233,13 +236,17 @@ def test_no_room_is_left_free_for_a_request_for_which_no_tenant_was_parked(host:
     assert host.parkable.promised == {}
 
 
-def test_a_request_waits_while_another_tenant_is_being_woken_and_no_room_is_left_free_for_it(host: Host) -> None:
-    host.parks = (Phase.WAKING, "carol is being woken")
+@pytest.mark.parametrize("phase", [Phase.WAKING, Phase.UNKNOWN])
+def test_a_request_waits_while_another_tenant_is_being_woken_and_no_room_is_left_free_for_it(
+    host: Host, phase: Phase
+) -> None:
+    """The state of a tenant is also unknown for a moment after each failed attempt to park or wake the tenant."""
+    host.parks = (phase, "carol is being woken")
     assert host.asks() == WAIT
     assert host.parkable.promised == {}
     host.parks = (Phase.CHECKING, "dan is about to be parked")
     host.passes(0.1)
-    host.parks = (Phase.WAKING, "carol is being woken")
+    host.parks = (phase, "carol is being woken")
     host.passes(0.1)
     assert (host.last(), host.parkable.promised) == (WAIT, {0: 2 * GIB}), "the room of dan"
 
@@ -330,6 +337,14 @@ def test_no_tenant_is_parked_for_a_request_that_cannot_be_granted(host: Host, wh
     assert host.asks() is FAIL
     assert host.history.since(0)["events"][0]["text"] == why
     assert host.lacking_bytes == []
+
+
+@pytest.mark.parametrize(("observed", "decision"), [(LAB, WAIT), (ANN, FAIL)])
+def test_a_full_group_that_only_observes_refuses_no_room(host: Host, observed: int, decision: float | None) -> None:
+    """The kernel admits requests beyond the limit of such a group. A tenant that only observes makes no requests."""
+    host.used, host.used_by_group = (8 * GIB, 0) if observed == ANN else (0, 8 * GIB)
+    host.tenants[observed].observe = True
+    assert host.asks() == decision
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.PARKED])
