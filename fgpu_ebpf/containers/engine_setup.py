@@ -2,7 +2,8 @@
 
 This module runs in the command; `checks` and `check_cdi` run in `fgpu doctor`. The command writes the engine's
 settings, and the links and files beside `fgpu-oci` that the settings name. The previous text is stored for --undo.
-`engine_config` computes the settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
+`engine_config` computes the settings. No engine is restarted. After SetupError the settings are unchanged; after
+OSError each file has the whole old or the whole new text.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
         os.replace(aside, place)
     for name, text in wanted.files.items():
         (helper.parent / name).parent.mkdir(mode=0o755, exist_ok=True)
-        atomic_file.write(helper.parent / name, text)
+        atomic_file.write(helper.parent / name, text, durable=True)
 
 
 def _kept(state: Path) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _restore(path: Path, text: str | None) -> None:
 
 
 def _write(path: Path, text: str, like: Path | None = None) -> None:
-    """Replace a file as a whole; a symbolic link is followed.
+    """Replace a file as a whole, also if the power fails; a symbolic link is followed.
 
     Args:
         like: the new file gets the owner, group and mode of this file. If that file does not exist, all users may read
@@ -193,7 +194,10 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
                 os.fchmod(fd, stat.S_IMODE(status.st_mode))
             elif like:
                 os.fchmod(fd, 0o644)
+            file.flush()
+            os.fsync(fd)
         os.replace(aside, path)
+        atomic_file.sync_folder(path.parent)
     except OSError:
         aside.unlink(missing_ok=True)
         raise

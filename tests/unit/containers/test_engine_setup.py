@@ -23,6 +23,7 @@ from fgpu_ebpf.containers.engine_setup import (
     where_it_is,
 )
 from fgpu_ebpf.containers.engines import ENGINES
+from tests.unit.disk_kit import durable, recorded
 
 HELPER = "bin/fgpu-oci"
 CONTAINERD = """version = 2
@@ -302,6 +303,18 @@ def test_a_setup_on_a_full_disk_leaves_the_settings_unchanged(tmp_path, helper, 
         set_up(found, helper, tmp_path / "x.json")
     assert read(found) == "{}"
     assert [p.name for p in found.file.parent.iterdir()] == ["settings"]
+
+
+def test_settings_and_the_copy_for_undo_are_on_the_disk_before_the_old_files_are_replaced(tmp_path, helper, monkeypatch):
+    """Without this order, a loss of power can leave both files empty."""
+    found, state = engine("docker", tmp_path, '{"debug": true}'), tmp_path / "x.json"
+    calls = recorded(monkeypatch)
+    set_up(found, helper, state)
+    settings = durable(found.file.with_name(f".settings.{os.getpid()}"), found.file)
+    assert calls == durable(tmp_path / f".x.json.{os.getpid()}", state) + settings
+    calls.clear()
+    undo(found, state)
+    assert calls == settings
 
 
 def test_doctor_reports_whether_the_setup_is_intact(tmp_path, helper):
