@@ -20,7 +20,7 @@ def write(path: Path, text: str, mode: int = 0o644, durable: bool = False) -> No
         path: the file to replace. A folder at this path is removed or renamed first.
         text: the new content. Text that was read with errors="surrogateescape" is written unchanged.
         mode: the permissions of the file, independent of the umask.
-        durable: after a loss of power, the file has the whole old or the whole new text. Files in /run do not need this.
+        durable: after a loss of power, the file has the whole old or new text. Files in /run do not need this.
 
     Raises:
         OSError: nothing was replaced, or the file was replaced and sync_folder() failed.
