@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fgpu_ebpf.containers import toml_text
+
 NAME = "fgpu"
 RUNTIMES = "runtimes"  # folder beside the helper with links to the real runtimes, if the settings give their paths
 HOOKS = "hooks.d"  # folder beside the helper with Podman's hooks
 _TYPE = "io.containerd.runc.v2"
-_CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
 
 
 class SetupError(Exception):
@@ -29,12 +31,14 @@ class Settings(NamedTuple):
     """The present settings. `text`: the file without fgpu's lines, empty if the file does not exist.
 
     `helper`: the path of `fgpu-oci`. `version`: the first two numbers of the engine's version; empty if unknown.
+    `command`: the command line of the engine's daemon; empty if unknown.
     """
 
     file: Path
     text: str
     helper: Path
     version: tuple[int, ...] = ()
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Engine:
     programs is installed. `version`: see Settings. `more`: a second file that the engine needs. `cgroups`: patterns of
     the containers' cgroups, as in a policy. `example`: a command that shows the limit of a container. `keeps_folder`: a
     folder that was created for the file is kept after --undo. `read`: parses a text that `fgpu doctor` compares.
+    `conflict`: returns a reason and a fix if settings outside of the file prevent the setup, else None. `daemon`: the
+    name of the daemon's service and pid file, if the daemon's flags may conflict with the file.
     """
 
     file: Path
@@ -77,6 +83,8 @@ class Engine:
     example: str = ""
     keeps_folder: bool = False
     read: Callable[[str, Path], Mapping[str, Any]] | None = None
+    conflict: Callable[[Settings], tuple[str, str] | None] | None = None
+    daemon: str = ""
 
 
 # -- Docker --------------------------------------------------------------------------------------------------------
@@ -167,9 +175,9 @@ def containerd_after(of: Settings) -> Wanted:
     """Return config.toml with another BinaryName for Kubernetes' default runtime. Everything else is unchanged."""
     text = of.text
     before = read_toml(text, of.file)
-    plugin = _CRI.get(before.get("version", 1))
+    plugin = CRI.get(before.get("version", 1))
     if not text:
-        plugin, text = _CRI[2], "version = 2\n"
+        plugin, text = CRI[2], "version = 2\n"
     if plugin is None or plugin == "cri":
         raise SetupError("config.toml has an unknown version: versions 2 and 3 are supported")
     cri = before.get("plugins", {}).get(plugin, {}).get("containerd", {})
@@ -183,8 +191,8 @@ def containerd_after(of: Settings) -> Wanted:
     after = _with_binary(text, table, runtime, f'BinaryName = "{link}"')
     wanted = {**runtime.get("options", {}), "BinaryName": str(link)}
     try:
-        found = _loads(after)["plugins"][plugin]["containerd"]["runtimes"][name]["options"]
-        is_right = found == wanted and _loads(containerd_without(after)) == _loads(text)
+        found = toml_text.loads(after)["plugins"][plugin]["containerd"]["runtimes"][name]["options"]
+        is_right = found == wanted and toml_text.loads(containerd_without(after)) == toml_text.loads(text)
     except (ValueError, KeyError):  # the options are written in another form, for example in one line
         is_right = False
     if not is_right:
@@ -218,7 +226,7 @@ def _header(text: str, table: tuple[str, ...]) -> re.Match[str] | None:
 
 def _keys(header: str) -> tuple[str, ...]:
     try:
-        inner = _loads(header)
+        inner = toml_text.loads(header)
     except ValueError:
         return ()
     keys = []
@@ -265,7 +273,7 @@ def template_after(of: Settings) -> Wanted:
     if not _BASE.search(text):
         raise SetupError(f'{of.file} has no {{{{ template "base" . }}}}: add that line, and run fgpu setup again')
     settings = read_toml(made.read_text(encoding="utf-8"), made)
-    plugin = _CRI.get(settings.get("version", 1), "")
+    plugin = CRI.get(settings.get("version", 1), "")
     runtimes = settings.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {})
     real = runtimes.get("nvidia", {}).get("options", {}).get("BinaryName") or "runc"
     link, links = _in_front_of(real, "k3s", of.helper)
@@ -371,30 +379,15 @@ def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def _drop_in(table: str, values: Mapping[str, Any]) -> str:
-    text = HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
-    if list(_loads(text)) != [table.split(".")[0]]:
+    text = HEAD + f"[{table}]\n" + "".join(f"{key} = {toml_text.dumps(value)}\n" for key, value in values.items())
+    if list(toml_text.loads(text)) != [table.split(".")[0]]:
         raise SetupError(f"the table [{table}] cannot be written as TOML: write the table by hand")
     return text
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(of)}" for key, of in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans have the same form in JSON and TOML
-
-
-def _loads(text: str) -> dict[str, Any]:
-    """Return the contents of a TOML document. Raise ValueError on failure."""
-    import tomllib  # imported when needed: most processes that import this module read no TOML
-
-    return tomllib.loads(text)
 
 
 def read_toml(text: str, file: Path) -> dict[str, Any]:
     """Return the contents of a TOML file. Raise SetupError on failure."""
     try:
-        return _loads(text)
+        return toml_text.loads(text)
     except ValueError as error:
         raise SetupError(f"{file} is not TOML ({error}): fix the file first") from error

@@ -2,7 +2,8 @@
 
 This module runs in the command; `checks` and `check_cdi` run in `fgpu doctor`. The command writes the engine's
 settings, and the links and files beside `fgpu-oci` that the settings name. The previous text is stored for --undo.
-`engine_config` computes the settings. No engine is restarted. After SetupError or OSError the settings are unchanged.
+`engine_config` computes the settings. No engine is restarted. After SetupError the settings are unchanged; after
+OSError each file has the whole old or the whole new text.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import injection
 from fgpu_ebpf.containers.engine_config import Engine, Settings, SetupError, Wanted, docker_lacks_cdi
 from fgpu_ebpf.containers.engines import ENGINES
-from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.linux import atomic_file, procfs
 
 STATE = injection.BIN.parent / "setup"
 _FOLDERS = ("/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/rke2/bin")  # after PATH, which may lack these folders
+_RUN = Path("/run")  # has the pid files of daemons
 _VERSION = re.compile(r"version v?(\d+)\.(\d+)")
+_ARGUMENTS = re.compile(r"argv\[\]=(.*?) ; ")  # of a command that `systemctl show` prints
 
 
 def program(engine: Engine) -> str:
@@ -60,6 +63,8 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
         state: the file in which the previous text is stored, so that undo() restores that text byte for byte.
         is_dry: write nothing.
     """
+    if conflict := _conflict(engine, _text(engine.file) or "", helper):
+        raise SetupError(": ".join(conflict))
     there = where_it_is(engine, state)
     if there.file != engine.file and not is_dry:
         undo(there, state)
@@ -79,6 +84,29 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
     _write(state, notes)
     _write(engine.file, wanted.text, like=engine.file)
     return wanted
+
+
+def _conflict(engine: Engine, text: str, helper: Path) -> tuple[str, str] | None:
+    """Return a reason and a fix if settings outside of the engine's file prevent the setup, else None."""
+    of = Settings(engine.file, text, helper, engine.version, _command(engine))
+    return engine.conflict(of) if engine.conflict else None
+
+
+def _command(engine: Engine) -> tuple[str, ...]:
+    """Return the command line of the running daemon, or of the service if no daemon runs; empty if unknown."""
+    if not engine.daemon:
+        return ()
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((_RUN / f"{engine.daemon}.pid").read_text(encoding="ascii"))
+        words = os.fsdecode(procfs.read(f"/proc/{pid}/cmdline")).split("\0")
+        if Path(words[0]).name in engine.programs:  # else another process has the pid of a daemon that was killed
+            return tuple(words[:-1])
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["systemctl", "show", "-p", "ExecStart", f"{engine.daemon}.service"]
+        said = os.fsdecode(subprocess.run(asked, capture_output=True, timeout=5, check=True).stdout)
+        if match := _ARGUMENTS.search(said):
+            return tuple(match[1].split())
+    return ()
 
 
 def undo(engine: Engine, state: Path) -> bool:
@@ -139,7 +167,7 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
         os.replace(aside, place)
     for name, text in wanted.files.items():
         (helper.parent / name).parent.mkdir(mode=0o755, exist_ok=True)
-        atomic_file.write(helper.parent / name, text)
+        atomic_file.write(helper.parent / name, text, durable=True)
 
 
 def _kept(state: Path) -> dict[str, Any]:
@@ -172,7 +200,7 @@ def _restore(path: Path, text: str | None) -> None:
 
 
 def _write(path: Path, text: str, like: Path | None = None) -> None:
-    """Replace a file as a whole; a symbolic link is followed.
+    """Replace a file as a whole, also if the power fails; a symbolic link is followed.
 
     Args:
         like: the new file gets the owner, group and mode of this file. If that file does not exist, all users may read
@@ -193,7 +221,10 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
                 os.fchmod(fd, stat.S_IMODE(status.st_mode))
             elif like:
                 os.fchmod(fd, 0o644)
+            file.flush()
+            os.fsync(fd)
         os.replace(aside, path)
+        atomic_file.sync_folder(path.parent)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
@@ -243,6 +274,8 @@ def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
     file, now, fix = engine.file, _text(engine.file), f"fgpu setup {name}, or fgpu setup {name} --undo"
     if now is None or (rest := engine.without(now, None)) == now:
         return Check(name, False, f"{file} no longer has fgpu's settings", fix)
+    if conflict := _conflict(engine, now, helper):
+        return Check(name, False, *conflict)
     if engine.read and (engine.is_drop_in or now != kept["after"]):
         wanted = engine.after(Settings(file, rest, helper)).text
         if engine.read(wanted, file) != engine.read(now, file):

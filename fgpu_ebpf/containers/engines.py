@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from fgpu_ebpf.containers import engine_config as config
-from fgpu_ebpf.containers import slurm
+from fgpu_ebpf.containers import engine_conflicts, slurm
 from fgpu_ebpf.containers.engine_config import NAME, Engine
 
 _LAST = f"zz-{NAME}.conf"
@@ -49,6 +49,8 @@ ENGINES = {
         "systemctl restart docker",
         programs=("dockerd",),
         read=config.read_json,
+        conflict=engine_conflicts.docker_conflict,
+        daemon="docker",
         cgroups=("system.slice/docker-*.scope", "docker/*"),
         example=f"docker run --rm --gpus all {_IMAGE} nvidia-smi",
     ),
@@ -69,6 +71,7 @@ ENGINES = {
         *("systemctl restart containerd",) * 2,
         programs=("containerd",),
         read=config.read_toml,
+        conflict=engine_conflicts.containerd_conflict,
         cgroups=_PODS,
         example=_KUBECTL,
     ),

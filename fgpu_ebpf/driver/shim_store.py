@@ -53,8 +53,8 @@ def stage(shim: Path, store: Path = STORE) -> Path:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(folder)
-    _sync(store)
+    atomic_file.sync_folder(folder)
+    atomic_file.sync_folder(store)
     return staged
 
 
@@ -216,7 +216,7 @@ def _point(link: Path, version: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(link.parent)
+    atomic_file.sync_folder(link.parent)
 
 
 def _write_durably(path: Path, content: bytes) -> None:
@@ -226,11 +226,3 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(fd)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -32,7 +32,7 @@ def write(file: Path, folder: Path, policies: PolicySet) -> None:
     files = [[name, data.decode("utf-8", "surrogateescape")] for name, data in policies.files]
     text = json.dumps({"version": VERSION, "folder": str(folder), "files": files})
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    atomic_file.write(file, text)
+    atomic_file.write(file, text, durable=True)
 
 
 def read(file: Path, folder: Path) -> PolicySet | None:

@@ -31,7 +31,7 @@ def host(tmp_path, monkeypatch):
     docker, systemctl = tmp_path / "bin/dockerd", tmp_path / "bin/systemctl"
     docker.write_text("#!/bin/sh\necho Docker version 26.1.5\n")
     systemctl.write_text(f"""#!/bin/sh
-case "$*" in *is-enabled*) [ -e {tmp_path}/enabled ] ;; *is-active*) [ -e {tmp_path}/active ] ;;
+case "$*" in show*) ;; *is-enabled*) [ -e {tmp_path}/enabled ] ;; *is-active*) [ -e {tmp_path}/active ] ;;
 *) echo "$*" >>{tmp_path}/asked; exit $(cat {tmp_path}/fails 2>/dev/null || echo 0) ;; esac
 """)
     docker.chmod(0o755)
@@ -40,6 +40,7 @@ case "$*" in *is-enabled*) [ -e {tmp_path}/enabled ] ;; *is-active*) [ -e {tmp_p
     settings = replace(engines.ENGINES["docker"], file=tmp_path / "daemon.json")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     monkeypatch.setattr(engine_setup, "_FOLDERS", ())
+    monkeypatch.setattr(engine_setup, "_RUN", tmp_path / "run")
     monkeypatch.setattr(engine_setup, "STATE", tmp_path / "state")
     monkeypatch.setattr(injection, "BIN", tmp_path / "published")
     monkeypatch.setitem(engines.ENGINES, "docker", settings)

@@ -23,6 +23,7 @@ from fgpu_ebpf.containers.engine_setup import (
     where_it_is,
 )
 from fgpu_ebpf.containers.engines import ENGINES
+from tests.unit.disk_kit import durable, recorded
 
 HELPER = "bin/fgpu-oci"
 CONTAINERD = """version = 2
@@ -93,6 +94,7 @@ def path_with_runtimes(tmp_path, monkeypatch):
     for name in ("runc", "crun", "nvidia-container-runtime"):
         (tmp_path / "path" / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(engine_setup, "_RUN", tmp_path / "run")  # without this host's own daemons
 
 
 def engine(name: str, tmp_path: Path, text: str | None) -> Engine:
@@ -302,6 +304,18 @@ def test_a_setup_on_a_full_disk_leaves_the_settings_unchanged(tmp_path, helper, 
         set_up(found, helper, tmp_path / "x.json")
     assert read(found) == "{}"
     assert [p.name for p in found.file.parent.iterdir()] == ["settings"]
+
+
+def test_settings_and_the_copy_for_undo_are_on_the_disk_before_the_rename(tmp_path, helper, monkeypatch):
+    """A loss of power can leave both files empty if the order is another."""
+    found, state = engine("docker", tmp_path, '{"debug": true}'), tmp_path / "x.json"
+    calls = recorded(monkeypatch)
+    set_up(found, helper, state)
+    settings = durable(found.file.with_name(f".settings.{os.getpid()}"), found.file)
+    assert calls == durable(tmp_path / f".x.json.{os.getpid()}", state) + settings
+    calls.clear()
+    undo(found, state)
+    assert calls == settings
 
 
 def test_doctor_reports_whether_the_setup_is_intact(tmp_path, helper):
