@@ -200,22 +200,24 @@ class Sessions:
             session.has_ended = True
             self.on_end(session)
 
-    def _close_after_exec(self, processes: Mapping[int, Process]) -> None:
-        """Close the sessions of processes that have executed another program.
+    def end_if_executed(self, session: Session, process: Process | None) -> bool:
+        """End a session if its process has executed another program since. Return whether the session was ended.
 
         The pages of such a process are no longer mapped, so the status page could show a waiting thread forever.
 
         A process that has only left its cgroups still maps its pages. The gates of this process are opened and the
         epoch on its page is changed, so that the process registers again.
+
+        Args:
+            session: the session; a session whose process's exit was reported does not end here.
+            process: the current entry of the process in the ledger. Each executed program gets a new entry.
         """
-        for session in list(self._sessions.values()):
-            process = processes.get(session.pid)
-            now = process.generation if process else 0
-            if session.generation and now != session.generation and not session.has_ended:
-                session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
-                session.control.page.epoch ^= 1 << 63
-                self._remove(session)
-            session.generation = now
+        if session.has_ended or session.generation in (0, process.generation if process else 0):
+            return False
+        session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
+        session.control.page.epoch ^= 1 << 63
+        self._remove(session)
+        return True
 
     def _remove(self, session: Session) -> None:
         if self._sessions.pop(session.pid, None) is not session:
@@ -227,7 +229,10 @@ class Sessions:
 
     def show(self, processes: Mapping[int, Process]) -> None:
         """Close the sessions without an entry in the ledger, and update the rows of all other sessions."""
-        self._close_after_exec(processes)
+        for session in list(self._sessions.values()):
+            process = processes.get(session.pid)
+            self.end_if_executed(session, process)
+            session.generation = process.generation if process else 0
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
         self._names = {key: names for key, names in self._names.items() if key in live}

@@ -99,6 +99,32 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     child.wait()
 
 
+@pytest.mark.parametrize(
+    ("known", "now", "is_ended"),
+    [(23, 101, True), (23, None, True), (23, 23, False), (0, 101, False), (0, None, False)],
+    ids=["new program", "no entry", "same program", "first entry", "never an entry"],
+)
+def test_a_process_that_registers_again_is_another_client_only_with_another_entry(
+    known: int, now: int | None, is_ended: bool
+) -> None:
+    """The entry has another generation after an exec, and after the process has left its cgroups and returned."""
+    with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "100"]) as child:
+        clients, parted = Sessions(selector, bytes(16)), list[Session]()
+        clients.on_end = parted.append
+        first = clients.add(child.pid, os.pidfd_open(child.pid), 4, 4, PageHeader(1, ((0, bytes(16)),)))
+        assert first
+        first.generation, page = known, first.control.page
+        page.gates[0], epoch = 6, page.epoch
+        entry = process_of(now, 4, 5) if now else None
+        first.has_ended = True
+        assert not clients.end_if_executed(first, entry)
+        first.has_ended = False
+        assert clients.end_if_executed(first, entry) == is_ended
+        assert (clients.get(child.pid), len(parted)) == (None if is_ended else first, int(is_ended))
+        assert (page.gates[0] == abi.Gate.OPEN, page.epoch != epoch) == (is_ended, is_ended)
+        child.kill()
+
+
 def test_usual_unmanaged_processes_have_heartbeats_beside_any_number_of_odd_clocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
