@@ -25,7 +25,7 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
 MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
-MOST_CLOCKS = 16  # maximum of clock offsets of unmanaged processes; one page for each offset
+MOST_CLOCKS = 16  # maximum of clock offsets of unmanaged processes, besides 0; one page for each offset
 FEW_PROCESSES = 64  # half of all places are reserved for owners with fewer processes
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
@@ -85,7 +85,7 @@ class Sessions:
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         self._tables: dict[tuple[int, int], bytes] = {}  # rows by tenant and pid namespace
-        self._shared: dict[int | None, ControlMemory] = {}  # by clock offset; None: no heartbeats
+        self._shared: dict[int, ControlMemory] = {}  # by clock offset; the last requested is last
         self.epoch = 0
         self.on_end: Callable[[Session], None] = lambda _: None  # called once or twice for every session that ends
 
@@ -129,21 +129,22 @@ class Sessions:
 
         Raise OSError on failure.
 
-        If there are too many different offsets, the page has no heartbeat. The shims of its processes then
-        register repeatedly, as after an exit of the gatekeeper. The usual offset 0 always has its page.
+        If there are too many different offsets, the page of the least recently requested offset is released and gets
+        no more heartbeats. The shims of its processes then register again, as after an exit of the gatekeeper. The
+        usual offset 0 always has its page.
         """
-        ahead_ns: int | None = procfs.clock_ahead_ns(pid)
-        if ahead_ns and ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
-            ahead_ns = None
-        if ahead_ns not in self._shared:
-            self._shared[ahead_ns] = self._control(PageHeader())
-        self._beat_shared(self._shared[ahead_ns], ahead_ns)  # so that the page is not older than the answer
-        return self._shared[ahead_ns]
+        ahead_ns = procfs.clock_ahead_ns(pid)
+        odd = [other_ns for other_ns in self._shared if other_ns]
+        if ahead_ns and ahead_ns not in self._shared and len(odd) >= MOST_CLOCKS:
+            self._shared.pop(odd[0]).close()
+        control = self._shared.pop(ahead_ns, None) or self._control(PageHeader())
+        self._shared[ahead_ns] = control
+        self._beat_shared(control, ahead_ns)  # so that the page is not older than the answer
+        return control
 
-    def _beat_shared(self, control: ControlMemory, ahead_ns: int | None) -> None:
+    def _beat_shared(self, control: ControlMemory, ahead_ns: int) -> None:
         control.page.epoch = self.epoch
-        if ahead_ns is not None:
-            control.page.heartbeat_ns = monotonic_ns() + ahead_ns
+        control.page.heartbeat_ns = monotonic_ns() + ahead_ns
 
     def release(self, pid: int) -> None:
         """Open the gates of a process that is no longer managed, and end its session."""

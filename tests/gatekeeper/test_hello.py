@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -313,6 +314,27 @@ def test_rows_contain_the_pids_of_the_reader_s_namespace(keeper: Keeper, ledger:
     rows, one, sleeper = in_cgroup(place, outer)
     assert one == 1
     assert rows == [(1, 0, 13), (sleeper, 0, 17)]
+
+
+def test_a_process_that_left_its_cgroups_and_returned_keeps_its_new_pages(
+    keeper: Keeper, ledger: Ledger, tenant: Make
+) -> None:
+    """The process still maps the old page, which no longer limits it and makes it register again."""
+    place = tenant()
+
+    def leave_and_return() -> None:
+        pid, replies = os.getpid(), list[Any]()
+        replies.append(hello(keeper.run))
+        entry: Any = ledger.process(pid)
+        assert ledger.reap(pid, entry.generation)
+        entry = ledger.enter(pid, (place.stat().st_ino,))
+        replies += [hello(keeper.run), hello(keeper.run)]
+        inodes = [[os.fstat(fd).st_ino for fd in reply.fds[:2]] for reply in replies]
+        assert inodes[0] != inodes[1] == inodes[2]
+        old, control, _ = (reply.page(0) for reply in replies)
+        assert (old.gates[0], old.epoch != control.epoch, control.tag) == (abi.Gate.OPEN, True, entry.tag)
+
+    in_cgroup(place, leave_and_return)
 
 
 PROGRAMS = """

@@ -125,14 +125,22 @@ def test_a_process_that_registers_again_is_another_client_only_with_another_entr
         child.kill()
 
 
-def test_usual_unmanaged_processes_have_heartbeats_beside_any_number_of_odd_clocks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clients = Sessions(selectors.DefaultSelector(), bytes(16))
+def test_unmanaged_processes_have_heartbeats_with_any_number_of_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of the least recently requested clock is released, and never the page of usual processes."""
+    clients, most = Sessions(selectors.DefaultSelector(), bytes(16)), sessions.MOST_CLOCKS
     monkeypatch.setattr(sessions.procfs, "clock_ahead_ns", lambda pid: pid * 1_000_000_000)
-    odd = [clients.page_of_unmanaged(pid) for pid in range(1, sessions.MOST_CLOCKS + 2)]
-    assert [bool(control.page.heartbeat_ns) for control in odd] == [True] * sessions.MOST_CLOCKS + [False]
-    assert clients.page_of_unmanaged(0).page.heartbeat_ns
+    usual, *odd = [clients.page_of_unmanaged(pid) for pid in range(most + 1)]
+    assert clients.page_of_unmanaged(1) is odd[0]
+    for pid in range(most + 1, 3 * most):
+        control = clients.page_of_unmanaged(pid)
+        assert control.page.heartbeat_ns > pid * 1_000_000_000
+        assert len(clients._shared) == most + 1
+        assert (clients.page_of_unmanaged(0), clients.page_of_unmanaged(1)) == (usual, odd[0])
+    assert not any(hasattr(control, "page") for control in odd[1:]), "a released page is still mapped"
+    usual.page.heartbeat_ns = control.page.heartbeat_ns = 0
+    clients.beat()
+    assert usual.page.heartbeat_ns
+    assert control.page.heartbeat_ns
 
 
 def test_times_on_a_page_use_the_clock_of_its_process() -> None:
