@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from time import monotonic_ns
 
-from fgpu_ebpf.linux import pidfd, statx
+from fgpu_ebpf.linux import pidfd, procfs, statx
 
 LOOK_SECONDS = 0.1
 OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every search for this time after a change; then this period
@@ -103,6 +103,8 @@ class Guardian:
             for client in over:
                 _close(client)
             for client in clients:
+                if client.closes_ns:  # end() was called during this search
+                    continue
                 if now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS:
                     left = min(MOST - taken.total(), MOST_OF_OWNER - taken[client.owner])
                     taken[client.owner] += _copy(client, min(left, MOST_OF_CLIENT - len(client.copies)), now_ns)
@@ -119,6 +121,8 @@ def _copy(client: _Client, most: int, now_ns: int) -> int:
             names = {int(entry.name): entry.path for entry in itertools.islice(entries, MOST_SCANNED)}
     except OSError:
         return 0  # the client has exited
+    if procfs.is_exiting(client.pid, client.pid):
+        return 0  # the list may be empty or cut off, and the other threads may still use all descriptors
     if len(names) < MOST_SCANNED:
         for number in set(client.copies) - set(names):
             _close_one(client.copies.pop(number))

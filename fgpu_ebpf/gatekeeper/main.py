@@ -286,17 +286,17 @@ class Gatekeeper:
         if not procfs.alive(connection.pidfd) or (session and session.has_ended):
             self._connections.drop(connection, "gone")
             return None
-        tenant, owner = connection.managed_state.tenant, connection.managed_state.owner
-        if session is None:
-            session = self._sessions.add(connection.pid, connection.pidfd, tenant, owner, header)
+        state = connection.managed_state
+        process = self._ledger.enter(connection.pid, state.levels) if self._ledger and state.levels else None
+        if session is None or self._sessions.end_if_executed(session, process):
+            session = self._sessions.add(connection.pid, connection.pidfd, state.tenant, state.owner, header)
             if session is None:
                 self._connections.drop(connection, "dropped_process")
                 return None
             connection.pidfd = -1
-            self._log.say(f"process {session.pid} of cgroup {tenant} has registered")
-        self._sessions.update(session, tenant, owner, connection.managed_state.levels, header)
-        if self._ledger and session.levels:
-            session.control.page.tag = self._ledger.tag(session.pid, session.levels)
+            self._log.say(f"process {session.pid} of cgroup {state.tenant} has registered")
+        self._sessions.update(session, state.tenant, state.owner, state.levels, header)
+        session.control.page.tag, session.generation = (process.tag, process.generation) if process else (0, 0)
         self._slicer.register(session)
         if header.flags & ControlFlag.MPS:
             self._guardian.watch(id(session), session.pid, session.pidfd, connection.tenant)

@@ -25,7 +25,7 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
 
 MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
-MOST_CLOCKS = 16  # maximum of clock offsets of unmanaged processes; one page for each offset
+MOST_CLOCKS = 16  # maximum of clock offsets of unmanaged processes, besides 0; one page for each offset
 FEW_PROCESSES = 64  # half of all places are reserved for owners with fewer processes
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
@@ -85,7 +85,7 @@ class Sessions:
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         self._tables: dict[tuple[int, int], bytes] = {}  # rows by tenant and pid namespace
-        self._shared: dict[int | None, ControlMemory] = {}  # by clock offset; None: no heartbeats
+        self._shared: dict[int, ControlMemory] = {}  # by clock offset; the last requested is last
         self.epoch = 0
         self.on_end: Callable[[Session], None] = lambda _: None  # called once or twice for every session that ends
 
@@ -129,21 +129,22 @@ class Sessions:
 
         Raise OSError on failure.
 
-        If there are too many different offsets, the page has no heartbeat. The shims of its processes then
-        register repeatedly, as after an exit of the gatekeeper. The usual offset 0 always has its page.
+        If there are too many different offsets, the page of the least recently requested offset is released and gets
+        no more heartbeats. The shims of its processes then register again, as after an exit of the gatekeeper. The
+        usual offset 0 always has its page.
         """
-        ahead_ns: int | None = procfs.clock_ahead_ns(pid)
-        if ahead_ns and ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
-            ahead_ns = None
-        if ahead_ns not in self._shared:
-            self._shared[ahead_ns] = self._control(PageHeader())
-        self._beat_shared(self._shared[ahead_ns], ahead_ns)  # so that the page is not older than the answer
-        return self._shared[ahead_ns]
+        ahead_ns = procfs.clock_ahead_ns(pid)
+        odd = [other_ns for other_ns in self._shared if other_ns]
+        if ahead_ns and ahead_ns not in self._shared and len(odd) >= MOST_CLOCKS:
+            self._shared.pop(odd[0]).close()
+        control = self._shared.pop(ahead_ns, None) or self._control(PageHeader())
+        self._shared[ahead_ns] = control
+        self._beat_shared(control, ahead_ns)  # so that the page is not older than the answer
+        return control
 
-    def _beat_shared(self, control: ControlMemory, ahead_ns: int | None) -> None:
+    def _beat_shared(self, control: ControlMemory, ahead_ns: int) -> None:
         control.page.epoch = self.epoch
-        if ahead_ns is not None:
-            control.page.heartbeat_ns = monotonic_ns() + ahead_ns
+        control.page.heartbeat_ns = monotonic_ns() + ahead_ns
 
     def release(self, pid: int) -> None:
         """Open the gates of a process that is no longer managed, and end its session."""
@@ -200,22 +201,24 @@ class Sessions:
             session.has_ended = True
             self.on_end(session)
 
-    def _close_after_exec(self, processes: Mapping[int, Process]) -> None:
-        """Close the sessions of processes that have executed another program.
+    def end_if_executed(self, session: Session, process: Process | None) -> bool:
+        """End a session if its process has executed another program since. Return whether the session was ended.
 
         The pages of such a process are no longer mapped, so the status page could show a waiting thread forever.
 
         A process that has only left its cgroups still maps its pages. The gates of this process are opened and the
         epoch on its page is changed, so that the process registers again.
+
+        Args:
+            session: the session; a session whose process's exit was reported does not end here.
+            process: the current entry of the process in the ledger. Each executed program gets a new entry.
         """
-        for session in list(self._sessions.values()):
-            process = processes.get(session.pid)
-            now = process.generation if process else 0
-            if session.generation and now != session.generation and not session.has_ended:
-                session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
-                session.control.page.epoch ^= 1 << 63
-                self._remove(session)
-            session.generation = now
+        if session.has_ended or session.generation in (0, process.generation if process else 0):
+            return False
+        session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
+        session.control.page.epoch ^= 1 << 63
+        self._remove(session)
+        return True
 
     def _remove(self, session: Session) -> None:
         if self._sessions.pop(session.pid, None) is not session:
@@ -227,7 +230,10 @@ class Sessions:
 
     def show(self, processes: Mapping[int, Process]) -> None:
         """Close the sessions without an entry in the ledger, and update the rows of all other sessions."""
-        self._close_after_exec(processes)
+        for session in list(self._sessions.values()):
+            process = processes.get(session.pid)
+            self.end_if_executed(session, process)
+            session.generation = process.generation if process else 0
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
         self._names = {key: names for key, names in self._names.items() if key in live}

@@ -332,17 +332,16 @@ class Ledger:
         """Restart the peak of a process on a device. Return False if the process has exited."""
         return self._run(abi.Adjust.MARK, tgid, generation, device) == 0
 
-    def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
-        """Return the tag in the verdicts for a process. Create the process's entry if the process has no entry.
+    def enter(self, tgid: int, levels: tuple[int, ...]) -> Process | None:
+        """Return the entry of a process. Create the entry if the process has no entry.
 
-        The result 0 means that the requests of the process have no tag. The process's level or bound owner has too many
-        entries, or the calling process runs in a pid namespace whose pids are not the kernel's.
+        The result None means that the requests of the process have no tag. The process's level or bound owner has too
+        many entries, or the calling process runs in a pid namespace whose pids are not the kernel's.
         """
         if not has_host_pids():
-            return 0
+            return None
         self._run(abi.Adjust.ENTER, tgid, 0, len(levels), *levels)
-        process = self.process(tgid)
-        return process.tag if process else 0
+        return self.process(tgid)
 
     @property
     def event_budgets(self) -> int:

@@ -91,7 +91,7 @@ def exiting(pid: int) -> bool:
 
 
 def _are_exiting(pid: int) -> bool:
-    return _is_exiting(pid, pid) and all(_is_exiting(pid, thread) for thread in _threads(pid))
+    return is_exiting(pid, pid) and all(is_exiting(pid, thread) for thread in _threads(pid))
 
 
 def _threads(pid: int) -> list[str]:
@@ -101,7 +101,7 @@ def _threads(pid: int) -> list[str]:
         return []
 
 
-def _is_exiting(pid: int, thread: int | str) -> bool:
+def is_exiting(pid: int, thread: int | str) -> bool:
     """Return whether a thread is exiting or has ended, so that the thread runs no more code of its program."""
     try:
         text = read(f"/proc/{pid}/task/{thread}/stat")

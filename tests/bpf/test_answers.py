@@ -26,7 +26,7 @@ def ask(kernel: Kernel, client: Client, bytes_: int, patient: bool = False) -> i
 
 @pytest.fixture
 def known(kernel: Kernel, level: Level, client: Client) -> Client:
-    assert kernel.ledger.tag(client.pid, (level.cgroup,)) == client.entry(kernel).tag
+    assert kernel.ledger.enter(client.pid, (level.cgroup,)) == client.entry(kernel)
     return client
 
 
@@ -176,13 +176,13 @@ def test_a_process_without_an_entry_gets_no_tagged_answer(kernel, level, make_le
 
 def test_an_entry_is_created_once_and_keeps_its_tag(kernel, level, client):
     so_far = kernel.ledger._number("host", HOST_PROCESSES)
-    tag = kernel.ledger.tag(client.pid, (level.cgroup,))
-    assert tag == client.entry(kernel).tag == kernel.ledger.tag(client.pid, (level.cgroup,))
+    entry = kernel.ledger.enter(client.pid, (level.cgroup,))
+    assert entry == client.entry(kernel) == kernel.ledger.enter(client.pid, (level.cgroup,))
     assert client.entry(kernel).levels == (level.cgroup,)
     assert kernel.ledger._number("host", HOST_PROCESSES) == so_far + 1
     assert entries(kernel, level, abi.Shared.PROCESSES) == 1
     client(f"alloc(0x1000, {MIB})")
-    assert (client.entry(kernel).tag, level.used) == (tag, MIB)
+    assert (client.entry(kernel).tag, level.used) == (entry.tag, MIB)
 
 
 # -- patience

@@ -8,17 +8,21 @@ import mmap
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.scheduling.fair_queue import Share
-from tests.gatekeeper.conftest import GIB, PATIENT, UUIDS, Keeper
+from tests.gatekeeper.conftest import GIB, PATIENT, ROOT, UUIDS, Keeper
 from tests.gatekeeper.hello_client import Child, connect, hello, in_cgroup, receive, request, until
 from tests.support.wait import Deadline
 
@@ -310,6 +314,61 @@ def test_rows_contain_the_pids_of_the_reader_s_namespace(keeper: Keeper, ledger:
     rows, one, sleeper = in_cgroup(place, outer)
     assert one == 1
     assert rows == [(1, 0, 13), (sleeper, 0, 17)]
+
+
+def test_a_process_that_left_its_cgroups_and_returned_keeps_its_new_pages(
+    keeper: Keeper, ledger: Ledger, tenant: Make
+) -> None:
+    """The process still maps the old page, which no longer limits it and makes it register again."""
+    place = tenant()
+
+    def leave_and_return() -> None:
+        pid, replies = os.getpid(), list[Any]()
+        replies.append(hello(keeper.run))
+        entry: Any = ledger.process(pid)
+        assert ledger.reap(pid, entry.generation)
+        entry = ledger.enter(pid, (place.stat().st_ino,))
+        replies += [hello(keeper.run), hello(keeper.run)]
+        inodes = [[os.fstat(fd).st_ino for fd in reply.fds[:2]] for reply in replies]
+        assert inodes[0] != inodes[1] == inodes[2]
+        old, control, _ = (reply.page(0) for reply in replies)
+        assert (old.gates[0], old.epoch != control.epoch, control.tag) == (abi.Gate.OPEN, True, entry.tag)
+
+    in_cgroup(place, leave_and_return)
+
+
+PROGRAMS = """
+import os, sys
+from pathlib import Path
+from tests.gatekeeper.hello_client import hello
+reply = hello(Path(sys.argv[1]))
+inodes = [*sys.argv[2:], str(os.fstat(reply.fds[1]).st_ino)]
+if len(inodes) < 5:
+    os.execv(sys.executable, [sys.executable, "-S", "-c", sys.orig_argv[3], sys.argv[1], *inodes])
+print(*inodes)
+"""
+
+
+@pytest.fixture
+def reported_execs(pins: Path) -> Iterator[None]:
+    """Let the kernel remove the entry of a process that executes another program, as under an agent."""
+    program = bpf.pinned(pins / "programs" / "process_exec")
+    link = bpf.attach_raw_tracepoint(program, "sched_process_exec")
+    yield
+    os.close(link)
+    os.close(program)
+
+
+@pytest.mark.usefixtures("reported_execs")
+def test_each_program_that_a_process_executes_gets_a_status_page(keeper: Keeper, tenant: Make) -> None:
+    """Otherwise a program that registers soon after its exec has the previous program's counts on its page."""
+
+    def execute() -> list[str]:
+        command = [sys.executable, "-S", "-c", PROGRAMS, str(keeper.run)]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout.split()
+
+    inodes = in_cgroup(tenant(), execute)
+    assert len(set(inodes)) == len(inodes) == 5
 
 
 def children(pid: int) -> list[int]:

@@ -99,14 +99,48 @@ def test_a_process_that_executes_another_program_is_another_client() -> None:
     child.wait()
 
 
-def test_usual_unmanaged_processes_have_heartbeats_beside_any_number_of_odd_clocks(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("known", "now", "is_ended"),
+    [(23, 101, True), (23, None, True), (23, 23, False), (0, 101, False), (0, None, False)],
+    ids=["new program", "no entry", "same program", "first entry", "never an entry"],
+)
+def test_a_process_that_registers_again_is_another_client_only_with_another_entry(
+    known: int, now: int | None, is_ended: bool
 ) -> None:
-    clients = Sessions(selectors.DefaultSelector(), bytes(16))
+    """The entry has another generation after an exec, and after the process has left its cgroups and returned."""
+    with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "100"]) as child:
+        clients, parted = Sessions(selector, bytes(16)), list[Session]()
+        clients.on_end = parted.append
+        first = clients.add(child.pid, os.pidfd_open(child.pid), 4, 4, PageHeader(1, ((0, bytes(16)),)))
+        assert first
+        first.generation, page = known, first.control.page
+        page.gates[0], epoch = 6, page.epoch
+        entry = process_of(now, 4, 5) if now else None
+        first.has_ended = True
+        assert not clients.end_if_executed(first, entry)
+        first.has_ended = False
+        assert clients.end_if_executed(first, entry) == is_ended
+        assert (clients.get(child.pid), len(parted)) == (None if is_ended else first, int(is_ended))
+        assert (page.gates[0] == abi.Gate.OPEN, page.epoch != epoch) == (is_ended, is_ended)
+        child.kill()
+
+
+def test_unmanaged_processes_have_heartbeats_with_any_number_of_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of the least recently requested clock is released, and never the page of usual processes."""
+    clients, most = Sessions(selectors.DefaultSelector(), bytes(16)), sessions.MOST_CLOCKS
     monkeypatch.setattr(sessions.procfs, "clock_ahead_ns", lambda pid: pid * 1_000_000_000)
-    odd = [clients.page_of_unmanaged(pid) for pid in range(1, sessions.MOST_CLOCKS + 2)]
-    assert [bool(control.page.heartbeat_ns) for control in odd] == [True] * sessions.MOST_CLOCKS + [False]
-    assert clients.page_of_unmanaged(0).page.heartbeat_ns
+    usual, *odd = [clients.page_of_unmanaged(pid) for pid in range(most + 1)]
+    assert clients.page_of_unmanaged(1) is odd[0]
+    for pid in range(most + 1, 3 * most):
+        control = clients.page_of_unmanaged(pid)
+        assert control.page.heartbeat_ns > pid * 1_000_000_000
+        assert len(clients._shared) == most + 1
+        assert (clients.page_of_unmanaged(0), clients.page_of_unmanaged(1)) == (usual, odd[0])
+    assert not any(hasattr(control, "page") for control in odd[1:]), "a released page is still mapped"
+    usual.page.heartbeat_ns = control.page.heartbeat_ns = 0
+    clients.beat()
+    assert usual.page.heartbeat_ns
+    assert control.page.heartbeat_ns
 
 
 def test_times_on_a_page_use_the_clock_of_its_process() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from fgpu_ebpf.gatekeeper import guardian
 from fgpu_ebpf.gatekeeper.guardian import Guardian
+from fgpu_ebpf.linux import procfs
 from tests.support.wait import eventually
 
 KEY, OWNER = 1, 7
@@ -148,6 +150,48 @@ def test_the_copy_of_a_descriptor_that_the_client_closes_is_closed(watched, node
         process.stdin.flush()
         eventually(lambda: copies(node) == 0, 5)
         process.kill()
+
+
+def test_copies_stay_while_only_the_first_thread_of_a_client_has_exited(watched, node):
+    """/proc then lists no descriptor of the client, although another thread may have kernels that run."""
+    number = 93 if platform.machine() == "aarch64" else 60  # exit(2), which ends one thread
+    code = f"import ctypes, sys, threading, time; kept = [open({str(node)!r}) for _ in range(2)]"
+    code += "; threading.Thread(target=time.sleep, args=(60,)).start(); print(flush=True); sys.stdin.readline()"
+    code += f"; ctypes.CDLL(None).syscall({number}, 0)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        pidfd = os.pidfd_open(process.pid)
+        watched.watch(2, process.pid, pidfd, OWNER)
+        eventually(lambda: copies(node) == 2)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        eventually(lambda: not os.listdir(f"/proc/{process.pid}/fd"))
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            assert (copies(node), procfs.alive(pidfd)) == (2, True)
+            time.sleep(0.01)
+        os.close(pidfd)
+        process.kill()
+
+
+def test_a_client_that_ends_during_a_search_is_not_searched(watched, client, monkeypatch):
+    pidfd = os.pidfd_open(client.pid)
+    watched.watch(2, client.pid, pidfd, OWNER)
+    os.close(pidfd)
+    searched = []
+
+    def search(found, most, now_ns):
+        if found.pid == client.pid:  # the guardians of other tests may still search
+            searched.append(found)
+            watched.end(KEY, 0)
+            watched.end(2, 0)
+        return 0
+
+    monkeypatch.setattr(guardian, "_copy", search)
+    eventually(lambda: not watched._runs, 5)
+    assert len(searched) == 1
 
 
 def test_the_thread_ends_with_the_last_client_and_starts_again(watched, client, node):
