@@ -58,7 +58,7 @@ memory = mmap.mmap(-1, size)
 ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size)
 """
 AFTER, HELD, DEADLINE = 10, 8, 2
-STAYS = 12  # a little longer than a tenant stays after it was busy
+STAYS = 14  # a tenant stays for 10 s after the agent last saw it busy, which is up to 2 s after the end of its work
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy

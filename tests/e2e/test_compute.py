@@ -110,7 +110,7 @@ def test_a_ceiling_holds_for_a_program_that_always_reports_a_rest(start, restles
     Time that the program uses before NVML's report of this time is charged afterwards. Therefore the test measures over
     many reports.
     """
-    liar, seconds = start("restless", before=restless), 16
+    liar, seconds = start("restless", before=restless), 32
     fgpu("set", "restless", "--compute", "25%")
     liar.begin(4)  # run until the agent has read NVML's figures
     liar.said()
