@@ -273,7 +273,7 @@ struct fgpu_turn { /* turns: {level, device} -> results of turns; the numbers up
     __u64 entitled_millionths; /* the part of that time that was due to the level, by weights and limits of the tenants
                                   that requested time */
     __u64 free;     /* 1: no other tenant shares the device, and the level has no ceiling, so the level is neither gated
-                       nor measured */
+                       nor measured; 2: the level runs at the same time as other tenants, without turns */
     __u64 since_ns; /* the start of the level's wait; 0: the level does not wait */
 };
 /* owners: slot -> the number of entries of the shared maps that a bound owner (a workload, with all levels inside it)

@@ -37,11 +37,10 @@ class Shortfall:
 class ComputeView:
     """A tenant's share of one device's time, and the part of that time that the tenant had.
 
-    `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant shares the device with no other
-    tenant and has no ceiling, so the tenant's time is not measured. `waiting_seconds`: how long the tenant has waited
-    for its next turn; None if the tenant is not waiting. `beyond_ratio`: the part of the device's time in which the
-    tenant's kernels ran, by NVML's samples, minus the part that the tenant owned, in the last ten seconds. The value is
-    usually below 0, as kernels do not fill turns. `shortfall`: None if the tenant got its time or was not busy.
+    `had_ratio` and `entitled_ratio` cover the last half second. `free`: the tenant has no turns and is not measured,
+    because it is alone without a ceiling, or runs beside others (`is_concurrent`). `waiting_seconds`: how long it has
+    waited for a turn, or None. `beyond_ratio`: the part of the last ten seconds in which the tenant's kernels ran, by
+    NVML's samples, minus the part that the tenant owned. `shortfall`: None if the tenant got its time or was not busy.
     """
 
     limit_ratio: float
@@ -59,6 +58,7 @@ class ComputeView:
     waiting_seconds: float | None
     beyond_ratio: float | None = None
     shortfall: Shortfall | None = None
+    is_concurrent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

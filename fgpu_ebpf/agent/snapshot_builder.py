@@ -214,7 +214,7 @@ def _compute(look: _Look, tenant: Tenant, device: int) -> ComputeView | None:
         share.limit_millionths / MILLION, share.weight, list(Priority)[share.rank].value, t.owned_ns / NS, t.waits,
         t.wait_ns / NS, t.throttled, t.overruns, bool(t.owner), t.had_millionths / MILLION,
         t.entitled_millionths / MILLION, bool(t.free), (look.now_ns - t.since_ns) / NS if t.since_ns else None,
-        look.truth.turns.beyond.get(place), shortfall,
+        look.truth.turns.beyond.get(place), shortfall, t.free > 1,
     )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def _entitled(row: Row) -> float | None:
 
 def _share_text(row: Row) -> str:
     had, compute = _part("had_ratio")(row), row.device["compute"]
-    return f"{had:.1%}" if had is not None else "alone" if compute else "-"
+    free = "concurrent" if compute and compute.get("is_concurrent") else "alone"
+    return f"{had:.1%}" if had is not None else free if compute else "-"
 
 
 def _waited(row: Row) -> float | None:

@@ -153,7 +153,8 @@ def _shares(snapshot: Mapping[str, Any]) -> str:
     table = _table("TENANT", "GPU", "SHARE", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
     for tenant, gpu, c in rows:
         entitled = f"{c['entitled_ratio']:.1%}" if c["entitled_ratio"] else "-"  # the tenant does not use the device
-        parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", entitled)
+        free = "concurrent" if c.get("is_concurrent") else "alone"  # an earlier agent does not report it
+        parts = (free, "-") if c["free"] else (f"{c['had_ratio']:.1%}", entitled)
         limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
         waited = f"{c['wait_seconds']:.1f}s"
         _add(table, tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))

@@ -78,6 +78,9 @@ def _lines(ledger: Ledger, pages: Sequence[abi.UsagePage], index: int, name: byt
 def _turn(ledger: Ledger, cgroup: int, index: int, now_ns: int) -> Iterator[str]:
     """Yield the lines about a tenant's turns. The counters are at most half a second old."""
     turn = ledger.times.turn(cgroup, index)
+    if turn is not None and turn.free > 1:
+        yield "  turns: none; runs at the same time as other containers on this device"
+        return
     if turn is None or turn.free:
         yield "  no other container shares the device's time now"
         return

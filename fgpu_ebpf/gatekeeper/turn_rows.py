@@ -27,7 +27,12 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
     counts, turn = place.counts, place.turn
     owner = int(device in place.free_on or (turn is not None and device in turn.devices and not turn.handed_ns))
     numbers = (counts.owned_ns, counts.waits, counts.wait_ns, counts.overruns, counts.switches, counts.throttled)
-    return TurnCounts(*numbers, owner, part, entitled, int(device in place.free_on), place.since_ns or 0)
+    return TurnCounts(*numbers, owner, part, entitled, _free(place, device), place.since_ns or 0)
+
+
+def _free(place: Place, device: int) -> int:
+    """Return 0 for a tenant with turns, 1 for a tenant that is alone, 2 for a tenant that runs beside other tenants."""
+    return 0 if device not in place.free_on else 2 if place.lent else 1
 
 
 class UnitRows:
@@ -78,6 +83,6 @@ class UnitRows:
                 owner=max((counts_of(place, device, 0, 0).owner for place in members), default=0),
                 had_millionths=part,
                 entitled_millionths=sum(entitled) or max((due.get(place.tenant, 0) for place in members), default=0),
-                free=int(any(device in place.free_on for place in members)),
+                free=max((_free(place, device) for place in members), default=0),
             )
         return found

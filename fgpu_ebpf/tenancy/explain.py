@@ -177,6 +177,7 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None, shortfall: Short
         "had_ratio": t.had_millionths / MILLION,
         "entitled_ratio": t.entitled_millionths / MILLION,
         "free": bool(t.free),
+        "is_concurrent": t.free > 1,
         "is_owner": bool(t.owner),
         "is_waiting": bool(t.since_ns),
         "throttled": t.throttled,
@@ -291,6 +292,8 @@ def _time_line(time: dict[str, Any]) -> str:
     text = f"gpu {time['gpu']}: time {ceiling}weight {time['weight']}, {time['priority']} priority"
     text += f" ({time['priority_by']})" if time["priority_by"] else ""
     text += ", without MPS" if time["isolation"] == "own" else ""
+    if time.get("is_concurrent"):  # an agent of an earlier version does not report it
+        return f"{text}: the tenant runs at the same time as other tenants of the device"
     if time["free"]:
         return f"{text}: no other tenant with a share of time uses the device, so the gate is open"
     text += f": had {time['had_ratio']:.1%}, entitled to {time['entitled_ratio']:.1%}"

@@ -65,6 +65,8 @@ def test_fgpu_info_prints_the_share_of_time(monkeypatch: pytest.MonkeyPatch) -> 
         "  time: up to 50%, weight 100, normal priority",
         "  no other container shares the device's time now",
     ]
+    beside = said(monkeypatch, page(1, MIB), share=share, turn=TurnCounts(free=2))
+    assert beside[2:] == ["  turns: none; runs at the same time as other containers on this device"]
     turn = TurnCounts(
         had_millionths=240_000, entitled_millionths=250_000, wait_ns=12_300_000_000, since_ns=NOW_NS - 10**9
     )

@@ -11,6 +11,7 @@ import random
 
 import pytest
 
+from fgpu_ebpf.gatekeeper.turn_rows import counts_of
 from fgpu_ebpf.scheduling.alone_cost import AloneCost
 from fgpu_ebpf.scheduling.concurrent import _Runner
 from fgpu_ebpf.scheduling.fair_queue import Share, opening
@@ -349,3 +350,10 @@ def test_a_tenant_that_comes_and_goes_causes_no_measurement_of_the_others():
         comes.dead = second % 2 == 0
         it.run_observed(1)
     assert max(sum(one.waits_ns) - was for one, was in zip(others, before, strict=True)) < 2_000 * MS
+
+
+def test_published_rows_name_tenants_that_run_beside_others():
+    it = world(tenant(1), tenant(2), slower=1.75).run_observed(3)
+    assert {counts_of(place, 0, 0, 0).free for place in it.turns.places.values()} == {2}
+    lone = world(tenant(1), slower=1.75).run_observed(1)
+    assert counts_of(lone.turns.places[1], 0, 0, 0).free == 1
