@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -225,8 +227,30 @@ def test_no_claim_waits_for_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asyncio.run(run())
 
 
-def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(tmp_path: Path) -> None:
+class FakeServer:
+    """A stand-in for a server of grpc.aio, of which the threads would stay in the process of all later tests."""
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        pass
+
+    def add_insecure_port(self, address: str) -> None:
+        Path(address.removeprefix("unix:")).touch()
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self, seconds: float) -> None:
+        pass
+
+
+def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "plugins_registry").write_text("")
+    made = MagicMock()
+    made.aio.server = lambda options: FakeServer()
+    monkeypatch.setitem(sys.modules, "grpc", made)
+    monkeypatch.setitem(sys.modules, "grpc.aio", made.aio)
 
     async def answer(_: Any) -> Any:
         raise NotImplementedError
@@ -243,5 +267,4 @@ def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(tmp_path: Pa
         await server.close()
         assert not server.path.exists()
 
-    pytest.importorskip("grpc")
     asyncio.run(run())
