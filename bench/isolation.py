@@ -17,17 +17,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.killed_clients import client, is_well
-from bench.lib.mps import CONFIG, mps
-from bench.lib.service import FGPU, ROOT, BenchError, agent, end_in_order
+from bench.lib.mps import client, concurrent, is_well
+from bench.lib.service import FGPU, ROOT, BenchError, end_in_order
 from bench.lib.tenants import Program, record
 
-LISTEN = "127.0.0.1:19425"
 POLICY = """\
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
@@ -100,14 +97,7 @@ def main() -> int:
     given = parser.parse_args()
     end_in_order()
     try:
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            Path(folder, "agent.yaml").write_text(CONFIG)
-            Path(folder, "policy.d").mkdir()
-            Path(folder, "policy.d", "own.yaml").write_text(POLICY)
-            options = ["--driver-root", given.driver_root, "--shim", str(given.shim), "--listen", LISTEN]
-            options += ["--policies", f"{folder}/policy.d", "--config", f"{folder}/agent.yaml"]
-            stack.enter_context(agent(options))
-            stack.enter_context(mps())
+        with concurrent(given.driver_root, given.shim, POLICY):
             record("isolation", measure(given.seconds))
     except (BenchError, OSError, subprocess.SubprocessError) as error:
         print(f"bench isolation: {error}", file=sys.stderr)

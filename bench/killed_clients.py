@@ -17,34 +17,15 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.lib.mps import CONFIG, mps
-from bench.lib.service import ROOT, BenchError, agent, end_in_order
-from bench.lib.tenants import Program, record
+from bench.lib.mps import client, concurrent, is_well
+from bench.lib.service import ROOT, BenchError, end_in_order
+from bench.lib.tenants import record
 
-LISTEN = "127.0.0.1:19425"
-LIMIT = 2 << 30
 WAIT_SECONDS = 0.5  # until the fault of a killed client has reached its neighbours
-
-
-def client(stack: ExitStack, name: str) -> Program:
-    """Start a program as a tenant with a share of time."""
-    program = Program([str(ROOT / "build/bench/writes")], LIMIT, name, ["--weight", "100"])
-    stack.callback(program.end)
-    return program
-
-
-def is_well(program: Program) -> bool:
-    """Return whether a program still launches kernels."""
-    program.say("count")
-    try:
-        return program.hear(10).isdigit()
-    except BenchError:
-        return False
 
 
 def measure(kills: int, seed: int) -> dict[str, tuple[float, str]]:
@@ -88,13 +69,7 @@ def main() -> int:
     print(f"# seed {given.seed}", flush=True)
     end_in_order()
     try:
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            Path(folder, "agent.yaml").write_text(CONFIG)
-            Path(folder, "policy.d").mkdir()
-            options = ["--driver-root", given.driver_root, "--shim", str(given.shim), "--listen", LISTEN]
-            options += ["--policies", f"{folder}/policy.d", "--config", f"{folder}/agent.yaml"]
-            stack.enter_context(agent(options))
-            stack.enter_context(mps())
+        with concurrent(given.driver_root, given.shim):
             record("killed_clients", measure(given.kills, given.seed))
     except (BenchError, OSError, subprocess.SubprocessError) as error:
         print(f"bench killed_clients: {error}", file=sys.stderr)

@@ -81,9 +81,9 @@ def device_memory(by: str, legend: str) -> list[Query]:
     ]
 
 
-def bypassing(by: str, legend: str, which: str = "") -> Query:
-    """Return the number of bypassing processes. `which`: INNERMOST for tenants without groups."""
-    return Query(f"sum by ({by}) (fgpu_bypassing_processes{{{TENANT}}} {which}".rstrip() + ")", legend)
+def bypassing(which: str, by: str, legend: str) -> Query:
+    """Return the number of bypassing processes. `which`: labels, and INNERMOST for tenants without groups."""
+    return Query(f"sum by ({by}) (fgpu_bypassing_processes{which})", legend)
 
 
 def ratio(above: str, below: str, labels: str) -> str:
@@ -158,7 +158,7 @@ CLUSTER = [
     series("Refusals, by reason", "Allocations refused per second. `limit`: of the tenant or its group; `device_full`; "
            "`entries`: too many allocations, threads or processes; `observed`: admitted beyond the limit.", "ops",
            refused(BOTH, "reason")),
-    series("Bypassing processes, by how", AROUND, "none", bypassing("how", "{{how}}", INNERMOST)),
+    series("Bypassing processes, by how", AROUND, "none", bypassing(f"{{{TENANT}}} {INNERMOST}", "how", "{{how}}")),
     series("Share of time", "Part of each device's time: the ten tenants that owned most. A tenant that is alone "
            "on its devices and has no ceiling is not measured.", "percentunit",
            Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
@@ -287,7 +287,8 @@ TENANTS = [
            Query(f"sum by (instance, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
     series("Waiting for a turn", "How long the tenant has waited for its next turn so far.", "s",
            Query(f"max by (instance, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
-    series("Bypassing processes, by how", AROUND, "none", bypassing("tenant, how", "{{tenant}} {{how}}")),
+    series("Bypassing processes, by how", AROUND, "none",
+           bypassing(f"{{{TENANT}}}", "tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
     table("Names", "The tenant's names, and its policy.", "none",

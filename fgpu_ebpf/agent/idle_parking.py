@@ -96,7 +96,7 @@ class IdleParking:
     def begin(self, now: float, tenant: Tenant, own: Mapping[int, Process], purpose: str = "") -> bool:
         """Begin to park an idle tenant, unless a tenant on the same devices is being parked. The copies share the bus.
 
-        An attempt whose result stays unknown (`ParkedTenant.is_undecided`) does not prevent the next attempt.
+        An attempt with a result that stays unknown (`ParkedTenant.is_undecided`) does not prevent the next attempt.
 
         Args:
             now: the present time.

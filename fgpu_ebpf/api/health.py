@@ -50,11 +50,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield _shims(tenants)
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
-    found = (
-        f"limits not in force: {', '.join(denied[:5])}"
-        if denied
-        else "the devices have room for the limit of every tenant"
-    )
+    found = f"limits not in force: {', '.join(denied[:5])}" if denied else "the devices have room for all limits"
     yield Check("room", not denied, found, "`fgpu explain TARGET` shows the reason")
     full = [f"{m['name']}: {m['entries']} of {m['most']}" for m in snapshot.get("maps", ()) if _is_filling(m)]
     yield Check("tables", not full, ", ".join(full) or "every table has room", FULL)

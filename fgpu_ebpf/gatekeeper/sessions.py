@@ -210,7 +210,7 @@ class Sessions:
         epoch on its page is changed, so that the process registers again.
 
         Args:
-            session: the session; a session whose process's exit was reported does not end here.
+            session: the session, which is kept if the exit of its process was reported.
             process: the current entry of the process in the ledger. Each executed program gets a new entry.
         """
         if session.has_ended or session.generation in (0, process.generation if process else 0):

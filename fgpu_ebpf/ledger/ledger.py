@@ -336,7 +336,7 @@ class Ledger:
         """Return the entry of a process. Create the entry if the process has no entry.
 
         The result None means that the requests of the process have no tag. The process's level or bound owner has too
-        many entries, or the calling process runs in a pid namespace whose pids are not the kernel's.
+        many entries, or the calling process runs in a pid namespace with pids of its own.
         """
         if not has_host_pids():
             return None

@@ -44,15 +44,16 @@ class Event:
     more: int = 0
 
 
+_Kind = tuple[str, str, str, str, int | None]  # see EventLog.add()
+
+
 class EventLog:
     """The last MOST events."""
 
     def __init__(self) -> None:
         self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON, which is one object in the heap instead of ten
         self._number = 0
-        self._told: dict[
-            tuple[str, str, str, str, int | None], tuple[float, int]
-        ] = {}  # by kind: last time, omitted events
+        self._told: dict[_Kind, tuple[float, int]] = {}  # by kind: last time, omitted events
         self._room = FEW_KINDS  # old entries are removed when _told has this many entries
 
     def add(self, what: str, **more: Any) -> None:
@@ -91,9 +92,8 @@ class EventLog:
     def since(self, number: int) -> dict[str, Any]:
         """Return the events after `number`, the count of events no longer kept, and the number of the last event."""
         first = self._number + 1 - len(self._last)
-        found = [
-            json.loads(kept) for kept in islice(self._last, min(max(0, number + 1 - first), len(self._last)), None)
-        ]
+        seen = min(max(0, number + 1 - first), len(self._last))
+        found = [json.loads(kept) for kept in islice(self._last, seen, None)]
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
 
 

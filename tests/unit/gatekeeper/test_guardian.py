@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -135,21 +136,34 @@ def test_a_file_that_is_no_device_is_not_copied(watched, client, node, monkeypat
     eventually(lambda: len(watched) == 1)
 
 
-def test_the_copy_of_a_descriptor_that_the_client_closes_is_closed(watched, node):
-    code = f"import sys; kept = open({str(node)!r}); print(flush=True)"
-    code += "; sys.stdin.readline(); kept.close(); sys.stdin.read()"
+@contextmanager
+def program(code: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run a program that prints a line and reads a line. Yield the program after its line, and its pidfd."""
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin
         assert process.stdout
         process.stdout.readline()
         pidfd = os.pidfd_open(process.pid)
+        try:
+            yield process, pidfd
+        finally:
+            os.close(pidfd)
+            process.kill()
+
+
+def go_on(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+
+
+def test_the_copy_of_a_descriptor_that_the_client_closes_is_closed(watched, node):
+    code = f"import sys; kept = open({str(node)!r}); print(flush=True)"
+    code += "; sys.stdin.readline(); kept.close(); sys.stdin.read()"
+    with program(code) as (process, pidfd):
         watched.watch(2, process.pid, pidfd, OWNER)
-        os.close(pidfd)
         eventually(lambda: copies(node) == 1)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
+        go_on(process)
         eventually(lambda: copies(node) == 0, 5)
-        process.kill()
 
 
 def test_copies_stay_while_only_the_first_thread_of_a_client_has_exited(watched, node):
@@ -158,22 +172,15 @@ def test_copies_stay_while_only_the_first_thread_of_a_client_has_exited(watched,
     code = f"import ctypes, sys, threading, time; kept = [open({str(node)!r}) for _ in range(2)]"
     code += "; threading.Thread(target=time.sleep, args=(60,)).start(); print(flush=True); sys.stdin.readline()"
     code += f"; ctypes.CDLL(None).syscall({number}, 0)"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin
-        assert process.stdout
-        process.stdout.readline()
-        pidfd = os.pidfd_open(process.pid)
+    with program(code) as (process, pidfd):
         watched.watch(2, process.pid, pidfd, OWNER)
         eventually(lambda: copies(node) == 2)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
+        go_on(process)
         eventually(lambda: not os.listdir(f"/proc/{process.pid}/fd"))
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
             assert (copies(node), procfs.alive(pidfd)) == (2, True)
             time.sleep(0.01)
-        os.close(pidfd)
-        process.kill()
 
 
 def test_a_client_that_ends_during_a_search_is_not_searched(watched, client, monkeypatch):
