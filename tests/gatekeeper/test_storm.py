@@ -42,7 +42,9 @@ import sys, time
 from fgpu_ebpf.gatekeeper import sessions as clients, main as gatekeeper
 real = clients.ControlMemory
 def slow():
-    time.sleep(0.005)
+    end = time.thread_time() + 0.005
+    while time.thread_time() < end:
+        pass
     return real()
 clients.ControlMemory = slow
 sys.exit(gatekeeper.main())

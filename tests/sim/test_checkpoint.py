@@ -51,11 +51,10 @@ def target(machine: Machine) -> Iterator[Popen[str]]:
         yield program
 
 
-def waits(program: Popen[str], line: str) -> None:
-    """Send a line, and check that the program sleeps instead of answering it."""
-    say(program, line)
+def sleeps(program: Popen[str], where: str) -> None:
+    """Wait until a program sleeps in a function of the kernel with this part in its name."""
     deadline = Deadline(10)
-    while "futex" not in Path(f"/proc/{program.pid}/wchan").read_text():
+    while where not in Path(f"/proc/{program.pid}/wchan").read_text():
         assert not deadline.is_over()
         time.sleep(0.005)
 
@@ -99,7 +98,8 @@ def test_calls_wait_while_the_process_is_locked_or_parked(machine: Machine, call
     with serving(machine, HOLDS + "; f = kernel('f')[1]") as target:
         for before, after in (("lock({})", "unlock({})"), ("park({})", "wake({})")):
             assert ask(caller, before.format(target.pid)).strip("(), 0") == ""
-            waits(target, line if before.startswith("lock") or "Free" not in line else "alloc(1 << 20)")
+            say(target, line if before.startswith("lock") or "Free" not in line else "alloc(1 << 20)")
+            sleeps(target, "futex")
             assert ask(caller, after.format(target.pid)).strip("(), 0") == ""
             assert hear(target)
 
@@ -159,14 +159,11 @@ def test_a_lock_waits_for_work_at_most_for_its_timeout(machine: Machine, caller:
 
 
 def test_a_lock_waits_for_a_thread_inside_a_call(machine: Machine, caller: Popen[str]) -> None:
-    with serving(machine, "start(); f = kernel('spin_4000000us')[1]; launch(f)") as target:
-        say(target, "need('cuCtxSynchronize')")  # its only call: a lock that fails has met it inside this one
-        deadline = Deadline(10)
-        # It was not inside yet. A thread at the gate is inside for a moment, which must be shorter than the lock waits.
-        while ask(caller, f"lock({target.pid}, 1000)") == "0":
-            assert ask(caller, f"unlock({target.pid})") == "0"
-            assert not deadline.is_over()
-        assert ask(caller, f"lock({target.pid}, 20000)") == "0"
+    with serving(machine, "start(); f = kernel('spin_6000000us')[1]; launch(f)") as target:
+        say(target, "need('cuCtxSynchronize')")
+        sleeps(target, "nanosleep")  # as cuCtxSynchronize waits; a call that waits for the lock sleeps at a futex
+        assert ask(caller, f"lock({target.pid}, 50)") == str(NOT_READY)
+        assert ask(caller, f"lock({target.pid}, 30000)") == "0"
         assert hear(target) == "None"
 
 

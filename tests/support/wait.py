@@ -67,16 +67,29 @@ def waiting_of(pid: int) -> Callable[[], float]:
 
     The seconds count from this call. A thread that has ended meanwhile does not count.
     """
+    return _scheduled(pid, 1)
 
-    def waits() -> dict[str, int]:
+
+def running_of(pid: int) -> Callable[[], float]:
+    """Return a function that returns for how many seconds a process's threads together have used a processor.
+
+    The seconds count from this call. A thread that has ended meanwhile does not count.
+    """
+    return _scheduled(pid, 0)
+
+
+def _scheduled(pid: int, field: int) -> Callable[[], float]:
+    """Return a function that sums a field of schedstat, in seconds since this call."""
+
+    def read() -> dict[str, int]:
         found = {}
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):  # it has ended
-                found[task.name] = int((task / "schedstat").read_text().split()[1])
+                found[task.name] = int((task / "schedstat").read_text().split()[field])
         return found
 
-    before = waits()
-    return lambda: sum(ns - before.get(thread, 0) for thread, ns in waits().items()) / 1e9
+    before = read()
+    return lambda: sum(ns - before.get(thread, 0) for thread, ns in read().items()) / 1e9
 
 
 def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pause: float = 0.01) -> T:
