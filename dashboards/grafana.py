@@ -100,9 +100,9 @@ def variables(node: str) -> Iterator[dict[str, Any]]:
         "pod": f'fgpu_tenant_info{{{node}, namespace=~"$namespace"}}',
         "tenant": f'fgpu_tenant_info{{{node}, namespace=~"$namespace", pod=~"$pod"}}',
     }
-    # "All" of cluster, namespace and pod also matches series without that label. "All" of tenant has no pattern: then
-    # Grafana inserts the names that it has found, which are those of the chosen namespaces and pods.
-    every = {"cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+", "namespace": ".*", "pod": ".*"}
+    # "All" of cluster, namespace and pod also matches series without that label. "All" of job and tenant has none,
+    # so Grafana inserts the names that it has found, which are fgpu's jobs, and the tenants of the chosen pods.
+    every = {"cluster": ".*", "instance": ".+", "gpu": ".+", "namespace": ".*", "pod": ".*"}
     for name, query in queries.items():
         yield {
             "name": name, "label": "GPU" if name == "gpu" else name.capitalize(), "type": "query", "datasource": SOURCE,

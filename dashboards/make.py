@@ -40,7 +40,7 @@ PLACE = "cluster, job, instance"
 _NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
 INNERMOST = f"* on ({PLACE}, tenant) group_left () {_NAMED}"
 RATE, RANGE = "$__rate_interval", "$__range"
-LEGEND = "{{instance}} {{gpu}} {{tenant}}"
+LEGEND = "{{cluster}} {{instance}} {{gpu}} {{tenant}}"
 MOST_SERIES = 20  # of tenants in a panel
 
 
@@ -59,12 +59,12 @@ def grown(metric: str, labels: str, over: str = RANGE) -> str:
 
 def had(labels: str) -> str:
     """Return the part of the device's time that each tenant owned."""
-    return f"sum by (instance, gpu, tenant) (rate(fgpu_compute_seconds_total{{{labels}}}[{RATE}]))"
+    return f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_compute_seconds_total{{{labels}}}[{RATE}]))"
 
 
 def due(labels: str) -> str:
     """Return each tenant's entitlement, by the shares and ceilings of all, also of groups around tenants."""
-    return f"sum by (instance, gpu, tenant) (fgpu_compute_entitled_ratio{{{labels}}})"
+    return f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_entitled_ratio{{{labels}}})"
 
 
 def refused(labels: str, by: str) -> Query:
@@ -112,8 +112,8 @@ UTILISATION = "GPU utilisation, by NVIDIA's dcgm-exporter"
 def dcgm(metric: str, factor: str = "") -> Query:
     """Return a metric of dcgm-exporter for the chosen devices, which have the same UUID there."""
     chosen = f'label_replace(fgpu_device_info{{{DEVICE}}}, "UUID", "$1", "gpu_uuid", "(.+)")'
-    expr = f"max by (instance, gpu) ({chosen} * on (UUID) group_left () max by (UUID) ({metric})){factor}"
-    return Query(expr, "{{instance}} {{gpu}}")
+    expr = f"max by ({PLACE}, gpu) ({chosen} * on (UUID) group_left () max by (UUID) ({metric})){factor}"
+    return Query(expr, "{{cluster}} {{instance}} {{gpu}}")
 
 
 EMPTY = "No data: Prometheus does not scrape dcgm-exporter."
@@ -153,8 +153,8 @@ CLUSTER = [
     series("Memory", "Of all devices, by NVML: capacity, used, committed to tenants, and outside any tenant.",
            "bytes", *device_memory("", "")),
     series("Memory used, by node", "Used part of the memory of each node's devices, by NVML.", "percentunit",
-           Query(f"sum by (instance) (fgpu_device_memory_used_bytes{{{DEVICE}}}) / "
-                 f"sum by (instance) ({CAPACITY}{{{DEVICE}}})", "{{instance}}"), max=1),
+           Query(f"sum by ({PLACE}) (fgpu_device_memory_used_bytes{{{DEVICE}}}) / "
+                 f"sum by ({PLACE}) ({CAPACITY}{{{DEVICE}}})", "{{cluster}} {{instance}}"), max=1),
     series("Refusals, by reason", "Allocations refused per second. `limit`: of the tenant or its group; `device_full`; "
            "`entries`: too many allocations, threads or processes; `observed`: admitted beyond the limit.", "ops",
            refused(BOTH, "reason")),
@@ -178,7 +178,8 @@ CLUSTER = [
 STACKED = {"stacking": {"mode": "normal"}, "fillOpacity": 30}
 MEMORY_BY_TENANT = series(
     "Memory, by tenant", "Bytes charged to the twenty tenants that hold most, without groups.", "bytes",
-    Query(most(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})"), "{{instance}} {{tenant}}"),
+    Query(most(f"sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})"),
+          "{{cluster}} {{instance}} {{tenant}}"),
     custom=STACKED,
 )  # fmt: skip
 
@@ -207,37 +208,37 @@ NODES = [
          grown("fgpu_control_refused_total", NODE), NONE_IS_USUAL),
     *DEVICES,
     series("Memory, by device", "By NVML: capacity, used, committed to tenants, and outside any tenant.",
-           "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
+           "bytes", *device_memory(f" by ({PLACE}, gpu)", "{{cluster}} {{instance}} {{gpu}} ")),
     MEMORY_BY_TENANT,
     series("Share of time, by tenant", "Part of each device's time, of the twenty tenants that had most. A tenant "
            "that is alone on its devices and has no ceiling is not measured.", "percentunit",
            Query(most(had(BOTH)), LEGEND), max=1),
     series("Turns", "Turns that began on each device, per second.", "ops",
-           Query(f"sum by (instance, gpu) (rate(fgpu_slice_switches_total{{{DEVICE}}}[{RATE}]))",
-                 "{{instance}} {{gpu}}")),
+           Query(f"sum by ({PLACE}, gpu) (rate(fgpu_slice_switches_total{{{DEVICE}}}[{RATE}]))",
+                 "{{cluster}} {{instance}} {{gpu}}")),
     series("Drains", "Time from the closing of a gate until nothing was in flight: median and 99th percentile of all "
            "turns.", "s", *(
-               Query(f"histogram_quantile({q}, sum by (le, instance, gpu) "
+               Query(f"histogram_quantile({q}, sum by (le, {PLACE}, gpu) "
                      f"(rate(fgpu_slice_drain_seconds_bucket{{{DEVICE}}}[{RATE}])))",
-                     f"{{{{instance}}}} {{{{gpu}}}} p{int(100 * q)}") for q in (0.5, 0.99))),
+                     f"{{{{cluster}}}} {{{{instance}}}} {{{{gpu}}}} p{int(100 * q)}") for q in (0.5, 0.99))),
     series("Overruns", "Turns per second that passed to the next tenant with work in flight: a program was "
            "stopped, hung, or has long kernels.", "ops",
-           Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
-                 "{{instance}} {{gpu}}")),
+           Query(f"sum by ({PLACE}, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
+                 "{{cluster}} {{instance}} {{gpu}}")),
     series("Tenants at the same time", "Part of the time in which all tenants of a device could launch at the same "
            "time, because no tenant launched less than in turns.", "percentunit",
-           Query(f"sum by (instance, gpu) (rate(fgpu_slice_lent_seconds_total{{{DEVICE}}}[{RATE}]))",
-                 "{{instance}} {{gpu}}")),
+           Query(f"sum by ({PLACE}, gpu) (rate(fgpu_slice_lent_seconds_total{{{DEVICE}}}[{RATE}]))",
+                 "{{cluster}} {{instance}} {{gpu}}")),
     series("Probe hits", "Calls of the driver and requests of the shim that reached a probe, per second.", "ops",
            Query(f"sum by (probe) (rate(fgpu_probe_hits_total{{{NODE}}}[{RATE}]))", "{{probe}}")),
     series("Anomalies", "Events that should not occur, per second. `bypass`: an allocation without admission; `full`: "
            "a map without room.", "ops",
            Query(f"sum by (kind) (rate(fgpu_anomalies_total{{{NODE}}}[{RATE}]))", "{{kind}}")),
     series("Refusals, by tenant", "Allocations refused per second, of the twenty tenants with most.", "ops",
-           Query(most(refused(BOTH, "instance, tenant").expr), "{{instance}} {{tenant}}")),
+           Query(most(refused(BOTH, f"{PLACE}, tenant").expr), "{{cluster}} {{instance}} {{tenant}}")),
     series("Containers that wait for labels", "Containers without labels from the engine: policies without "
-           "labels apply.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
-                                           "{{instance}} {{engine}}")),
+           "labels apply.", "none", Query(f"sum by ({PLACE}, engine) (fgpu_engine_waiting{{{NODE}}})",
+                                           "{{cluster}} {{instance}} {{engine}}")),
     *DEVICE_USE,
 ]  # fmt: skip
 
@@ -266,27 +267,27 @@ TENANTS = [
     stat("Throttled", "Times that the ceiling delayed the tenant's turn, in the displayed range.", "none",
          grown("fgpu_compute_throttled_total", BOTH)),
     series("Memory", "Charged bytes, their peak, and the limit.", "bytes", *(
-        Query(f"sum by (instance, gpu, tenant) (fgpu_memory_{what}_bytes{{{BOTH}}})", f"{LEGEND} {what}")
+        Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_{what}_bytes{{{BOTH}}})", f"{LEGEND} {what}")
         for what in ("limit", "used", "peak"))),
     series("Refusals", "Allocations refused per second.", "ops", refused(BOTH, "operation, reason")),
     series("Allocated", "Bytes per second: admitted by the kernel, and allocated by the driver. They differ if a "
            "process requests more than it allocates, or requests no admission.", "binBps", *(
-               Query(f"sum by (instance, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{BOTH}}}[{RATE}]))",
+               Query(f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{BOTH}}}[{RATE}]))",
                      f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
     series("Drift", "Charged bytes minus the driver's. Below 0, the tenant holds bytes that are not charged.",
-           "bytes", Query(f"sum by (instance, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
+           "bytes", Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
     series("Share of time", "Owned time, the entitlement, and the ceiling. Short: the part of the "
            "device's time that a tenant with work got less than its entitlement, in ten seconds. A tenant that is "
            "alone on its devices and has no ceiling is not measured.", "percentunit",
            Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
-           Query(f"sum by (instance, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}} or "
+           Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}} or "
                  f"0 * fgpu_compute_entitled_ratio{{{BOTH}}})", f"{LEGEND} short"),
-           Query(f"sum by (instance, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
+           Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
     series("Waiting", "The part of the time for which the tenant waited for its turns; added when a turn begins.",
            "percentunit",
-           Query(f"sum by (instance, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
+           Query(f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
     series("Waiting for a turn", "How long the tenant has waited for its next turn so far.", "s",
-           Query(f"max by (instance, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
+           Query(f"max by ({PLACE}, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
     series("Bypassing processes, by how", AROUND, "none",
            bypassing(f"{{{TENANT}}}", "tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
@@ -325,20 +326,20 @@ USAGE = [
           *(Query(f"sum by (cluster, namespace) ({spent(counter, one)})", name)
             for name, (_, counter, one) in USES.items()), width=WIDTH, decimals=2),
     series("GPU time, by tenant", "Part of each device's time, of the twenty tenants that used most.", "percentunit",
-           Query(most(f"sum by (instance, gpu, tenant) (rate({RUN}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND),
+           Query(most(f"sum by ({PLACE}, gpu, tenant) (rate({RUN}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND),
            custom=STACKED),
     MEMORY_BY_TENANT,
     series("Memory of idle tenants", "Bytes of tenants that run nothing, times the part of the time for which they "
            "ran nothing: the twenty with most.", "bytes",
-           Query(most(f"sum by (instance, gpu, tenant) (fgpu_memory_used_bytes{{{BOTH}}} * on ({PLACE}, gpu, tenant) "
+           Query(most(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_used_bytes{{{BOTH}}} * on ({PLACE}, gpu, tenant) "
                       f"rate({IDLE}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND), custom=STACKED),
     series("Memory of parked tenants", "Bytes that parked tenants have given back, which are in host memory: the "
            "twenty with most.", "bytes",
-           Query(most(f"sum by (instance, gpu, tenant) (fgpu_memory_parked_bytes{{{BOTH}}} {INNERMOST})"), LEGEND),
+           Query(most(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_parked_bytes{{{BOTH}}} {INNERMOST})"), LEGEND),
            custom=STACKED),
     series("Waiting, by tenant", "Part of the time for which a tenant waited for its turns: the twenty with most.",
            "percentunit",
-           Query(most(f"sum by (instance, gpu, tenant) (rate({WAITED}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND)),
+           Query(most(f"sum by ({PLACE}, gpu, tenant) (rate({WAITED}{{{BOTH}}}[{RATE}]) {INNERMOST})"), LEGEND)),
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""`fgpu detach`: the removal of everything that fgpu has left on the host, with seven exceptions.
+"""`fgpu detach`: the removal of everything that fgpu has left on the host, with nine exceptions.
 
-The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), versions of the shim that
-processes have mapped, the folder of the gatekeeper's socket while a container has mounted this folder, cgroups in which
-programs of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the store of
-`fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError the next
-call removes the remaining parts.
+The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), the files with which an
+engine stops containers that have the shim, versions of the shim that processes have mapped, the folder of the
+gatekeeper's socket while a container has mounted this folder, the parker's socket while systemd listens there, cgroups
+in which programs of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the
+store of `fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError
+the next call removes the remaining parts.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
+import struct
 import time
 from pathlib import Path
 
-from fgpu_ebpf.agent import driver_limits, gatekeeper_process
+from fgpu_ebpf.agent import driver_limits, gatekeeper_process, parker_client
 from fgpu_ebpf.containers import engine_setup, injection, run
 from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, programs, shim_store
 from fgpu_ebpf.linux import atomic_file, clear_path, file_locks, procfs
@@ -37,7 +40,6 @@ _FILES = (
         injection.PUBLISHED,  # removed after the store, because this file has the path of the store
         PreexistingProcesses.FILE,
         "gatekeeper.json",
-        "parker.sock",
         "parker.lock",
         file_locks.GATEKEEPER,
         file_locks.NEXT,
@@ -70,9 +72,11 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
             text = "%s still has probes: programs with this shim get no memory until the kernel has removed the probes"
             log.warning(text, shim)
     if published:
-        _published(published)
+        _published(published, run_dir / "shim")
     for path in (last_good.FILE, *(run_dir / name for name in _FILES)):
         _unlink(path)
+    if not _is_of_systemd(run_dir / parker_client.SOCKET):
+        _unlink(run_dir / parker_client.SOCKET)
     _leave(run_dir / "shim")
     if is_locked:  # the last file: an agent can start from now on
         _unlink(run_dir / file_locks.AGENT)
@@ -89,18 +93,33 @@ def _cgroups() -> None:
         workloads.remove(path)
 
 
-def _published(shim: Path) -> None:
-    """Remove the store of this shim and the helper, unless an engine's settings or a process needs the files."""
+def _published(shim: Path, folder: Path) -> None:
+    """Remove the store of this shim and the helper, unless an engine's settings or a process needs the files.
+
+    The helper stays while a container has mounted the shim's folder: without it, the engine cannot stop the container.
+    """
     store = shim.parent.parent
     if any(engine_setup.STATE.glob("*.json")):
         return
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
-    if shim_store.remove(store, mapped):
+    if shim_store.remove(store, mapped) and not shim_mounts.is_mounted(folder):
         shutil.rmtree(injection.BIN, ignore_errors=True)
     # BESIDE exists on the host if a container has mounted a folder above, because the runtime creates the
     # mount point.
     for folder in (store, engine_setup.STATE, Path(shim_mounts.BESIDE), store.parent):
         _remove_empty(folder)
+
+
+def _is_of_systemd(place: Path) -> bool:
+    """Return whether systemd listens at this socket. It would not notice that the file was removed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(place))
+        except OSError:
+            return False
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return bool(pid == 1)
 
 
 def _unlink(path: Path) -> None:

@@ -30,10 +30,10 @@ def start(run_dir: Path, states: Path) -> bool:
     if not is_active and _answers(run_dir):
         click.echo(f"{UNIT}: not started, because an agent runs already")
         return True
-    done = subprocess.run(["systemctl", "enable", "--now", UNIT], capture_output=True, text=True, check=False)
-    if not is_enabled:
+    if not is_enabled:  # recorded first, because the start can take minutes and be interrupted
         states.mkdir(parents=True, exist_ok=True)
         (states / _NOTE).write_text("disable" if is_active else "disable --now", encoding="ascii")
+    done = subprocess.run(["systemctl", "enable", "--now", UNIT], capture_output=True, text=True, check=False)
     said = f"does not start: {done.stderr.strip()}" if done.returncode else "enabled and started"
     click.echo(f"{UNIT}: {said}")
     return done.returncode == 0

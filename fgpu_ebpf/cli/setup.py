@@ -6,6 +6,7 @@ failed check of the host) and 2 (wrong usage).
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
     from fgpu_ebpf.containers.engines import ENGINES
     from fgpu_ebpf.driver.start_checks import AgentError
 
+    os.umask(0o022)  # engines and rootless programs read the files and folders
     if is_undo and (memory or is_dry):
         raise click.UsageError("--undo cannot be combined with --memory or --dry-run")
     if engine == "slurm" and memory:

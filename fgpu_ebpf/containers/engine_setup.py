@@ -185,7 +185,7 @@ def _kept(state: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()  # read_text() would change the line ends
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -213,7 +213,7 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
     try:
         aside.unlink(missing_ok=True)
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)  # the folder may be a user's
-        with open(fd, "w", encoding="utf-8") as file:
+        with open(fd, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             if like and like.exists():
                 status = like.stat()

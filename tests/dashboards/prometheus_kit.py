@@ -84,7 +84,7 @@ def scraping(address: str, work: Path, other: str) -> Iterator[Prometheus]:
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "scrape_configs": [
             {"job_name": JOB, "static_configs": [target]},
-            {"job_name": "dcgm-exporter", "static_configs": [{"targets": [other]}]},
+            {"job_name": "dcgm-exporter", "static_configs": [{"targets": [other, "127.0.0.1:1"]}]},  # one is down
         ],
     }
     (work / "prometheus.yml").write_text(yaml.safe_dump(config))

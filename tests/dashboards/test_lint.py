@@ -46,7 +46,10 @@ def test_the_file_equals_the_output_of_make(name: str, make: dict[str, Any]) -> 
 
 
 def test_dashboards_have_the_required_variables(dashboard: dict[str, Any]) -> None:
-    """The rules are template-datasource, -job, -instance, -on-time-change-reload and uneditable."""
+    """The rules are template-datasource, -instance, -on-time-change-reload and uneditable.
+
+    template-job is not: with its pattern `.+`, "All" would have the jobs of other exporters too.
+    """
     found = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     assert found.keys() == VARIABLES
     assert (found["datasource"]["type"], found["datasource"]["query"]) == ("datasource", "prometheus")
@@ -55,9 +58,9 @@ def test_dashboards_have_the_required_variables(dashboard: dict[str, Any]) -> No
         it = found[name]
         assert (it["type"], it["datasource"]["uid"], it["multi"], it["refresh"]) == ("query", "${datasource}", True, 2)
         assert re.fullmatch(rf"label_values\(fgpu_\w+(\{{.*\}})?, {name}\)", it["query"])
-    for name in ("job", "instance"):
-        assert (found[name]["label"], found[name]["allValue"]) == (name.title(), ".+")
-    assert "allValue" not in found["tenant"], "All would be more than the chosen namespaces and pods have"
+    assert [found[name]["label"] for name in ("job", "instance")] == ["Job", "Instance"]
+    assert found["instance"]["allValue"] == ".+"
+    assert not {"job", "tenant"} & {name for name, it in found.items() if "allValue" in it}, "All has only found names"
     for name, by in (("pod", "namespace"), ("tenant", "namespace"), ("tenant", "pod")):
         assert f'{by}=~"${by}"' in found[name]["query"]
     assert dashboard["editable"] is False
@@ -179,6 +182,14 @@ def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> No
         for selector in SELECTOR.finditer(expr):
             for name in ("cluster", "job", "instance"):
                 assert f'{name}=~"${name}"' in (selector[1] or ""), f"{selector[0]} in {expr}"
+
+
+def test_sums_keep_hosts_of_different_clusters_and_jobs_apart(queries: list[str]) -> None:
+    """Hosts of two clusters may have the same instance."""
+    for expr in queries:
+        for labels in re.findall(r"\bby \(([^)]*)\)", expr):
+            names = set(labels.replace(" ", "").split(","))
+            assert "instance" not in names or {"cluster", "job"} <= names, expr
 
 
 def test_counters_are_queried_as_rates_or_increases(queries: list[str]) -> None:

@@ -22,7 +22,7 @@ from . import load as known
 from .conftest import NAMES
 from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, exporting, scraping
 
-CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+"}
+CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": JOB, "instance": ".+", "gpu": ".+"}
 CHOSEN |= {"namespace": ".*", "pod": ".*"}
 PATIENCE_SECONDS = 30
 XIDS = "fgpu_device_xids_total"
@@ -229,7 +229,9 @@ def test_use_of_devices_equals_that_of_dcgm(prometheus: Prometheus, dashboards, 
     expected = {"GPU utilisation": 0.37, "Memory bandwidth utilisation": 0.11, "Power": 350.5, "Temperature": 61}
     for title, value in expected.items():
         found = prometheus.ask(chosen(panels[title]["targets"][0]["expr"]))
-        assert found == {frozenset({("instance", LISTEN), ("gpu", "0")}): pytest.approx(value)}, title
+        assert found == {
+            frozenset({("cluster", CLUSTER), ("job", JOB), ("instance", LISTEN), ("gpu", "0")}): pytest.approx(value)
+        }, title
 
 
 def test_variables_list_the_existing_values(prometheus: Prometheus, load: known.Load, dashboards) -> None:

@@ -13,7 +13,7 @@ from tests.support.wait import running_of, waited_here, waiting_of
 
 @dataclass
 class Waits:
-    """What a number of hellos waited for.
+    """The waits of a number of hellos.
 
     Attributes:
         worked: the processor seconds that the gatekeeper used between each hello and its answer. A hello that queues

@@ -122,8 +122,13 @@ def test_a_purge_keeps_the_folder_that_a_container_has(host: fresh_host.Host, de
     for name in ("agent.lock", "shim/shim.sock"):
         (host.root / "run/fgpu" / name).touch()
     with in_mounts(host, f"mkdir -p {place}\nmount --bind /run/fgpu/shim {place}"):
+        (host.root / "var/lib/fgpu/bin").mkdir(parents=True, exist_ok=True)
+        (host.root / "var/lib/fgpu/bin/fgpu-oci").touch()
+        (host.root / "var/lib/fgpu/shim").mkdir()
         host.apt("purge", "fgpu")
     assert list((host.root / "run/fgpu").iterdir()) == [folder]
+    left = sorted(path.name for path in (host.root / "var/lib/fgpu").rglob("*"))
+    assert left == ["bin", "fgpu-oci"], "the engine of a running container needs the helper"
     assert not list(folder.iterdir())
     assert folder.stat().st_mode & 0o7777 == 0o1755, "programs wait for an agent"
     folder.rmdir()
@@ -140,6 +145,30 @@ def test_the_package_stays_while_a_tenant_is_parked(host: fresh_host.Host, deb: 
     assert not (host.root / "asked").exists(), "something was removed"
     command.write_text("#!/bin/sh\n")
     host.apt("remove", "fgpu")
+
+
+def test_the_package_stays_while_programs_share_a_device_concurrently(host: fresh_host.Host, deb: Path) -> None:
+    host.install(deb)
+    command, systemctl = host.root / "usr/bin/fgpu", host.root / "usr/bin/systemctl"
+    command.write_text("#!/bin/sh\ntouch /asked\n")
+    systemctl.unlink(missing_ok=True)  # the file may be shared with other roots
+    systemctl.write_text('#!/bin/sh\necho "$*" | grep -q "is-active fgpu-mps"\n')
+    systemctl.chmod(0o755)
+    done = host.apt("remove", "fgpu", check=False)
+    assert done.returncode != 0
+    assert "type `systemctl stop fgpu-mps`, then remove fgpu again" in done.stdout + done.stderr
+    assert not (host.root / "asked").exists(), "something was removed"
+
+
+def test_a_removal_undoes_the_setup_of_slurm(host: fresh_host.Host, deb: Path) -> None:
+    host.install(deb)
+    policy = "/etc/fgpu/policy.d/30-slurm.yaml"
+    host.run("fgpu", "setup", "slurm", "--file", policy)
+    assert (host.root / policy[1:]).exists()
+    done = host.apt("remove", "fgpu")
+    assert "slurm.conf" in done.stdout
+    assert not (host.root / policy[1:]).exists()
+    assert not (host.root / "var/lib/fgpu/setup/slurm.json").exists()
 
 
 def test_an_upgrade_under_load_affects_no_tenant(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:

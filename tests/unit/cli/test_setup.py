@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -297,6 +299,30 @@ def test_undo_restores_the_state_of_the_service(was, words, host):
     setup(host, "--memory", "8GiB")
     setup(host, "--undo")
     assert asked(host) == words
+
+
+def test_undo_disables_a_service_whose_start_was_interrupted(host, monkeypatch):
+    real = subprocess.run
+
+    def interrupted(words, **how):
+        if "enable" in words:
+            raise KeyboardInterrupt
+        return real(words, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", interrupted)
+        assert setup(host, "--memory", "8GiB").exit_code == 1
+    setup(host, "--undo")
+    assert asked(host) == ["disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]
+
+
+def test_folders_of_setup_are_open_to_all_users(host):
+    before = os.umask(0o077)
+    try:
+        setup(host, "--memory", "8GiB")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (engine_setup.STATE, injection.BIN)] == [0o755, 0o755]
 
 
 # -- failures ------------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ TEXTS = {
     ],
 }
 CASES = [(name, text) for name, texts in TEXTS.items() for text in texts]
+CASES += [(name, text.replace("\n", "\r\n")) for name, text in CASES if text and "\n" in text]
 
 
 @pytest.fixture
@@ -101,13 +102,13 @@ def engine(name: str, tmp_path: Path, text: str | None) -> Engine:
     file = tmp_path / "etc/settings"
     file.parent.mkdir(exist_ok=True)
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text.encode())
         file.chmod(0o640)
     return replace(ENGINES[name], file=file)
 
 
 def read(found: Engine) -> str | None:
-    return found.file.read_text() if found.file.exists() else None
+    return found.file.read_bytes().decode() if found.file.exists() else None
 
 
 @pytest.mark.parametrize(("name", "text"), CASES)
@@ -281,14 +282,16 @@ def test_doctor_names_settings_that_are_damaged(damage, tmp_path, helper):
 def test_doctor_names_settings_that_a_user_may_not_read(hidden, tmp_path, helper, monkeypatch):
     found, state = engine("docker", tmp_path, "{}"), tmp_path / "states/docker.json"
     set_up(found, helper, state)
-    whole, unreadable = Path.read_text, {"state": state, "settings": found.file}[hidden]
+    unreadable = {"state": state, "settings": found.file}[hidden]
 
-    def refused(path, *words, **more):
-        if path == unreadable:
-            raise PermissionError(13, "Permission denied", str(path))
-        return whole(path, *words, **more)
+    for name, real in (("read_text", Path.read_text), ("read_bytes", Path.read_bytes)):
 
-    monkeypatch.setattr(Path, "read_text", refused)
+        def refused(path, *words, whole=real, **more):
+            if path == unreadable:
+                raise PermissionError(13, "Permission denied", str(path))
+            return whole(path, *words, **more)
+
+        monkeypatch.setattr(Path, name, refused)
     (check,) = checks(state.parent, helper)
     assert (check.ok, str(unreadable) in check.found, check.fix) == (False, True, "sudo fgpu doctor")
 
