@@ -58,7 +58,7 @@ def test_containers_can_request_shares_of_a_late_device_and_the_shares_of_runnin
 
     def names() -> list[str]:
         agent.set_up_containers()
-        shim, shares = injection.written(tmp_path)
+        _, shares = injection.written(tmp_path)
         return [device["name"] for device in shares["devices"]]
 
     used = [*(f"2gib:{uuid}" for uuid in uuids), "all-50pct"]
