@@ -21,7 +21,7 @@ from fgpu_ebpf.agent.parts import Parts, wire
 from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.snapshot_builder import take_snapshot
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.containers import run
+from fgpu_ebpf.containers import cdi, run
 from fgpu_ebpf.driver.library_files import driver_files
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.linux import malloc, procfs, sd_notify
@@ -53,6 +53,8 @@ class Agent:
         self.gatekeeper = GatekeeperProcess(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self._parts: Parts | None = None
+        self.given: cdi.Parts | None = None  # the files that containers get, or None if a file could not be written
+        self._given_devices = -1  # the number of devices in these files
         self.marks: dict[str, float] = {}  # monotonic time at which each part of the start was done
         self._ended = self._reload_wanted = False
         self.failures = self.writes_refused = 0
@@ -83,13 +85,20 @@ class Agent:
         self.gatekeeper.start(driver.layout_changed)
         self._parts = wire(settings, attached, self.engines, self.history, self.failed_checks)
         self.devices = DeviceRelease(self.parts.reconciler, files, self.history, self.failed_checks)
-        self.chores += (*self.parts.chores.steps, self.devices.look, self.parts.claims.look)
+        self.chores += (*self.parts.chores.steps, self.devices.look, self.parts.claims.look, self.set_up_containers)
         self.parts.take_over()
         run.write_preloads(settings.run_dir, driver.shim)
         self._follow()
-        # The files that containers get, or None if a file could not be written.
-        self.given = startup.set_up_containers(settings, driver.shim, driver.nvml.devices)
+        self.set_up_containers()
         self.mark("in force")
+
+    def set_up_containers(self) -> None:
+        """Write the files that containers get, at the start and after NVML has found another device."""
+        driver = self.parts.driver
+        if len(driver.nvml.devices) != self._given_devices:
+            self._given_devices = len(driver.nvml.devices)
+            overrides = self.parts.manager.overrides
+            self.given = startup.set_up_containers(self.settings, driver.shim, driver.nvml.devices, overrides)
 
     def mark(self, part: str) -> None:
         """Record that a part of the start is done."""

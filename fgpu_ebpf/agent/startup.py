@@ -6,7 +6,7 @@ This module runs in the main thread of the agent process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.linux import capabilities, file_locks
 from fgpu_ebpf.tenancy import profiles
+from fgpu_ebpf.tenancy.overrides import Override
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 
 log = logging.getLogger("fgpu.agent")
@@ -85,15 +86,22 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
     return Attached(driver, ledger, policies, older)
 
 
-def set_up_containers(settings: Settings, shim: Path, devices: Sequence[Device]) -> cdi.Parts | None:
+def set_up_containers(
+    settings: Settings, shim: Path, devices: Sequence[Device], overrides: Iterable[Override]
+) -> cdi.Parts | None:
     """Write the files that containers get at their start, and return the paths of these files.
 
     The result is None if a file cannot be written. Limits are enforced even without the files.
+
+    Args:
+        overrides: the running containers' shares, which stay in the files because the containers may be restarted.
     """
+    used = (name for override in overrides for name in override.share_names)
     try:
         helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)
         parts = injection.parts(settings.run_dir, shim, helper)
-        injection.set_up(parts, settings.cdi_folder, [*settings.shares, *profiles.names(settings.profiles, devices)])
+        names = [*settings.shares, *profiles.names(settings.profiles, devices), *used]
+        injection.set_up(parts, settings.cdi_folder, names)
     except (OSError, ValueError) as error:
         log.error("containers cannot request shares (%s): set cdiFolder to a writable folder", error)
         return None

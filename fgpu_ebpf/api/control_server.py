@@ -15,6 +15,7 @@ import os
 import selectors
 import shlex
 import socket
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from wsgiref.types import WSGIApplication
@@ -59,6 +60,7 @@ class ControlServer:
         self._own_namespace = os.stat("/proc/self/ns/user").st_ino
         self._listener: socket.socket | None = None
         self._peers = LineServer(agent.selector, self._line)
+        self._started = Counter[str]()  # the containers that have got a share of a profile, by the text of the share
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
             "ping": self._ping,
             "snapshot": lambda _: agent.look(),
@@ -149,7 +151,8 @@ class ControlServer:
             parts.driver.discovery.unenforced(),
         )  # fmt: skip
         facts = offers.facts(parts.driver.nvml.driver_version, agent.given)
-        return offers.view(parts.manager.overrides, cdi.mounts(agent.given) if agent.given else ()) | {"facts": facts}
+        view = offers.view(parts.manager.overrides, cdi.mounts(agent.given) if agent.given else ())
+        return view | {"facts": facts, "started": self._started}
 
     def _may_write(self, peer: socket.socket) -> bool:
         pid, uid = pid_and_uid(peer)
@@ -231,6 +234,8 @@ class ControlServer:
         share = share_name.parse(_text(request, "share"))
         path = targets.starting(request.get("pid"), request["peer"], self._agent.parts.manager.workloads)
         tenant = self._agent.parts.manager.share(path, share)
+        if any(profile.share == share.name for profile in self._agent.settings.profiles):  # claims have any names
+            self._started[share.text] += 1
         self._agent.history.add("share", tenant=tenant.name, text=share.text)
         return {"tenant": tenant.name, "path": tenant.path}
 

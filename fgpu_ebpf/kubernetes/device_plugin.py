@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class _Plugin:
 
     def _without_agent(self, text: str, now: float) -> None:
         if now - self._answered_at >= SILENT_SECONDS:
-            self._take(Host(text, self.book.host.devices, self.book.host.mounts))
+            self._take(replace(self.book.host, fault=text))
 
     def _take(self, host: Host) -> None:
         self.book.look(host)

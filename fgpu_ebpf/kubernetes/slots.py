@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from fgpu_ebpf.policy.share_name import bound
 from fgpu_ebpf.policy.units import memory_text, shown
 
 MOST_SLOTS = 1000  # a host must have fewer in all profiles, so that lists stay far below kubelet's maximum of 4 MiB
@@ -71,12 +72,31 @@ class Slot:
 class Host:
     """The agent's last answer. `mounts`: the shim's mounts (source, target).
 
-    `fault`: the reason why no share of any device may be assigned, else empty.
+    `fault`: the reason why no share of any device may be assigned, else empty. `started`: how many containers have got
+    a share since the agent's start, by the share's name with its device. Earlier versions of the agent have no count.
     """
 
     fault: str
     devices: Mapping[str, Device]
     mounts: Sequence[tuple[str, str]] = ()
+    started: Mapping[str, int] = field(default_factory=dict)
+
+    def arrived(self, before: Host) -> dict[tuple[str, str], int]:
+        """Return how many containers have got a share since an earlier answer, by device and share.
+
+        `taken` alone does not count a container if another container with the same share has ended. `started` alone
+        does not count a container if the agent has restarted.
+        """
+        return {
+            (uuid, share): max(
+                profile.taken - old.profiles[share].taken,
+                self.started.get(bound(share, uuid), 0) - before.started.get(bound(share, uuid), 0),
+            )
+            for uuid, device in self.devices.items()
+            if (old := before.devices.get(uuid))
+            for share, profile in device.profiles.items()
+            if share in old.profiles
+        }
 
     @property
     def shares(self) -> list[str]:
@@ -99,7 +119,8 @@ def host_of(answer: Mapping[str, Any]) -> Host:
     for said in answer["devices"]:
         profiles = {entry["share"]: Profile(**entry) for entry in said["profiles"]}
         devices[said["uuid"]] = Device(**{**said, "profiles": profiles})
-    return Host(answer["fault"], devices, [(source, target) for source, target in answer["mounts"]])
+    mounts = [(source, target) for source, target in answer["mounts"]]
+    return Host(answer["fault"], devices, mounts, answer.get("started", {}))
 
 
 class Book:
@@ -117,14 +138,8 @@ class Book:
     def look(self, host: Host, now: float | None = None) -> None:
         """Record an answer of the agent, and end the promises for containers that the agent counts now."""
         now = time.monotonic() if now is None else now
-        before, self.host = self.host, host
-        arrived = {
-            (uuid, share): profile.taken - old.profiles[share].taken
-            for uuid, device in host.devices.items()
-            if (old := before.devices.get(uuid))
-            for share, profile in device.profiles.items()
-            if share in old.profiles
-        }
+        arrived = host.arrived(self.host)
+        self.host = host
         for slot, since in list(self._promised.items()):
             if now - since > PROMISE_SECONDS:
                 del self._promised[slot]

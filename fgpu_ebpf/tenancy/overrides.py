@@ -60,6 +60,12 @@ class Override:
         return Amount(self.memory_bytes or 0, self.memory_millionths or 0)
 
     @property
+    def share_names(self) -> list[str]:
+        """The names by which the container has requested its share: one for each device of a share of devices."""
+        names = [share_name.bound(self.share, uuid) for uuid in self.devices] or [self.share]
+        return names if self.share else []
+
+    @property
     def has_limits(self) -> bool:
         """True if limits were set by hand, apart from a share."""
         return self.memory is not None or self.has_compute

@@ -102,7 +102,8 @@ def test_used_slots_are_counted_as_taken_until_their_pods_end(
 ) -> None:
     """Two pods use a device. After both have ended, none of its slots is taken, and a slot can be allocated again."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
-    ids = two.ids[:2]
+    ids, name = two.ids[:2], f"2gib-25pct:{uuids[0]}"
+    started = ask(verb="offers")["started"].get(name, 0)
     tenants = [pods.pod(two.allocate(id_)) for id_ in ids]
     assert [entry["taken"] for entry in ask(verb="offers")["devices"][0]["profiles"]] == [2, 0]
     free = ask(verb="offers")["devices"][0]["free_bytes"]
@@ -114,6 +115,7 @@ def test_used_slots_are_counted_as_taken_until_their_pods_end(
     eventually(lambda: ask(verb="offers")["devices"][0]["profiles"][0]["taken"] == 0, 20, "the end")
     again = pods.pod(two.allocate(ids[1]))
     assert_only(again, {0: 2 * GIB})
+    assert ask(verb="offers")["started"][name] == started + 3
 
 
 def test_shares_of_devices_do_not_sum_over_devices(

@@ -19,7 +19,7 @@ def thin(name: str, work: Path) -> Path:
     It has commands that call this checkout, which Node mounts, and this machine's /usr.
     """
     root, out = work / "thin", work / "thin-archive"
-    words = {"fgpu": f"{ROOT}/.venv/bin/fgpu", "fgpu-gatekeeper": f"{ROOT}/.venv/bin/fgpu-gatekeeper"}
+    words = {word: f"{ROOT}/.venv/bin/{word}" for word in ("fgpu", "fgpu-gatekeeper", "fgpu-parker")}
     words["fgpu-oci"] = f"{BUILD}/oci/fgpu-oci"
     (root / "opt/fgpu").mkdir(parents=True)
     (root / "usr").mkdir()

@@ -179,6 +179,19 @@ def test_the_parker_runs_only_if_it_is_enabled_and_has_the_rights_of_its_unit() 
     named = {word.removeprefix("CAP_") for word in line.split()}
     assert set(parker["securityContext"]["capabilities"]["add"]) == named
     assert one["spec"]["template"]["spec"]["hostPID"] is True
+    (detach,) = sets(HERE / "rendered/detach-parking.yaml")
+    (waker,) = [one for one in containers(detach) if one["name"] == "parker"]
+    assert waker["securityContext"] == parker["securityContext"]
+
+
+def test_annotations_of_apparmor_name_only_containers_of_the_pod() -> None:
+    """The API server refuses other names."""
+    for path in FILES:
+        for one in sets(path):
+            names = {container["name"] for container in containers(one)}
+            annotations = one["spec"]["template"]["metadata"].get("annotations", {})
+            found = {key.partition("/")[2] for key in annotations if key.startswith("container.apparmor.")}
+            assert found <= names, (path, one["metadata"]["name"])
 
 
 def test_every_mount_has_its_volume_and_every_volume_its_mount() -> None:
@@ -353,6 +366,13 @@ def test_a_device_plugin_without_profiles_is_refused(tmp_path: Path) -> None:
     done = template("devicePlugin: {enabled: true}", tmp_path)
     assert done.returncode
     assert "devicePlugin.enabled needs devicePlugin.profiles" in done.stderr
+
+
+@needs_helm
+def test_parking_without_a_parker_is_refused(tmp_path: Path) -> None:
+    done = template("settings: {parking: 'on'}", tmp_path)
+    assert done.returncode
+    assert "settings.parking: on needs parking.enabled" in done.stderr
 
 
 @needs_helm

@@ -40,7 +40,7 @@ spec:
 PORT = 9423
 FEW = 2
 TENANTS = 100 if os.environ.get("FGPU_TEST_SCALE") == "full" else FEW
-DETACH = ROOT / "deploy/kubernetes/detach.yaml"
+DETACH = ROOT / "tests/kubernetes/rendered/detach-parking.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,10 @@ def test_a_detach_removes_fgpu_s_folders_from_the_node(node: node_kit.Node, pods
     node.end_tenants()
     pods["agent"].end()
     node.objects |= {(one["kind"], one["metadata"]["name"]): one for one in node_kit.manifests(DETACH)}
-    detach = node.make("fgpu-agent").start("detach")
+    pod = node.make("fgpu-agent")
+    parker = pod.start("parker")
+    eventually(Path("/run/fgpu/parker.sock").exists, 30, parker.log)
+    detach = pod.start("detach")
     eventually(lambda: "gatekeeper: exiting" in pods["gatekeeper"].containers["gatekeeper"].log, 60, detach.log)
     for _ in range(2):  # kubelet restarts it until the DaemonSet is removed: during a detach, and after one
         restarted = pods["gatekeeper"].start("gatekeeper")
@@ -212,3 +215,11 @@ def test_a_detach_removes_fgpu_s_folders_from_the_node(node: node_kit.Node, pods
     pods["gatekeeper"].end()
     eventually(lambda: detach.probe("readinessProbe"), 60, detach.log)
     assert [path for path in left if path.exists()] == []
+    eventually(lambda: children(parker.pid) == ["sleep"], 20, parker.log)
+    assert [path for path in left if path.exists()] == []
+
+
+def children(pid: int) -> list[str]:
+    """Return the names of a process's children."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [Path(f"/proc/{child}/comm").read_text().strip() for child in found]

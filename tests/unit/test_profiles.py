@@ -162,6 +162,21 @@ def test_a_promise_holds_until_its_use_or_its_expiry():
     assert numbers(book.healthy("4gib")) == [0, 1]
 
 
+def test_a_promise_ends_at_its_use_although_another_share_ends_too():
+    book, name = Book(), f"8gib:{ONE}"
+    book.look(told(free=8, taken=1, started={name: 1}))
+    book.promise([Slot(ONE, "8gib", 0)])
+    assert "8GiB do not fit on" in book.shortage([Slot(ONE, "8gib", 1)])
+    book.look(told(free=8, taken=1, started={name: 2}))
+    assert not book.shortage([Slot(ONE, "8gib", 1)])
+    assert numbers(book.healthy("4gib")) == [0, 1]
+    book.promise([Slot(ONE, "8gib", 1)])
+    book.look(told(free=8, taken=1))  # the agent has restarted
+    book.look(told(free=0, taken=2, started={name: 1}))
+    book.look(told(free=8, taken=1, started={name: 1}))
+    assert not book.shortage([Slot(ONE, "8gib", 0)])
+
+
 def test_allocated_ids_stay_healthy():
     """Kubelet does not report which ids are in use. The id that it requested last is in use, so it stays healthy."""
     book = Book()

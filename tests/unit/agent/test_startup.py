@@ -1,4 +1,4 @@
-"""Tests of the agent's first steps: when the gatekeeper may start at the same time as the agent."""
+"""Tests of the agent's start: when the gatekeeper may start too, and the devices that containers can request."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf.agent import startup
+from fgpu_ebpf.agent.agent import Agent
+from fgpu_ebpf.containers import injection
 from fgpu_ebpf.driver import host_driver, programs
 from fgpu_ebpf.driver.start_checks import AgentError
+from fgpu_ebpf.tenancy.overrides import Override
+from fgpu_ebpf.tenancy.profiles import Profile
 
 
 @pytest.mark.parametrize(("begun", "started"), [(False, 1), (True, 0)])
@@ -32,3 +36,35 @@ def test_a_gatekeeper_starts_early_only_if_the_maps_of_this_version_are_pinned(
     with pytest.raises(AgentError, match="no device"):
         startup.attach(settings, calls.append, lambda: calls.append("gatekeeper"))
     assert calls.count("gatekeeper") == started
+
+
+def test_containers_can_request_shares_of_a_late_device_and_the_shares_of_running_containers(tmp_path: Path) -> None:
+    """A profile that agent.yaml no longer has stays for containers that have its share, which may be restarted."""
+    uuids = [f"GPU-00000000-0000-4000-8000-00000000000{n}" for n in (1, 2)]
+    first, late = (SimpleNamespace(index=n, uuid_text=uuid, name="NVIDIA T4") for n, uuid in enumerate(uuids))
+    overrides = [
+        Override(5, "/one", None, share="2gib", devices=tuple(uuids)),
+        Override(6, "/two", None, share="all-50pct"),
+        Override(7, "/three", 1 << 30),
+    ]
+    agent: Any = Agent.__new__(Agent)
+    agent.settings = SimpleNamespace(
+        store=None, helper=Path("/fgpu-oci"), run_dir=tmp_path, cdi_folder=tmp_path / "cdi", shares=("4gib",),
+        profiles=(Profile("8gib"),),
+    )  # fmt: skip
+    driver = SimpleNamespace(shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[first]))
+    agent._parts = SimpleNamespace(driver=driver, manager=SimpleNamespace(overrides=overrides))
+    agent._given_devices = -1
+
+    def names() -> list[str]:
+        agent.set_up_containers()
+        _, shares = injection.written(tmp_path)
+        return [device["name"] for device in shares["devices"]]
+
+    used = [*(f"2gib:{uuid}" for uuid in uuids), "all-50pct"]
+    assert names() == ["4gib", f"8gib:{uuids[0]}", *used]
+    driver.nvml.devices.append(late)
+    assert names() == ["4gib", *(f"8gib:{uuid}" for uuid in uuids), *used]
+    agent.settings.cdi_folder = tmp_path / "other"
+    names()
+    assert not agent.settings.cdi_folder.exists(), "the files are written again without a new device"

@@ -27,7 +27,7 @@ containers:
         add: [DAC_READ_SEARCH, SYS_ADMIN, SYS_PTRACE]
     resources: {{- toYaml .Values.agent.resources | nindent 6 }}
     readinessProbe:
-      exec: {command: ["sh", "-c", "test ! -e /run/fgpu/agent.lock && test ! -e /run/fgpu/gatekeeper.lock && test ! -e /sys/fs/bpf/fgpu"]}
+      exec: {command: ["sh", "-c", "test ! -e /run/fgpu/agent.lock && test ! -e /run/fgpu/gatekeeper.lock && test ! -e /run/fgpu/parker.sock && test ! -e /sys/fs/bpf/fgpu"]}
       periodSeconds: 2
       timeoutSeconds: 5
     volumeMounts:
@@ -35,7 +35,35 @@ containers:
       - {name: cgroup, mountPath: /sys/fs/cgroup}
       - {name: run, mountPath: /run}
       - {name: lib, mountPath: /var/lib}
+  {{- if .Values.parking.enabled }}
+  # Wakes parked tenants for `fgpu detach`. The parker ends when its socket is removed, and must not create another socket.
+  - name: parker
+    command:
+      - nsenter
+      - --cgroup=/proc/2/ns/cgroup
+      - --
+      - sh
+      - -c
+      - |
+        trap 'kill $!; wait $!; exit 0' TERM
+        while :; do
+            [ ! -e /sys/fs/bpf/fgpu ] || { fgpu-parker "$@" & wait $!; }
+            sleep 2 & wait $!
+        done
+      - sh
+    {{- include "fgpu.parker" . | nindent 4 }}
+    volumeMounts:
+      - {name: bpf, mountPath: /sys/fs/bpf, readOnly: true}
+      - {name: cgroup, mountPath: /sys/fs/cgroup, readOnly: true}
+      - {name: run, mountPath: /run}
+      {{- with .Values.driver.root }}
+      - {name: driver, mountPath: {{ . }}, readOnly: true, mountPropagation: HostToContainer}
+      {{- end }}
+  {{- end }}
 volumes:
+  {{- if and .Values.parking.enabled .Values.driver.root }}
+  - {name: driver, hostPath: {path: {{ .Values.driver.root }}, type: Directory}}
+  {{- end }}
   - {name: bpf, hostPath: {path: /sys/fs/bpf, type: Directory}}
   - {name: cgroup, hostPath: {path: /sys/fs/cgroup, type: Directory}}
   # The folders themselves are removed, so they cannot be mounted here.
