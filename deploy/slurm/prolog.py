@@ -26,8 +26,6 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "SLURM_CONF": os.environ["SLURM_CONF"]}
 # A build for several nodes on one host, such as Debian's, has the name of the node in the name of its scope.
 SCOPES = (f"system.slice/{NODE}_slurmstepd.scope", "system.slice/slurmstepd.scope")
-# From 26.05 the cgroup has the name in SLURM_JOB_SLUID, or the other one if cgroup.conf asks for it.
-CGROUPS = [f"job_{JOB}", *filter(None, [os.environ.get("SLURM_JOB_SLUID")])]
 
 NOTE = Path("/run/fgpu-slurm", JOB)  # task.sh prints the file, and epilog.sh removes it
 UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -129,14 +127,30 @@ def granted(job: str, shards: int) -> Parts:
     return {index: min(one[index] for one in found) for index in found[0] if all(index in one for one in found)}
 
 
-def shards_of_a_gpu() -> int:
-    """Return the number of shards of each GPU of this node."""
-    node = said("scontrol", "--oneliner", "show", "node", NODE)
+def shards_of_a_gpu(node: str) -> int:
+    """Return the number of shards of each GPU of this node, as slurmctld describes the node."""
     gres = (re.search(r" Gres=(\S+)", node) or [""])[1]
     count = {name: sum(map(int, re.findall(rf"\b{name}:(?:[^,:(]+:)?(\d+)", gres))) for name in ("gpu", "shard")}
     if count["shard"] and (not count["gpu"] or count["shard"] % count["gpu"]):
         refuse(f"{gres} has not the same number of shards for each GPU")
     return count["shard"] // count["gpu"] if count["gpu"] else 0
+
+
+def folder(node: str) -> str:
+    """Return the name that Slurm gives the job's cgroup. If the name is wrong, the policy gives the job nothing.
+
+    slurmd sets SLURM_JOB_SLUID since 25.11. This is the cgroup's name since 26.05, unless cgroup.conf has
+    `CgroupJobIdPaths=yes` (since 26.05.2). slurmctld may be of a later release than this node's slurmd.
+
+    Args:
+        node: the node as slurmctld describes it.
+    """
+    release = re.search(r" Version=(\d+)\.(\d+)", node)
+    sluid = os.environ.get("SLURM_JOB_SLUID")
+    if not sluid or not release or (int(release[1]), int(release[2])) < (26, 5):
+        return f"job_{JOB}"
+    has_number = re.search(r"^CgroupJobIdPaths\s*= yes", said("scontrol", "show", "config"), re.MULTILINE)
+    return f"job_{JOB}" if has_number else sluid
 
 
 def own_name() -> str:
@@ -221,7 +235,8 @@ def main() -> None:
     """Limit the cgroup of the job, if the job has a GPU. Without a limit, the policy gives the job nothing."""
     name = own_name()
     job = said("scontrol", "--oneliner", "--details", "show", "job", name)
-    if not (of := granted(job, shards_of_a_gpu())):
+    node = said("scontrol", "--oneliner", "show", "node", NODE)
+    if not (of := granted(job, shards_of_a_gpu(node))):
         return
     status: dict[str, Any] = json.loads(said("fgpu", "status", "--json"))
     if status["unenforced"]:
@@ -234,9 +249,9 @@ def main() -> None:
     note(request.unknown)
     options = limits(of, request, {device["index"]: device["usable_bytes"] for device in status["devices"]})
     options += [f"--priority-class={quality}"] if quality else []
-    for folder in CGROUPS:
-        (cgroup() / scope / folder).mkdir(exist_ok=True)
-        said("fgpu", "set", f"/{scope}/{folder}", *options)
+    place = f"{scope}/{folder(node)}"
+    (cgroup() / place).mkdir(exist_ok=True)
+    said("fgpu", "set", f"/{place}", *options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ metadata: {{name: jobs}}
 spec:
   selector:
     cgroup: ["system.slice/*slurmstepd.scope/*"]
-  memory: {{limit: 2MiB}}
+  memory: {{limit: 0}}
   onBypass: kill
 """
 _TO_DO = "add to slurm.conf, and restart slurmctld and slurmd:"

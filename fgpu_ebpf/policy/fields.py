@@ -103,6 +103,10 @@ def _amount(value: Any) -> Amount:
     return amount(_written(value, "8GiB or 50%"))
 
 
+def _limit(value: Any) -> Amount:
+    return Amount() if type(value) is int and not value else _amount(value)
+
+
 def _size(value: Any) -> int:
     text = _written(value, "1GiB")
     found = amount(text)
@@ -184,6 +188,7 @@ _QUANTITY = {"anyOf": [{**_TEXT, "pattern": _MEMORY}, {**_TEXT, "pattern": _PERC
 _DEVICE = {"anyOf": [{**_TEXT, "minLength": 1}, {**_WHOLE, "minimum": 0, "maximum": abi.DEVICES - 1}]}
 
 Bytes = Annotated[Amount, PlainValidator(_amount), WithJsonSchema(_QUANTITY)]
+Limit = Annotated[Amount, PlainValidator(_limit), WithJsonSchema({"anyOf": [*_QUANTITY["anyOf"], {"const": 0}]})]
 Size = Annotated[int, PlainValidator(_size), WithJsonSchema({**_TEXT, "pattern": _MEMORY})]
 Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
 _SHORT_TEXT, _LONG_TEXT = (WithJsonSchema({**_TEXT, "pattern": pattern}) for pattern in (_DURATION, _LONG))

@@ -19,6 +19,7 @@ from fgpu_ebpf.policy.fields import (
     IdleTime,
     Images,
     LabelKey,
+    Limit,
     MetricLabels,
     Model,
     Names,
@@ -119,10 +120,10 @@ class Park(Model):
 class Memory(Model):
     """The limit on each device, and the most that the workload's own label fgpu.dev/memory may request."""
 
-    limit: Bytes = Field(
+    limit: Limit = Field(
         description="The largest amount of memory on each device. A percentage is a part of the memory for tenants,"
-        " rounded down to 2 MiB.",
-        examples=["8GiB", "50%"],
+        " rounded down to 2 MiB. `0` gives no memory, and no `contexts` either.",
+        examples=["8GiB", "50%", 0],
     )
     max: Bytes = absent("The most that the workload's own label may request; the default is `limit`.", "16GiB")
     contexts: Annotated[int, Field(ge=0, le=64)] = Field(

@@ -51,7 +51,7 @@ class Commitments:
     def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
         """Enter the decisions of an earlier agent about a tenant.
 
-        A pinned limit of 0 means that the limit was denied.
+        A pinned limit of 0 was denied, or the policy's limit is 0, which the next decision finds.
         """
         for index in devices:
             if tenant.limits[index]:
@@ -214,7 +214,7 @@ class Commitments:
             return ""
         others = self.committed(index, tenant) + self.held_elsewhere(index)
         limit, capacity = tenant.limits[index], self._capacity.get(index, 0)
-        if not _is_limit(limit) or others + min(limit, capacity) <= capacity:
+        if limit in (0, abi.NO_LIMIT) or others + min(limit, capacity) <= capacity:
             return ""
         other = "name another device (`--device`, `devices:` in a policy), " if len(self._capacity) > 1 else ""
         outside = tenant.outside.get(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,30 @@ def test_a_changed_policy_file_applies_to_running_programs(write: Write, contain
     write("memory: {limit: 600MiB}")
     assert client.ok("info")[1] == 600 * MIB
     assert client.do(f"alloc {200 * MIB}") == REFUSED
+
+
+@pytest.mark.places("runc")
+def test_a_limit_of_0_gives_no_memory(service: Service, write: Write, container) -> None:
+    write("memory: {limit: 0, contexts: 1}")
+    one = container()
+    client = one.client()
+    assert client.do("context") == REFUSED
+    assert re.findall(r"(\d+)MiB / +(\d+)MiB", one.run("nvidia-smi")) == [("0", "0")]
+    for _ in range(2):
+        assert (one.memory()["limit_bytes"], one.view()["denied"], one.view()["enforcement"]) == (0, "", "kernel")
+        level = ask(verb="explain", target=one.path)["levels"][0]["devices"][0]
+        assert (level["limit_bytes"], level["counts"]) == (0, True)
+        assert ask(verb="snapshot")["devices"][0]["committed_bytes"] == 0
+        assert {metrics()[key] for key in metrics() if key[0] == "fgpu_memory_limit_bytes"} == {0}
+        service.kill_agent()
+        service.start_agent()
+    assert " 0B " in fgpu("status").stdout
+    assert " 0B " in fgpu("top", "--once").stdout
+    assert "0B of 0B used, 0B left" in fgpu("explain", one.path).stdout
+    write("memory: {limit: 2GiB}")
+    client.ok("context")
+    write("memory: {limit: 0}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
 
 
 @pytest.mark.places("runc")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,11 @@ from tests.support.service import Service, compile_programs
 
 
 class Stored(Service):
-    """A service with the shim at the path that an installed fgpu has."""
+    """A service with the shim at the path that an installed fgpu has, and without overcommit, as by default."""
+
+    def __init__(self, work: Path, asked: Sequence[str]) -> None:
+        super().__init__(work, asked)
+        self.config.write_text(self.config.read_text().replace("overcommit: allow\n", ""))
 
     def start_agent(self, stderr: int | None = None, *options: str) -> float:
         """See Service."""

@@ -95,6 +95,22 @@ def test_a_job_without_a_gpu_gets_no_memory(slurm: kit.Slurm) -> None:
         assert NOTHING in job.communicate(timeout=60)[0]
 
 
+def test_a_job_without_a_gpu_takes_nothing_from_a_whole_gpu(slurm: kit.Slurm) -> None:
+    """The first job has tried to use a GPU, and still runs while the second job starts."""
+    script = f"{' '.join(kit.fill())}; echo tried; exec sleep 600"
+    with slurm.job(*kit.srun(0), "sh", "-c", script) as job:
+        try:
+            assert job.stdout
+            assert NOTHING in "".join(iter(job.stdout.readline, "tried\n"))
+            for _ in range(2):  # each has all of a GPU, also just after the end of another job
+                got, _ = slurm.filled(*kit.srun(0, "--gpus=2"), *kit.fill("64MiB"))
+                assert is_part(got, 4)
+            assert job.poll() is None
+        finally:
+            job.terminate()
+    assert "drain" not in slurm.call("sinfo", "-ho", "%T").stdout
+
+
 def test_variables_of_a_job_get_it_nothing_more(slurm: kit.Slurm) -> None:
     claims = [f"{name}={value}" for name, value in CLAIMS.items()]
     got, why = slurm.filled(*kit.srun(1, "--comment=fgpu:memory=100%"), "env", *claims, *kit.fill())
@@ -199,20 +215,22 @@ def test_each_task_of_an_array_gets_its_share_on_its_gpu(slurm: kit.Slurm) -> No
         slurm.call("scancel", number)
 
 
-def test_the_cgroup_of_a_job_may_have_an_opaque_name(slurm: kit.Slurm) -> None:
-    """Slurm 26.05 gives the name to prolog and epilog, and slurmstepd makes a cgroup of that name."""
-    with slurm.holding(*kit.srun(1), *kit.fill(chunks=1, hold=600)):
+def test_a_job_s_limit_counts_once(slurm: kit.Slurm) -> None:
+    """The job's cgroup has the name in SLURM_JOB_SLUID only from 26.05 on."""
+    with slurm.holding(*kit.srun(3), *kit.fill(chunks=1, hold=600)):
         number = slurm.call("squeue", "-ho", "%i").stdout.strip()
-        names = {"SLURMD_NODENAME": kit.NODE, "SLURM_JOB_ID": number, "SLURM_JOB_SLUID": "sABCDEFGHJKMNP"}
+        (name,) = slurm.cgroups()
+        (place,) = kit.SLICE.glob(f"*slurmstepd.scope/{name}")
+        opaque = "sABCDEFGHJKMNP" if name == f"job_{number}" else name
+        names = {"SLURMD_NODENAME": kit.NODE, "SLURM_JOB_ID": number, "SLURM_JOB_SLUID": opaque}
         words = ["env", *(f"{name}={value}" for name, value in names.items())]
         prolog, epilog = re.findall("^(?:Prolog|Epilog)=(.*)$", (slurm.work / "slurm.conf").read_text(), re.MULTILINE)
         slurm.call(*words, prolog)
-        (place,) = kit.SLICE.glob(f"*slurmstepd.scope/{names['SLURM_JOB_SLUID']}")
-        job, opaque = (f"/system.slice/{place.parent.name}/{name}" for name in (f"job_{number}", place.name))
-        assert limits(opaque) == limits(job)
-        assert any(0 < limit < 5 * GIB for limit in limits(job))
-        slurm.call(*words, epilog)
-        assert not place.exists()
+        assert slurm.cgroups() == [name]
+        assert sum(map(bool, limits(f"/system.slice/{place.parent.name}/{name}"))) == 1
+        (place.parent / opaque).mkdir(exist_ok=True)
+        slurm.call(*words, epilog)  # removes only a cgroup without processes
+        assert slurm.cgroups() == [name]
 
 
 def test_the_steps_of_a_job_share_its_limit(slurm: kit.Slurm) -> None:

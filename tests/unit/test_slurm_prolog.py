@@ -237,6 +237,25 @@ def test_the_prolog_gives_the_job_the_class_of_its_quality_of_service(
     assert (tmp_path / place.lstrip("/")).is_dir()
 
 
+@pytest.mark.parametrize(
+    ("version", "sluid", "config", "name"),
+    [
+        ("22.05.8", "", "", "job_7"),
+        ("25.11.7", "sEKNKTV3WPV500", "CgroupJobIdPaths        = no", "job_7"),  # slurmctld is of a later release
+        ("26.05.0", "sEKNKTV3WPV500", "CgroupMountpoint        = /x", "sEKNKTV3WPV500"),
+        ("26.05.2", "sEKNKTV3WPV500", "CgroupJobIdPaths        = no", "sEKNKTV3WPV500"),
+        ("26.05.2", "sEKNKTV3WPV500", "CgroupJobIdPaths        = yes", "job_7"),
+        ("26.11.0-0rc1", "sEKNKTV3WPV500", "", "sEKNKTV3WPV500"),
+    ],
+)
+def test_the_cgroup_has_the_name_that_slurm_gives_it(
+    prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, version: str, sluid: str, config: str, name: str
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_SLUID", sluid)
+    monkeypatch.setattr(prolog, "said", lambda *_: f"SLURM_VERSION           = 26.11.0\n{config}\n")
+    assert prolog.folder(f"NodeName=gpu2 NodeHostName=gpu2 Version={version} OS=Linux Comment=Version=1.1") == name
+
+
 def test_a_note_has_the_words_in_ascii_and_is_removed_by_the_next_prolog(
     prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

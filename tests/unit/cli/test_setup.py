@@ -229,7 +229,7 @@ def test_slurm_gets_a_policy_and_the_missing_lines_of_slurm_conf(slurm):
 
 def test_a_changed_policy_for_slurm_is_kept(slurm):
     fgpu(slurm.path, "setup", "slurm")
-    mine = slurm.policy.read_text().replace("2MiB", "1GiB")
+    mine = slurm.policy.read_text().replace("limit: 0", "limit: 1GiB")
     slurm.policy.write_text(mine)
     assert [(check.name, check.ok) for check in engine_setup.checks(engine_setup.STATE)] == [("slurm", True)]
     again = fgpu(slurm.path, "setup", "slurm")

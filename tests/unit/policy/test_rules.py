@@ -263,6 +263,22 @@ def test_pods_of_the_kai_scheduler_request_memory_by_its_annotations(labels, gib
         assert memory_of(spec, labels=labels) == ({0: 8 * GIB}, ()), "without the queue's label it may mean anything"
 
 
+@pytest.mark.parametrize(
+    ("rule", "gib", "notes"),
+    [
+        ("{limit: 0}", 0, ("fgpu.dev/memory requests 2GiB of device 0, the policy allows 0B",)),
+        ("{limit: 0, max: 1GiB}", 1, ("fgpu.dev/memory requests 2GiB of device 0, the policy allows 1GiB",)),
+        ("{limit: 0, max: 50%}", 2, ()),
+    ],
+)
+def test_a_limit_of_0_is_no_memory(rule, gib, notes):
+    spec = f"{{selector: {{cgroup: a}}, memory: {rule}}}"
+    assert memory_of(spec) == ({0: 0}, ())
+    assert memory_of(spec, labels={"fgpu.dev/memory": "2GiB"}) == ({0: gib * GIB}, notes)
+    contexts = policies(spec.replace("{limit", "{contexts: 1, limit")).resolve(workload(), (H200,))
+    assert tenant_of(contexts, None, (H200,), lambda _: 500 << 20).limits == {0: 0}
+
+
 def test_fgpu_s_label_precedes_clearml_s_unless_it_is_invalid():
     spec = "{selector: {cgroup: a}, memory: {limit: 8GiB}}"
     both = {"fgpu.dev/memory": "1GiB", "clearml-injector/fraction": "0.03125"}

@@ -214,6 +214,17 @@ def test_observed_and_unlimited_tenants_commit_nothing(place, books):
     assert in_force(books, others[1]) == abi.NO_LIMIT
 
 
+def test_a_limit_of_0_fits_on_a_full_device_and_commits_nothing(place, books):
+    none = place.make("/none", 0)
+    place.enforcer.put([place.make("/all", 10, Source.SET)])
+    place.enforcer.commitments.held_elsewhere = lambda _: GIB  # more is taken than the device has
+    place.enforcer.adopt(dataclasses.replace(none, source=Source.KEPT), {0})
+    place.enforcer.put([none])
+    place.enforcer.use(none.cgroup)
+    assert (in_force(books, none), place.enforcer.denied(none.cgroup), uncommitted(books, none)) == (0, "", set())
+    assert place.enforcer.commitments.committed(0) == 10 * GIB
+
+
 def test_a_raised_limit_without_room_leaves_the_earlier_limit_in_force(place, books):
     one, two = place.make("/one", 4), place.make("/two", 4)
     place.enforcer.put([one, two])
