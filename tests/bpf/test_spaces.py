@@ -158,6 +158,28 @@ def test_a_child_that_outlives_its_parent_is_charged_itself(kernel, level, known
     assert_left(level, 9 * MIB)
 
 
+def test_a_child_releases_no_bytes_of_a_later_process_with_its_parent_s_pid(
+    kernel, level, known, start, make_level, make_client
+):
+    other = make_level(1024 * MIB)
+    child, tenant = start(known, CLONE_VM), make_client(other)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    known.kill()
+    for _ in range(50):
+        if tenant(f"spawn({MIB}, {known.pid}, {8 * MIB})") == known.pid:
+            break
+        tenant("bury()")
+        other.let_go()
+    else:
+        pytest.fail("the pid was not used again")
+    child.order("r")
+    child.order("a")
+    wait_until(lambda: level.used == 9 * MIB)
+    assert (other.used, other.orphaned) == (9 * MIB, 0)
+    child.order("x")
+
+
 def test_the_first_process_that_calls_is_charged_for_its_whole_address_space(kernel, level, client, start):
     child = start(client, CLONE_VM)
     child.order("a")

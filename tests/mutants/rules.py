@@ -114,8 +114,8 @@ RULES = {
     "thread-of-an-earlier-life-counts": ("if (p && belongs(p, t)) {", "if (p) {"),
     "call-of-an-earlier-life": (" || t->open != p->generation) return 0;", ") return 0;"),
     "reset-leaves-the-context": ("->primary, 1, 0)) return 0;", "->primary, 1, 1)) return 0;"),
-    "vmm-dies-with-the-context": ("kept = has->vmm + has->pool", "kept = has->pool"),
-    "pool-dies-with-the-context": ("kept = has->vmm + has->pool", "kept = has->vmm"),
+    "vmm-dies-with-the-context": ("kept = has->vmm + pool_of(has)", "kept = pool_of(has)"),
+    "pool-dies-with-the-context": ("kept = has->vmm + pool_of(has)", "kept = has->vmm"),
     "era-forgotten": ("    has->era++;\n", ""),
     "stale-name-frees-the-larger": (
         "return new->bytes < old->bytes ? new->bytes : old->bytes;",
@@ -127,7 +127,7 @@ RULES = {
         "    end_opening(p, f);\n",
     ),
     "bypass-not-charged": ("    charge(p, &h, f->device, bytes - f->bytes, 1);\n", ""),
-    "pool-without-bottom": ("less = bytes < was ? bytes : was;", "less = bytes;"),
+    "pool-without-bottom": ("u64 less = subtract_most((s64 *)&on(p, device)->pool, bytes);", "u64 less = bytes;"),
     "overhead-in-a-race": (
         "p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0",
         "0",
