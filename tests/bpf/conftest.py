@@ -26,6 +26,7 @@ from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.usage_pages import Usage
 from fgpu_ebpf.linux import bpf, procfs
+from tests.bpf.spaces_kit import Child
 from tests.support.wait import eventually, remove_cgroup
 
 HERE = Path(__file__).parent
@@ -235,6 +236,19 @@ def make_client(kernel: Kernel, make_level: Callable[..., Level]) -> Iterator[Ca
     yield make
     for client in made:
         client.kill()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    made: list[Child] = []
+
+    def start(client: Client, flags: int, bytes_: int = 4 * MIB) -> Child:
+        made.append(Child(client, tmp_path / f"orders{len(made)}", flags, bytes_))
+        return made[-1]
+
+    yield start
+    for child in made:
+        child.close()
 
 
 @pytest.fixture
