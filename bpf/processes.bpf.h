@@ -126,8 +126,8 @@ static struct fgpu_process *lender(u32 *tgid, u64 space, int *full)
     return p;
 }
 
-/* Return the entry that a process is charged to, or 0 without an entry; `*tgid` becomes the pid of that entry. A process
- * in the address space of another process may have an entry from its registration. */
+/* Return the entry that a process is charged to, or 0 without an entry; `*tgid` becomes the pid of that entry. A
+ * process in the address space of another process may have an entry from its registration. */
 static struct fgpu_process *owner_of(u32 *tgid)
 {
     struct fgpu_process *p = processes.lookup(tgid);
