@@ -154,20 +154,18 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h)
     space = current_space();
     other = lender(tgid, space, &full);
     if (other) return other;
-    if (p && !full) {
-        claim_space(p, *tgid, space);
-        return p;
+    if (!p || full) {
+        n = find_levels(levels);
+        if (!n) return 0;
+        p = full ? 0 : make_process(*tgid, levels, n, 0, &found);
+        if (!found) {
+            anomaly(FGPU_ANOMALY_FULL);
+            EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
+        }
+        if (!p) return 0;
+        tell_of_process(page_of(levels[0]));
     }
-    n = find_levels(levels);
-    if (!n) return 0;
-    p = full ? 0 : make_process(*tgid, levels, n, 0, &found);
-    if (!found) {
-        anomaly(FGPU_ANOMALY_FULL);
-        EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
-    }
-    if (!p) return 0;
     claim_space(p, *tgid, space);
-    tell_of_process(page_of(levels[0]));
     return p;
 }
 

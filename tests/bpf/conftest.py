@@ -269,6 +269,13 @@ def assert_left(level: Level, bytes_: int) -> None:
     assert (level.used, level.orphaned) == (0, 0)
 
 
+def leave_levels(kernel: Kernel, client: Client) -> None:
+    """Move a process out of all levels, and finish the move, as the agent does."""
+    generation = client.entry(kernel).generation
+    assert kernel.ledger.move(client.pid, generation, ())
+    wait_until(lambda: kernel.ledger.finish_move(client.pid, generation) and client.entry(kernel) is None)
+
+
 def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
     """Set the overhead of a quiet process to these bytes, as after a reading of NVML. The kernel must accept it."""
     process = client.entry(kernel)
