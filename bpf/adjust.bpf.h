@@ -50,6 +50,7 @@ static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
 }
 
 #define STRAGGLER_NS 50000000 /* no program that read a side before a move runs longer */
+static int has_stragglers(u64 moved_ns, u64 now) { return now < moved_ns + STRAGGLER_NS; }
 
 /* Return 1 or 0. The compiler cannot turn the result into a branch. */
 static u64 differs(u64 a, u64 b)
@@ -124,9 +125,15 @@ static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ct
     for (u32 d = 0; d < FGPU_DEVICES; d++) shift(p, turn, d, before.bytes[d]);
 }
 
+static int moves(struct bpf_raw_tracepoint_args *ctx)
+{
+    return ctx->args[0] == FGPU_MOVE || ctx->args[0] == FGPU_FINISH_MOVE;
+}
+
 static int stays(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 {
     u64 other = 0;
+    if (ctx->args[0] == FGPU_FINISH_MOVE) return 1;
     struct fgpu_level *own = levels_of(p, p->turn);
     EACH_LEVEL other |= own[i].cgroup ^ ctx->args[4 + i];
     return !other;
@@ -144,7 +151,7 @@ static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 {
     shift_stragglers(p);
     if (stays(p, ctx)) return look_again(p);
-    if (bpf_ktime_get_ns() - p->moved_ns < STRAGGLER_NS) return -11;
+    if (has_stragglers(p->moved_ns, bpf_ktime_get_ns())) return -11;
     turn_over(p, ctx);
     return 0;
 }
@@ -167,10 +174,12 @@ static int enter_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 }
 
 /* Adjust a process. The process may exit meanwhile, and no program would release bytes that are recorded after the
- * exit. Therefore the state of the process is read last. */
+ * exit. Therefore the state of the process is read last. A process that has left all levels keeps its entry until no
+ * program can charge its former levels any longer: after the deletion, no program would release such a charge. */
 static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
+    u64 now = bpf_ktime_get_ns();
     int done = 0;
     if (!p) return ctx->args[0] == FGPU_MOVE && !ctx->args[2] ? adopt(tgid, ctx, 1) : -3;
     if (p->generation != ctx->args[2]) return -3;
@@ -180,16 +189,18 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
         done = overhead_changes(p, ctx, &more);
         if (!done) enter_overhead(p, ctx->args[3], more);
     }
-    if (ctx->args[0] == FGPU_MOVE) done = UNLIKELY(p->flags & FGPU_PARKED) && !stays(p, ctx) ? -16 : move(p, ctx);
+    if (moves(ctx)) done = UNLIKELY(p->flags & FGPU_PARKED) && !stays(p, ctx) ? -16 : move(p, ctx);
     if (ctx->args[0] == FGPU_BEGIN_PARK) done = begin_park(p, tgid);
     if (ctx->args[0] == FGPU_PARK) done = park(p, tgid, ctx->args[3]);
     if (ctx->args[0] == FGPU_WAKE) done = wake(p, tgid, ctx->args[3], ctx->args[4]);
     if (ctx->args[0] == FGPU_EXEMPT) note(p, FGPU_SEEN_DEVICE);
     if (ctx->args[0] == FGPU_MARK) on(p, ctx->args[3])->peak = *(volatile u64 *)&on(p, ctx->args[3])->bytes;
     int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
+    u64 moved_ns = p->moved_ns;
     if (ended) orphan_all(p, tgid);
     if (UNLIKELY(ended && p->flags & FGPU_PARKED)) drop_parked(p, tgid);
-    if (ctx->args[0] == FGPU_REAP || !managed) delete_process(tgid, p);
+    if (ctx->args[0] == FGPU_REAP || (moves(ctx) && !managed && !has_stragglers(moved_ns, now)))
+        delete_process(tgid, p);
     return done;
 }
 
@@ -313,6 +324,7 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_BEGIN_PARK:
     case FGPU_PARK:
     case FGPU_WAKE:
+    case FGPU_FINISH_MOVE:
         return adjust_process(ctx, ctx->args[1]);
     default:
         return -22;

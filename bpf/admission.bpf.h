@@ -187,24 +187,22 @@ int give_back(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), bytes = PT_REGS_PARM2(ctx);
     u32 device = PT_REGS_PARM1(ctx), kind = PT_REGS_PARM3(ctx), tgid = id >> 32;
-    struct fgpu_process *p = owner_of(&tgid);
+    struct held unused;
+    struct fgpu_process *p = own_process(&tgid, &unused);
     own_stack(ctx);
     hit(FGPU_HIT_GIVE_BACK);
-    if (!p || p->state != READY || (kind & ~FGPU_FULL) != FGPU_POOL || device >= FGPU_DEVICES) return 0;
+    if (!p || (kind & ~FGPU_FULL) != FGPU_POOL || device >= FGPU_DEVICES) return 0;
     if (given_back(p, id, PT_REGS_PARM4(ctx))) return 0;
+    if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* no pool has more, and no difference overflows */
     if (kind & FGPU_FULL) device_full(p, device, FGPU_POOL, bytes);
     begin(p);
-    for (int i = 0; i < TRIES; i++) {
-        u64 was = *(volatile u64 *)&on(p, device)->pool, less = bytes < was ? bytes : was;
-        if (__sync_val_compare_and_swap(&on(p, device)->pool, was, was - less) != was) continue;
-        if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
-        less = charged_part(p, device, less);
-        if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT) || opens_now(p) || !on(p, device)->contexts)
-            orphan_part(p, tgid, device, less); /* an importer may have the memory open, or no row of NVML shows it */
-        else
-            release(p, device, less);
-        break;
-    }
+    u64 less = subtract_most((s64 *)&on(p, device)->pool, bytes);
+    if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
+    less = charged_part(p, device, less);
+    if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT) || opens_now(p) || !on(p, device)->contexts)
+        orphan_part(p, tgid, device, less); /* an importer may have the memory open, or no row of NVML shows it */
+    else
+        release(p, device, less);
     end(p);
     return 0;
 }

@@ -96,13 +96,16 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
 }
 
 /* Report a call that has allocated memory in a thread or process without an entry. The entry is missing because the
- * level has reached its bound. The kernel refuses all requests of such a thread, unless all levels only observe. */
+ * level has reached its bound, or because `borrowers` is full. The kernel refuses all requests of such a thread, unless
+ * all levels only observe. */
 static void name_unrecorded(u32 tgid, u64 function)
 {
     struct fgpu_call f = {.function = function};
     u64 levels[FGPU_LEVELS] = {}, observed = FGPU_OBSERVE, any = bpf_ktime_get_ns();
     if (!takes(function) || !find_levels(levels)) return;
     struct fgpu_process *p = processes.lookup(&tgid);
+    int full = 0;
+    if (!p || !p->space) lender(&tgid, current_space(), &full);
     if (p && retains(function) && on(p, p->last_device)->primary) return; /* a further reference */
     struct fgpu_usage_page *leaf = page_of(levels[0]);
     EACH_LEVEL
@@ -110,7 +113,8 @@ static void name_unrecorded(u32 tgid, u64 function)
         struct fgpu_usage_page *page = levels[i] ? page_of(levels[i]) : 0;
         observed = forget(observed & (page ? page->flags : FGPU_OBSERVE), any);
     }
-    if (!leaf || observed || (!is_crowded(leaf, FGPU_THREADS) && !is_crowded(leaf, FGPU_PROCESSES))) return;
+    if (!leaf || observed) return;
+    if (!full && !is_crowded(leaf, FGPU_THREADS) && !is_crowded(leaf, FGPU_PROCESSES)) return;
     if (p) {
         name_bypass(p, &f);
         return;

@@ -8,13 +8,20 @@ struct outcome {
     int new;
 };
 
+/* Return the bytes of pools. The number may be below 0 for a moment, see subtract_most(). */
+static u64 pool_of(struct fgpu_holding *has)
+{
+    s64 pool = *(volatile s64 *)&has->pool;
+    return pool & ~(pool >> 63);
+}
+
 /* Make handles, pools and overhead add up to the charge again, after the last context has ended. If the process did not
  * use all bytes of its pools, the charge may be smaller than handles and pools. The unused bytes are then subtracted
  * from the pools, so that the process cannot release these bytes a second time from the charge of its handles. */
 static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
 {
     struct fgpu_holding *has = on(p, device);
-    u64 pool = has->pool, handles = has->vmm, most = left > handles ? left - handles : 0;
+    u64 pool = pool_of(has), handles = has->vmm, most = left > handles ? left - handles : 0;
     if (pool > most && __sync_val_compare_and_swap(&has->pool, pool, most) == pool) pool = most;
     if (left < handles + pool) add_overhead(p, device, left - handles - pool);
 }
@@ -26,7 +33,7 @@ static void drop_unused(struct fgpu_process *p, u32 device, u64 left)
 static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     struct fgpu_holding *has = on(p, device);
-    u64 kept = has->vmm + has->pool, bytes = has->bytes, managed = has->managed;
+    u64 kept = has->vmm + pool_of(has), bytes = has->bytes, managed = has->managed;
     u64 open = p->flags & (FGPU_SEEN_EXPORT | FGPU_SEEN_IMPORT) || opens_now(p) ? bytes : has->exported;
     u64 *known = contexts.lookup(&device);
     s64 unknown = has->overhead - (s64)(known ? *known : 0);

@@ -501,12 +501,14 @@ enum fgpu_adjust {
                       written */
     FGPU_TRIM,     /* slot: releases the claims that the slot's owner does not need */
     FGPU_EXEMPT,   /* tgid, generation: sets FGPU_SEEN_DEVICE */
-    FGPU_BEGIN_PARK, /* tgid, generation: creates the entry of `parked` */
-    FGPU_PARK,       /* tgid, generation, device: the device holds no memory of the process */
-    FGPU_WAKE,       /* tgid, generation, device, force: the device is about to hold the process's parked bytes again;
-                        -ENOSPC: the bytes do not fit in a level around the process's own level */
-    FGPU_END_PARK,   /* tgid, generation: deletes the entry of `parked`; -EBUSY: the entry has bytes */
-    FGPU_ROOM,       /* cgroup, device, time: sets `room_ns`; 0: FGPU_NO_ROOM, decided now */
+    FGPU_BEGIN_PARK,  /* tgid, generation: creates the entry of `parked` */
+    FGPU_PARK,        /* tgid, generation, device: the device holds no memory of the process */
+    FGPU_WAKE,        /* tgid, generation, device, force: the device is about to hold the process's parked bytes again;
+                         -ENOSPC: the bytes do not fit in a level around the process's own level */
+    FGPU_END_PARK,    /* tgid, generation: deletes the entry of `parked`; -EBUSY: the entry has bytes */
+    FGPU_ROOM,        /* cgroup, device, time: sets `room_ns`; 0: FGPU_NO_ROOM, decided now */
+    FGPU_FINISH_MOVE, /* tgid, generation: moves charges that the last move has missed, and deletes the entry of a
+                         process without levels */
 };
 
 /* -- events: a ring buffer for rare events; events that do not fit are counted ------------------------------------- */

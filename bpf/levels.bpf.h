@@ -240,12 +240,18 @@ static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes,
     return verdict;
 }
 
-/* Subtract bytes from one side, at most as many as the side has. Returns the number of subtracted bytes. */
-static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
+/* Subtract bytes from a number, at most as many as the number has. Returns how many bytes were subtracted. While two
+ * threads subtract, the number may be below 0. */
+static u64 subtract_most(s64 *has, u64 bytes)
 {
-    s64 *has = charged(p, side, device), was = __sync_fetch_and_add(has, -bytes);
+    s64 was = __sync_fetch_and_add(has, -bytes);
     if (!UNLIKELY(was < (s64)bytes)) return bytes;
     if (was < 0) was = 0;
     __sync_fetch_and_add(has, bytes - was);
     return was;
+}
+
+static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
+{
+    return subtract_most(charged(p, side, device), bytes);
 }

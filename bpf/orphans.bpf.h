@@ -102,6 +102,7 @@ static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
  * added after the first run. */
 static void orphan_side(struct fgpu_process *p, u32 tgid, u64 turn)
 {
+    if (!levels_of(p, turn)->cgroup) return; /* the process has left all levels */
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         s64 bytes = __sync_lock_test_and_set(charged(p, turn, d), 0);
         if (bytes > 0) orphan(p, tgid, turn, d, bytes, 1);

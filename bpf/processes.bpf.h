@@ -110,57 +110,62 @@ static void claim_space(struct fgpu_process *p, u32 tgid, u64 space)
 
 /* Find the process whose address space this process uses. A process that was created by vfork, or by clone with
  * CLONE_VM, runs in the address space of another process and allocates memory for it. Therefore the other process is
- * charged, and its entry is returned. `*tgid` becomes the pid of the other process. */
-static struct fgpu_process *lender(u32 *tgid, u64 space)
+ * charged, and its entry is returned. `*tgid` becomes the pid of the other process. If the map has no room for this
+ * process, the result is 0, and `*full` becomes 1. */
+static struct fgpu_process *lender(u32 *tgid, u64 space, int *full)
 {
     u32 *owner = space ? spaces.lookup(&space) : 0, borrower = *tgid;
+    *full = 0;
     if (!owner || *owner == borrower) return 0;
     u32 whose = *owner;
     struct fgpu_process *p = processes.lookup(&whose);
     if (!p || p->state != READY || p->space != space) return 0;
-    borrowers.update(&borrower, &whose);
+    *full = !!borrowers.update(&borrower, &whose);
+    if (*full) return 0;
     *tgid = whose;
     return p;
 }
 
-/* Return the entry that a process is charged to, or 0 without an entry; `*tgid` becomes the pid of that entry. */
+/* Return the entry that a process is charged to, or 0 without an entry; `*tgid` becomes the pid of that entry. A
+ * process in the address space of another process may have an entry from its registration. */
 static struct fgpu_process *owner_of(u32 *tgid)
 {
     struct fgpu_process *p = processes.lookup(tgid);
-    u32 *owner = p ? 0 : borrowers.lookup(tgid);
+    u32 *owner = p && p->space ? 0 : borrowers.lookup(tgid);
     if (!owner) return p;
     *tgid = *owner;
     return processes.lookup(tgid);
 }
 
 /* Return the entry that the current process is charged to. Create the entry if the process is managed and has no entry.
- * Returns 0 if the process is unmanaged, or if the map or the level's part has no room for the entry. In the second
+ * Returns 0 if the process is unmanaged, or if a map or the level's part has no room for the process. In the second
  * case `h` has the pages of the process. If several threads call this function at the same time, one thread creates and
  * counts the entry. `*tgid` becomes the pid of that entry. */
 static struct fgpu_process *own_process(u32 *tgid, struct held *h)
 {
-    struct fgpu_process *p = processes.lookup(tgid);
+    struct fgpu_process *p = processes.lookup(tgid), *other;
     u64 levels[FGPU_LEVELS] = {}, space;
     u32 n;
-    int found;
+    int found = 0, full;
     if (!UNLIKELY(!p)) {
         if (p->state != READY) return 0;
-        if (UNLIKELY(!p->space)) claim_space(p, *tgid, current_space());
-        return p;
+        if (!UNLIKELY(!p->space)) return p;
     }
-    n = find_levels(levels);
-    if (!n) return 0;
     space = current_space();
-    p = lender(tgid, space);
-    if (p) return p;
-    p = make_process(*tgid, levels, n, 0, &found);
-    if (!found) {
-        anomaly(FGPU_ANOMALY_FULL);
-        EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
+    other = lender(tgid, space, &full);
+    if (other) return other;
+    if (!p || full) {
+        n = find_levels(levels);
+        if (!n) return 0;
+        p = full ? 0 : make_process(*tgid, levels, n, 0, &found);
+        if (!found) {
+            anomaly(FGPU_ANOMALY_FULL);
+            EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
+        }
+        if (!p) return 0;
+        tell_of_process(page_of(levels[0]));
     }
-    if (!p) return 0;
     claim_space(p, *tgid, space);
-    tell_of_process(page_of(levels[0]));
     return p;
 }
 

@@ -352,7 +352,9 @@ class Reconciler:
     def _sweep(self, so_far: int) -> None:
         """Remove exited processes without a reported exit, and delete the allocations of exited processes.
 
-        The sweep also moves late charges (`Process.late`) to the levels to which their process was moved.
+        The sweep also moves late charges (`Process.late`) to the levels to which their process was moved, and deletes
+        the entries of processes that have left all levels. The main thread may have moved a process again since the
+        entries were read, so the levels in the entries are not used.
 
         Args:
             so_far: the number of entries of processes that were ever created, read before the processes. The number
@@ -362,8 +364,8 @@ class Reconciler:
         now = {(tgid, p.generation) for tgid, p in self._known.items()}
         self._corrections.forget_ended(self._known)
         for tgid, process in self._known.items():
-            if process.late:
-                self._ledger.move(tgid, process.generation, process.levels)
+            if process.late or not process.levels:
+                self._ledger.finish_move(tgid, process.generation)
         for tgid, generation in now if has_host_pids() else ():  # another pid namespace has none of these pids
             if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted while it exited
                 self._ledger.reap(tgid, generation)

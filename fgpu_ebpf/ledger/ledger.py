@@ -310,9 +310,9 @@ class Ledger:
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
         """Move a process and its charges to other levels, innermost first.
 
-        If `generation` is 0, a missing entry of the process is created. A move to the same levels moves charges that
-        the last move has missed. If the process has just been moved, the method tries again, for at most 0.2 s. Return
-        False if the process was not moved. A parked process that was not moved is entered in `parked.unmoved`.
+        If `generation` is 0, a missing entry of the process is created. If the process has just been moved, the method
+        tries again, for at most 0.2 s. Return False if the process was not moved. A parked process that was not moved
+        is entered in `parked.unmoved`.
         """
         for _ in range(MOVE_TRIES):
             with self._moving:
@@ -323,6 +323,14 @@ class Ledger:
         if done == -errno.EBUSY:
             self.parked.unmoved.add(tgid)
         return done == 0
+
+    def finish_move(self, tgid: int, generation: int) -> bool:
+        """Move charges that the last move of a process has missed. Return False if the process has exited.
+
+        The entry of a process without levels is deleted, if the last move is so old that it has missed no charge.
+        """
+        with self._moving:
+            return self._run(abi.Adjust.FINISH_MOVE, tgid, generation) == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
         """End the entry of a process that has exited without an event. Return whether the entry existed."""

@@ -16,7 +16,8 @@ def use_driver(path):
     global cuda
     cuda = ctypes.CDLL(path)
     cuda.set.argtypes = [ctypes.c_int, u64, u64]
-    ctypes.c_void_p.in_dll(cuda, "admit").value = ctypes.cast(shim.fgpu_admit, ctypes.c_void_p).value
+    for name, function in (("admit", shim.fgpu_admit), ("give_back", shim.fgpu_release)):
+        ctypes.c_void_p.in_dll(cuda, name).value = ctypes.cast(function, ctypes.c_void_p).value
 
 
 use_driver(sys.argv[1])
@@ -250,8 +251,8 @@ def fork():
 child, leash = 0, -1
 
 
-def spawn(bytes_, pid=0):
-    """Fork a child that allocates these bytes, with this pid if no other process gets it. Return its pid."""
+def spawn(bytes_, pid=0, pool=0):
+    """Fork a child that allocates these bytes, and bytes of a pool. Return its pid: `pid`, if this pid was free."""
     global child, leash
     end, leash = os.pipe()
     ready, say = os.pipe()
@@ -262,6 +263,8 @@ def spawn(bytes_, pid=0):
     if child == 0:
         os.close(leash)
         alloc(0x1000, bytes_)
+        if pool:
+            admit(pool, kind=1)
         os.write(say, b".")
         os.read(end, 1)
         os._exit(0)

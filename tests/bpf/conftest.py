@@ -26,6 +26,7 @@ from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.usage_pages import Usage
 from fgpu_ebpf.linux import bpf, procfs
+from tests.bpf.spaces_kit import Child
 from tests.support.wait import eventually, remove_cgroup
 
 HERE = Path(__file__).parent
@@ -238,6 +239,19 @@ def make_client(kernel: Kernel, make_level: Callable[..., Level]) -> Iterator[Ca
 
 
 @pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    made: list[Child] = []
+
+    def start(client: Client, flags: int, bytes_: int = 4 * MIB) -> Child:
+        made.append(Child(client, tmp_path / f"orders{len(made)}", flags, bytes_))
+        return made[-1]
+
+    yield start
+    for child in made:
+        child.close()
+
+
+@pytest.fixture
 def level(make_level: Callable[..., Level]) -> Level:
     return make_level(1024 * MIB)
 
@@ -253,6 +267,13 @@ def assert_left(level: Level, bytes_: int) -> None:
     assert (level.used, level.orphaned) == (bytes_, bytes_)
     assert level.let_go() == bytes_
     assert (level.used, level.orphaned) == (0, 0)
+
+
+def leave_levels(kernel: Kernel, client: Client) -> None:
+    """Move a process out of all levels, and finish the move, as the agent does."""
+    generation = client.entry(kernel).generation
+    assert kernel.ledger.move(client.pid, generation, ())
+    wait_until(lambda: kernel.ledger.finish_move(client.pid, generation) and client.entry(kernel) is None)
 
 
 def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:

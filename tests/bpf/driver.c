@@ -17,7 +17,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-void (*admit)(unsigned, uint64_t, unsigned, uint64_t);
+void (*admit)(unsigned, uint64_t, unsigned, uint64_t), (*give_back)(unsigned, uint64_t, unsigned, uint64_t);
 __thread int result;
 __thread uint64_t answer, second_answer;
 __thread void (*inside)(void);
@@ -109,7 +109,7 @@ void thread_ends_inside(uint64_t n, int managed)
 }
 
 /* Runs a child that has this address space, or a copy of it. It reads orders from the FIFO `orders`: a: allocate
- * child_bytes; e: execute another program; x: exit. */
+ * child_bytes; r: release child_bytes of a pool; e: execute another program; x: exit. */
 static uint64_t child_bytes, child_pointer;
 static int obey(void *orders)
 {
@@ -118,6 +118,7 @@ static int obey(void *orders)
     for (char order; read(fd, &order, 1) == 1;) {
         set(0, child_pointer++, 0);
         if (order == 'a') cuMemAlloc_v2(&p, child_bytes);
+        if (order == 'r') give_back(0, child_bytes, 1, 99);
         if (order == 'e') execl("/bin/sleep", "sleep", "100", NULL);
         if (order == 'x') break;
     }

@@ -22,6 +22,7 @@ from tests.bpf.conftest import (
     anomalies,
     assert_left,
     entries,
+    leave_levels,
     loaded,
     page_of,
     pins_of,
@@ -287,7 +288,7 @@ def test_threads_and_processes_count_for_the_level_in_which_they_first_called(ke
 def test_a_process_that_leaves_its_cgroups_is_counted_again_when_it_returns(kernel, level, client):
     client("cuda.gather(u64(23), 0)")
     client(f"admit({MIB})")
-    assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
+    leave_levels(kernel, client)
     counted = [entries(kernel, level, shared) for shared in Shared]
     assert (client.entry(kernel), level.used, counted) == (None, 0, [0, 0, 0])
     client(f"admit({4 * MIB})")
@@ -306,7 +307,7 @@ def test_the_end_of_a_call_counts_for_the_process_that_began_it(kernel, level, c
     client(f"linger({str(begun)!r}, {str(over)!r})")
     client.send(f"alloc(0x1000, {4 * MIB})")
     wait_until(lambda: level.used == 4 * MIB)
-    assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
+    leave_levels(kernel, client)
     assert kernel.ledger.move(client.pid, 0, (level.cgroup,))
     over.touch()
     assert client.process.stdout.readline() == "0\n"

@@ -83,6 +83,46 @@ def test_a_charge_that_was_late_for_a_move_is_corrected(kernel, two, make_client
     assert (first.used, first.orphaned) == (6 * MIB, 0)
 
 
+def test_a_charge_that_was_late_for_the_move_out_of_all_levels_is_released(kernel, two, make_client):
+    first, _ = two
+    other, one = make_client(first), make_client(first)
+    other(f"alloc(0x1000, {9 * MIB})")
+    one(f"alloc(0x1000, {4 * MIB})")
+    generation = one.entry(kernel).generation
+    move(kernel, one)
+
+    def charge_late(process: abi.Process) -> None:
+        process.devices[0].charged[(process.turn + 1) % 2] += 3 * MIB
+        process.devices[0].bytes += 3 * MIB
+
+    change(kernel, one, charge_late)
+    assert first.used == 9 * MIB
+    time.sleep(STRAGGLER_SECONDS)
+    assert kernel.ledger.finish_move(one.pid, generation)
+    assert (first.used, one.entry(kernel)) == (6 * MIB, None)
+
+
+def test_a_process_that_ends_without_levels_leaves_no_orphan(kernel, two, make_client):
+    first, _ = two
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    move(kernel, one)
+    assert one.entry(kernel).bytes[0] == 4 * MIB
+    before = kernel.ledger.orphans.entries()
+    one.kill()
+    assert (kernel.ledger.orphans.entries(), first.used) == (before, 0)
+
+
+def test_a_finished_move_changes_no_levels(kernel, two, make_client):
+    first, second = two
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    move(kernel, one, second)
+    time.sleep(STRAGGLER_SECONDS)
+    assert kernel.ledger.finish_move(one.pid, one.entry(kernel).generation)
+    assert (one.entry(kernel).levels, first.used, second.used) == ((second.cgroup,), 0, 4 * MIB)
+
+
 def test_a_process_that_ends_in_the_middle_of_a_move_leaves_orphans_at_both_levels(kernel, two, make_client):
     first, second = two
     other, one = make_client(first), make_client(first)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fgpu_ebpf.abi import LimitFlag
+from fgpu_ebpf.abi import LimitFlag, News
 from tests.bpf.conftest import (
     MIB,
     REPOSITORY,
@@ -25,8 +25,10 @@ from tests.bpf.conftest import (
     forget_empty,
     loaded,
     page_of,
+    wait_until,
 )
 from tests.bpf.events_kit import fates
+from tests.bpf.spaces_kit import CLONE_VM, borrowers, reap
 
 ENTRIES, PART = 64, 16
 PAGE_EVENTS = 4096 // 64  # the most that fit in a page
@@ -157,6 +159,25 @@ def test_entries_and_missing_entries_add_up(kernel, make_level, make_client):
         client.kill()
     for level in levels:
         assert_left(level, level.used)
+
+
+def test_a_child_in_its_parent_s_memory_without_room_is_not_admitted_and_is_named(kernel, level, client, events, start):
+    """Only managed memory is in no row of NVML, so the probes must report the call."""
+    client(f"alloc(0x1000, {MIB})")
+    first, second = start(client, CLONE_VM), start(client, CLONE_VM)
+    first.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    list(events.read())
+    before = anomalies(kernel)
+    second.order("a")
+    wait_until(lambda: anomalies(kernel)["BYPASS"] > before["BYPASS"])
+    after = anomalies(kernel)
+    assert (level.used, after["FULL"] - before["FULL"]) == (5 * MIB, 1)
+    assert [(e.tgid, e.cgroup) for e in events.read() if e.kind == News.BYPASS] == [(second.pid, level.cgroup)]
+    for child in (first, second):
+        child.order("x")
+        reap(client, child)
+    assert borrowers(kernel) == {}
 
 
 def test_a_crowd_that_announces_itself_ends_no_announcement_of_a_neighbour(make_level, make_client, tmp_path) -> None:

@@ -2,68 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.linux import bpf
 from tests.bpf.conftest import MIB, Client, Kernel, Level, assert_left, entries, wait_until
-
-CLONE_VM, CLONE_FILES, CLONE_VFORK = 0x100, 0x400, 0x4000
-
-
-class Child:
-    """A child of a client, created by clone() with these flags.
-
-    order() starts a call in the child and returns at once.
-    """
-
-    def __init__(self, client: Client, fifo: Path, flags: int, bytes_: int) -> None:
-        os.mkfifo(fifo)
-        line = f"cuda.start_child({bytes(fifo)!r}, {flags}, u64(0x70000), u64({bytes_}))"
-        waits = flags & CLONE_VFORK
-        client.send(line) if waits else None
-        self.pid = 0 if waits else int(client(line))
-        self._orders = fifo.open("wb", buffering=0)  # the open returns when the child opens it
-
-    def order(self, what: str) -> None:
-        self._orders.write(what.encode())
-
-    def close(self) -> None:
-        self._orders.close()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
-    made: list[Child] = []
-
-    def start(client: Client, flags: int, bytes_: int = 4 * MIB) -> Child:
-        made.append(Child(client, tmp_path / f"orders{len(made)}", flags, bytes_))
-        return made[-1]
-
-    yield start
-    for child in made:
-        child.close()
-
-
-def reap(client: Client, child: Child) -> None:
-    client(f"os.waitpid({child.pid}, 0)[0]")
-
-
-def owners(kernel: Kernel, name: str, key_bytes: int) -> dict[int, int]:
-    """Return the contents of a map of pids."""
-    fd = bpf.pinned(kernel.pins / "maps" / name)
-    try:
-        return {int.from_bytes(k, "little"): int.from_bytes(v, "little") for k, v in bpf.items(fd, key_bytes, 4)}
-    finally:
-        os.close(fd)
-
-
-def borrowers(kernel: Kernel) -> dict[int, int]:
-    return owners(kernel, "borrowers", 4)
+from tests.bpf.spaces_kit import CLONE_FILES, CLONE_VFORK, CLONE_VM, borrowers, owners, reap
 
 
 def has_space(kernel: Kernel, client: Client) -> bool:
@@ -144,6 +87,22 @@ def test_a_child_in_another_level_is_charged_to_its_parent_s_level(kernel, level
     assert (level.used, level.orphaned) == (5 * MIB, 0)
 
 
+def test_memory_of_a_child_that_registers_is_charged_to_its_parent(kernel, level, known, start):
+    child = start(known, CLONE_VM)
+    assert kernel.ledger.enter(child.pid, (level.cgroup,))
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    assert (kernel.ledger.process(child.pid).bytes[0], known.entry(kernel).bytes[0]) == (0, 5 * MIB)
+    known("free(0x70000)")
+    assert level.used == MIB
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    child.order("x")
+    reap(known, child)
+    assert (level.used, level.orphaned, borrowers(kernel)) == (5 * MIB, 0, {})
+    wait_until(lambda: entries(kernel, level, abi.Shared.THREADS) == 1)
+
+
 def test_a_child_that_outlives_its_parent_is_charged_itself(kernel, level, known, start):
     child = start(known, CLONE_VM)
     child.order("a")
@@ -156,6 +115,28 @@ def test_a_child_that_outlives_its_parent_is_charged_itself(kernel, level, known
     child.order("x")
     wait_until(lambda: level.held == 0)
     assert_left(level, 9 * MIB)
+
+
+def test_a_child_releases_no_bytes_of_a_later_process_with_its_parent_s_pid(
+    kernel, level, known, start, make_level, make_client
+):
+    other = make_level(1024 * MIB)
+    child, tenant = start(known, CLONE_VM), make_client(other)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    known.kill()
+    for _ in range(50):
+        if tenant(f"spawn({MIB}, {known.pid}, {8 * MIB})") == known.pid:
+            break
+        tenant("bury()")
+        other.let_go()
+    else:
+        pytest.fail("the pid was not used again")
+    child.order("r")
+    child.order("a")
+    wait_until(lambda: level.used == 9 * MIB)
+    assert (other.used, other.orphaned) == (9 * MIB, 0)
+    child.order("x")
 
 
 def test_the_first_process_that_calls_is_charged_for_its_whole_address_space(kernel, level, client, start):

@@ -20,7 +20,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Shared
 from fgpu_ebpf.ledger.process_entry import Process
 from tests.bpf import model
-from tests.bpf.conftest import CONTEXT, SECONDS, Client, Kernel, Level, anomalies, entries, wait_until
+from tests.bpf.conftest import CONTEXT, SECONDS, Client, Kernel, Level, anomalies, entries, leave_levels, wait_until
 from tests.bpf.model import Call, Entry, Life
 
 MOST_PROGRAMS = 2
@@ -214,9 +214,11 @@ class States(RuleBasedStateMachine):
         program = self.any_one(which)
         process = program.client.entry(self.kernel)
         if process:
-            assert self.kernel.ledger.move(program.client.pid, process.generation, ()) == (not program.parked_life)
-            if not program.parked_life:
-                self.forget_life(program)
+            if program.parked_life:
+                assert not self.kernel.ledger.move(program.client.pid, process.generation, ())
+                return
+            leave_levels(self.kernel, program.client)
+            self.forget_life(program)
 
     # -- parking
 

@@ -103,7 +103,7 @@ class Books:
     """A ledger of one process."""
 
     def __init__(self, entry: Process) -> None:
-        self.entry, self.moved, self.refuses = entry, [], 0
+        self.entry, self.moved, self.finished, self.refuses = entry, [], [], 0
         self.times = SimpleNamespace(shared=dict, turns=dict)
         self.so_far, self.swept = 1, 0
         self.orphans = Orphans()
@@ -138,6 +138,9 @@ class Books:
 
     def move(self, pid, generation, levels):
         self.moved.append((pid, levels))
+
+    def finish_move(self, tgid, generation):
+        self.finished.append((tgid, generation))
 
     def tenants(self):
         return {}
@@ -260,6 +263,14 @@ def test_a_process_without_a_context_and_row_holds_its_witnessed_bytes():
     one.look()
     assert (books.entry.bytes[0], books.entry.overhead[0]) == (388 * MIB, 0)
     assert one.truth.drift == {}  # unknown: NVML does not show it
+
+
+@pytest.mark.parametrize("late", [{"late": True}, {"levels": ()}, {}])
+def test_late_charges_follow_their_process_to_its_present_levels(late):
+    """The main thread may have moved the process after the entry was read."""
+    books = Books(replace(process(0), **late))
+    reconciler(books, {}).look()
+    assert (books.finished, books.moved) == ([(ME, 1)] if late else [], [])
 
 
 # -- a process that is never quiet
