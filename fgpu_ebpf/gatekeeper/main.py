@@ -308,7 +308,8 @@ class Gatekeeper:
         if self._ledger is None:
             self._ledger = self._open_ledger()
             if self._ledger:
-                self._slicer.ledger, self._scanner.check = self._ledger, self._ledger.file_check
+                self._slicer.use(self._ledger)
+                self._scanner.check = self._ledger.file_check
                 self._listen(self._ledger)
                 self._log.say("opened the ledger, the kernel's record of charged memory")
                 self._beat()
@@ -316,8 +317,7 @@ class Gatekeeper:
         self._connections.turn()
 
     def _listen(self, ledger: Ledger) -> None:
-        bell = ledger.times.bell()
-        if bell:
+        if bell := ledger.times.bell():
             self._selector.register(bell, selectors.EVENT_READ, partial(self._receive, bell))
             self._slicer.is_told = True
 

@@ -16,7 +16,7 @@ import _thread
 import os
 import signal
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import monotonic_ns
 from typing import Any
 
@@ -56,7 +56,7 @@ class TimeSlicer:
         self._used: dict[int, frozenset[int]] = {}  # by tenant: devices that its processes use
         self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # shares: epoch, last reading, reading due
         self._shares_ns = self._publish_ns = NEVER_NS
-        self._measured: tuple[int, dict[int, int]] = (0, {})
+        self._measured: tuple[int, dict[Key, int]] = (0, {})
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
         self._unit_rows = UnitRows()
         self._wanted: set[int] = set()
@@ -67,6 +67,13 @@ class TimeSlicer:
         self._to_look_at: set[int] = set()  # tenants to be examined, because of a wake-up or a change
         self._is_watching = self._started = self._ended = False
         self._errors = 0
+
+    def use(self, ledger: Ledger) -> None:
+        """Use the ledger. Clear the current figures that an earlier gatekeeper has published; counters stay."""
+        self.ledger = ledger
+        for key in ledger.times.shares():
+            if row := ledger.times.turn(*key):
+                ledger.times.set_turns(*key, replace(row, owner=0, had_millionths=0, entitled_millionths=0, since_ns=0))
 
     # -- registration and exit of processes
 
@@ -339,28 +346,30 @@ class TimeSlicer:
         A row also has the part to which the tenant was entitled.
         """
         since_ns, owned = self._measured
-        places = {tenant: self._turns.places[tenant] for tenant in {*self._gates, *owned} & set(self._turns.places)}
+        places = {t: self._turns.places[t] for t in {*self._gates, *self._shown} & set(self._turns.places)}
         self._publish_ns = now_ns + PUBLISH_NS if self._gates else NEVER_NS
-        self._measured = (now_ns, {t: places[t].counts.owned_ns for t in self._gates})
+        self._measured = now_ns, {(t, d): one.owned_ns for t in self._gates for d, one in places[t].counts.items()}
         wanted, self._wanted = self._wanted & set(places), set()
         rows, due = dict[Key, TurnCounts](), dict[int, int]()
         parts: dict[tuple[object, ...], int] = {}  # what tenants with the same share, group and rivals are entitled to
         for tenant, place in sorted(places.items(), key=lambda one: one[1].is_unit()):
             self._observe(tenant, place, ledger, now_ns)
-            had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # a new state begins at 0
-            part = had * fair_queue.MILLION // max(1, now_ns - since_ns) if since_ns else 0
             same = (place.share, place.above[-1:], place.seen.devices, tenant in wanted)
             if same not in parts:
                 near = {t for t in wanted if places[t].seen.devices & place.seen.devices} | {tenant}
                 tops = {t: places[t].above[-1] for t in near if places[t].above}
                 parts[same] = nested_shares.entitled({t: places[t].share for t in near}, tops)[tenant]
-            due[tenant], is_here = parts[same], tenant in self._gates
-            shown = self._shown.get(tenant, frozenset())  # one last row after all processes have exited
+            due[tenant] = parts[same]
+            shown = self._shown.get(tenant, frozenset())  # one last row after the tenant has left a device
             for device in self._own_devices(place) | shown:
-                rows[tenant, device] = counts_of(place, device, part if is_here else 0, parts[same])
+                owned_ns = place.counts[device].owned_ns
+                had_ns = max(0, owned_ns - owned.get((tenant, device), owned_ns))  # a new state begins at 0
+                part = had_ns * fair_queue.MILLION // max(1, now_ns - since_ns) if since_ns else 0
+                rows[tenant, device] = counts_of(place, device, part, parts[same])
         span_ns = now_ns - since_ns if since_ns else 0
-        for key, counts in (rows | self._unit_rows.over(rows, places, due, wanted, self._shares, span_ns)).items():
-            ledger.times.set_turns(*key, counts)
+        units = self._unit_rows.over(rows, places, due, wanted, self._shares, span_ns, self._turns.places)
+        for key, row in (rows | units).items():
+            ledger.times.set_turns(*key, row)
         self._shown = {tenant: self._own_devices(places[tenant]) for tenant in self._gates}
 
     def _own_devices(self, place: Place) -> frozenset[int]:
@@ -368,9 +377,9 @@ class TimeSlicer:
         return place.seen.devices.intersection(self._shares.get(place.tenant, ()))
 
     def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:
-        ran = [ns for device in place.seen.devices if (ns := ledger.times.ran_ns(tenant, device)) is not None]
-        if ran:
-            self._turns.observed(tenant, max(ran), now_ns)
+        for device in place.seen.devices:
+            if (ran_ns := ledger.times.ran_ns(tenant, device)) is not None:
+                self._turns.observed(tenant, device, ran_ns, now_ns)
 
     def counts(self) -> dict[str, Any]:
         """Return the counters of every device, in types that JSON can represent."""

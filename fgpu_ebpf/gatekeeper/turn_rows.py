@@ -7,16 +7,17 @@ stores the last published numbers of each unit.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
+from fgpu_ebpf.scheduling.counters import Counts
 from fgpu_ebpf.scheduling.fair_queue import MILLION
 from fgpu_ebpf.scheduling.nested_shares import Unit
 from fgpu_ebpf.scheduling.state import Place
 
 
 def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts:
-    """Return a tenant's own row.
+    """Return a tenant's own row. On a device that the tenant does not use, the row has only the counters.
 
     Args:
         place: the tenant's state.
@@ -24,10 +25,13 @@ def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts
         part: millionths of the device's time that the tenant had since the last row.
         entitled: millionths of the device's time to which the tenant was entitled.
     """
-    counts, turn = place.counts, place.turn
+    row, turn = TurnCounts(**asdict(place.counts.get(device, Counts()))), place.turn
+    if device not in place.seen.devices:
+        return row
     owner = int(device in place.free_on or (turn is not None and device in turn.devices and not turn.handed_ns))
-    numbers = (counts.owned_ns, counts.waits, counts.wait_ns, counts.overruns, counts.switches, counts.throttled)
-    return TurnCounts(*numbers, owner, part, entitled, _free(place, device), place.since_ns or 0)
+    row.owner, row.had_millionths, row.entitled_millionths = owner, part, entitled
+    row.free, row.since_ns = _free(place, device), place.since_ns or 0
+    return row
 
 
 def _free(place: Place, device: int) -> int:
@@ -49,6 +53,7 @@ class UnitRows:
         wanted: Collection[int],
         shares: Mapping[int, Collection[int]],
         span_ns: int,
+        own: Mapping[int, Place],
     ) -> dict[Key, TurnCounts]:
         """Return rows of units, which replace the rows of the units' own programs.
 
@@ -59,6 +64,7 @@ class UnitRows:
             wanted: the tenants that have waited or had a turn since the last call.
             shares: devices by level.
             span_ns: time since the last call; 0: this call is the first.
+            own: all tenants by level, also without processes. A unit's own programs are one of these tenants.
         """
         inside: dict[Key, list[Place]] = {}
         units = {key: unit for key, (unit, _) in self._told.items()}
@@ -78,7 +84,7 @@ class UnitRows:
                 self._told[key] = unit, had_ns
             entitled = [due.get(place.tenant, 0) for place in members if place.tenant in wanted]
             found[key] = replace(
-                rows.get(key, TurnCounts()),
+                rows.get(key) or counts_of(own[level], device, 0, 0),  # its own programs may have exited
                 owned_ns=had_ns,
                 owner=max((counts_of(place, device, 0, 0).owner for place in members), default=0),
                 had_millionths=part,

@@ -56,6 +56,7 @@ class _Runner:
     """A tenant on a concurrent device. `busy_ns`, `done_ns`: the recent time with work, and the recent progress."""
 
     place: Place
+    device: int
     seen: Seen = NOTHING  # the last observation that was counted
     launched: int = 0  # launches in the time of the last count
     launched_ns: int = 0  # when the tenant last launched
@@ -105,6 +106,11 @@ class _Runner:
         return now_ns >= self.due_ns
 
     @property
+    def virtual_ns(self) -> int:
+        """The tenant's virtual time on the device."""
+        return self.place.accounts.of(self.device).virtual_ns
+
+    @property
     def has_work(self) -> bool:
         """True if the tenant had work at the last observation. A tenant without work cannot be slowed."""
         return not self.resting_ns
@@ -130,8 +136,7 @@ class _Runner:
         rest_ns, self.resting_ns = (self.resting_ns, 0) if works else (0, self.resting_ns + passed_ns)
         waits = place.held and not place.seen.in_flight
         self.took_ns = passed_ns + (rest_ns if rest_ns < IDLE_NS else 0) if works and not waits else 0
-        if works:
-            self.active_ns = now_ns
+        self.active_ns = now_ns if works else self.active_ns
         if rest_ns >= STALE_NS:
             self.expire()
 
@@ -251,7 +256,7 @@ class _Device:
         if len(free) < 2:
             return None
         first = min(runner.place.share.rank for runner in free)
-        for runner in sorted(free, key=lambda r: r.place.account.virtual_ns):
+        for runner in sorted(free, key=lambda r: r.virtual_ns):
             if runner.place.share.rank == first and runner.is_due(now_ns, self.held_ns):
                 self.window, self.window_ns = runner, now_ns
                 return runner
@@ -262,17 +267,15 @@ class _Device:
         active = [runner for runner in self.runners if runner.is_active(now_ns)]
         free = [runner for runner in active if not runner.is_stopped(now_ns)]
         for rank in {runner.place.share.rank for runner in free}:  # virtual times of two ranks cannot be compared
-            first_ns = max(r.place.account.virtual_ns for r in free if r.place.share.rank == rank)
+            first_ns = max(r.virtual_ns for r in free if r.place.share.rank == rank)
             for runner in self.runners:
                 if runner.place.share.rank == rank and not (runner in free and runner.is_slowed()):
-                    lag_ns = NEAR_NS if runner in free else 0
-                    runner.place.account = runner.place.account.joining(first_ns - lag_ns)
+                    runner.place.accounts.move_up(runner.device, first_ns - (NEAR_NS if runner in free else 0))
         if window := self._measured(free, now_ns):
             self.due_ns, self.watched = now_ns + LOOK_NS, _places(self)
             return [runner for runner in self.runners if runner is not window]
         held = [runner for runner in active if _is_to_wait(runner, free)]
-        if any(runner in free for runner in held):
-            self.held_ns = now_ns
+        self.held_ns = now_ns if any(runner in free for runner in held) else self.held_ns
         self.due_ns = now_ns + (LOOK_NS if self.alone_ns == now_ns else _look_ns(free, active))
         self._watch(now_ns)
         return held
@@ -281,7 +284,7 @@ class _Device:
         """Return for each priority (rank) the lowest virtual time of its tenants."""
         found: dict[int, int] = {}
         for runner in self.runners:
-            rank, virtual_ns = runner.place.share.rank, runner.place.account.virtual_ns
+            rank, virtual_ns = runner.place.share.rank, runner.virtual_ns
             found[rank] = min(virtual_ns, found.get(rank, virtual_ns))
         return found
 
@@ -301,11 +304,10 @@ def _look_ns(free: Collection[_Runner], active: Collection[_Runner]) -> int:
     if any(runner.place.share.limited for runner in free):
         return LOOK_NS
     slowed = [runner for runner in free if runner.is_slowed()]
-    is_bounded = slowed or any(runner.place.share.limited for runner in active)
-    least_ns = MOST_LOOK_NS if is_bounded else IDLE_LOOK_NS
+    least_ns = MOST_LOOK_NS if slowed or any(r.place.share.limited for r in active) else IDLE_LOOK_NS
     for other in slowed:
         for runner in (runner for runner in free if runner is not other):
-            ahead_ns = runner.place.account.virtual_ns - other.place.account.virtual_ns
+            ahead_ns = runner.virtual_ns - other.virtual_ns
             moves, left_ns = (other, ahead_ns - NEAR_NS) if runner.place.held else (runner, LAG_NS - ahead_ns)
             least_ns = min(least_ns, left_ns * moves.place.share.weight // PLAIN_WEIGHT)
     return max(LOOK_NS, least_ns)
@@ -319,8 +321,7 @@ def _is_to_wait(runner: _Runner, free: Collection[_Runner]) -> bool:
     for other in free:
         if other is runner or not (other.is_slowed() and other.has_work) or other.place.share.rank > place.share.rank:
             continue
-        ahead_ns = place.account.virtual_ns - other.place.account.virtual_ns
-        if other.place.share.rank < place.share.rank or ahead_ns > bound_ns:
+        if other.place.share.rank < place.share.rank or runner.virtual_ns - other.virtual_ns > bound_ns:
             return True
     return False
 
@@ -354,16 +355,14 @@ class Concurrent:
             for place in its:
                 place.concurrent = True
             known = {id(runner.place): runner for runner in device.runners}
-            device.runners, device.shared_ns = [known.get(id(place)) or _Runner(place) for place in its], 0
+            device.runners, device.shared_ns = [known.get(id(place)) or _Runner(place, number) for place in its], 0
             device.pause_ns, device.paused_ns = FIRST_PAUSE_NS, 0  # these tenants may gain, unlike the tenants before
         return ended
 
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
         """Return tenants that may launch from now on, tenants that take turns, and tenants to hold or release."""
         begin, end, change = list[Place](), list[Place](), list[Place]()
-        for number, device in self._devices.items():
-            if not device.runners:
-                continue
+        for number, device in [(number, device) for number, device in self._devices.items() if device.runners]:
             if not device.shared_ns:
                 if device.try_to_begin(now_ns):
                     begin += _places(device)

@@ -64,6 +64,7 @@ class _Count:
 class _Device:
     """A device that may be lent to all its tenants. `lent_ns`: the time since which the device is lent, or 0."""
 
+    number: int
     counts: list[_Count] = field(default_factory=list)
     since_ns: int = 0
     lent_ns: int = 0
@@ -87,9 +88,10 @@ class _Device:
         active = [count for count in self.counts if count.launched() > 0]
         if min((count.launched() for count in active), default=0) < ENOUGH and passed_ns < MOST_TURNS_NS:
             return False
-        if any(count.place.observed.from_ns < self.since_ns for count in active):  # NVML's report covers earlier work
+        observed = [count.place.observed[self.number] for count in active]
+        if any(each.from_ns < self.since_ns for each in observed):  # NVML's report covers earlier work
             return False
-        uses = [count.place.observed.use for count in active]
+        uses = [each.use for each in observed]
         may = len(active) > 1 and None not in uses and sum(filter(None, uses)) <= MOST_USE
         may = may and all(count.launched() >= ENOUGH for count in active)
         for count in self.counts if may else ():
@@ -154,7 +156,7 @@ class Lending:
         before += self.concurrent.restart(here, now_ns)
         for number, its in here.items():
             if len(its) > 1 and len({place.share.rank for place in its}) == 1 and all(map(_may, its)):
-                device = self._devices.setdefault(number, _Device())
+                device = self._devices.setdefault(number, _Device(number))
                 device.counts = [_Count(place) for place in its]
                 device.begin(now_ns)
         return before

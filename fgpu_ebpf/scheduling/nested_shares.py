@@ -10,71 +10,55 @@ The module runs in threads of the gatekeeper that hold the time slicer's lock. T
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from fgpu_ebpf.scheduling.accounts import Accounts
 from fgpu_ebpf.scheduling.claim_trust import Standing
-from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT, ROUND_QUANTA, STAYED, Account, Share, entitlements
+from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT, ROUND_QUANTA, Share, entitlements
 
 
-class Unit:
-    """The use of each device by a unit.
+class Unit(Accounts):
+    """The use of each device by a unit, with all tenants inside.
 
-    `level` is the id of the unit's cgroup. `clock_ns` is the virtual time of the last tenant inside that began a turn.
-    `account`, `owned_ns` and `standing` are the values of the cgroup's own programs before the cgroup became a unit.
+    `level` is the id of the unit's cgroup. `before` is the use by the cgroup's own programs before the cgroup became a
+    unit: the accounts, the owned time by device, and the standing. `clocks`: by device, the virtual time of the last
+    tenant inside that began a turn.
     """
 
     def __init__(
-        self, level: int, share: Share, account: Account, owned_ns: int = 0, standing: Standing | None = None
+        self, level: int, share: Share, now_ns: int, before: tuple[Accounts, dict[int, int], Standing] | None = None
     ) -> None:
-        self.level, self.share, self.standing = level, share, standing or Standing()
-        self.clock_ns = account.virtual_ns
-        self.left = STAYED
-        self._first, self._first_owned_ns = account, owned_ns
-        self._accounts: dict[int, Account] = {}  # by device, because tenants inside may use several devices at a time
-        self._owned_ns: dict[int, int] = {}  # by device; never decreases
+        super().__init__(share, now_ns)
+        self.level, self.standing = level, before[2] if before else Standing()
+        self.clocks: dict[int, int] = {}
+        self._owned_ns = before[1] if before else {}  # by device; never decreases
         self._unlifted_ns: dict[int, int] = {}  # by device: the time from which on waiting for the floor counts
+        if before:
+            self.copy(before[0])
 
-    def _of(self, device: int) -> Account:
-        return self._accounts.get(device, self._first)
-
-    def change(self, share: Share, now_ns: int) -> None:
-        """Replace the share from now on. The used time stays charged."""
-        if share == self.share:
-            return
-        for device in self._accounts:
-            account = self._of(device).at(now_ns, self.share)._replace(at_ns=now_ns)
-            more = share.limited and not self.share.limited
-            self._accounts[device] = account._replace(in_hand_ns=share.ample_ns) if more else account
-        self.share = share
-
-    def count_up(self, devices: Iterable[int], now_ns: int) -> None:
-        """Add the time that the limit has allowed since the last call."""
-        for device in devices:
-            self._accounts[device] = self._of(device).at(now_ns, self.share)
-
-    def join(self, devices: Iterable[int], clock_ns: int, now_ns: int, is_first: bool) -> None:
+    def join_inside(self, clocks: Mapping[int, int], now_ns: int, is_first: bool) -> None:
         """Record that a tenant inside requests a turn. The unit gets no credit for idle time.
 
-        If no other tenant inside has or requests a turn (`is_first`), the unit starts at the device's clock, less the
-        credit of its last turn. Otherwise the unit may be behind the clock by at most one round of turns, because these
-        turns may not be charged yet. A larger lag is not allowed: the other tenants inside may wait for another device,
-        or be idle in their turns.
+        If no other tenant inside has or requests a turn (`is_first`), the unit joins as a tenant does. Otherwise the
+        unit may be behind the clock by at most one round of turns, because these turns may not be charged yet. A larger
+        lag is not allowed: the other tenants inside may wait for another device, or be idle in their turns.
         """
+        if is_first:
+            self.join(clocks, now_ns)
+            return
         round_ns = ROUND_QUANTA * self.share.quantum_ns * PLAIN_WEIGHT // self.share.weight
-        for device in devices:
-            account = self._of(device)
-            rested = account.rested(now_ns, self.share).joining(clock_ns - self.left.credit_ns(now_ns, self.share))
-            self._accounts[device] = rested if is_first else account.joining(clock_ns - round_ns)
+        for device, clock_ns in clocks.items():
+            self.move_up(device, clock_ns - round_ns)
 
-    def charge(self, devices: Iterable[int], ns: int) -> None:
+    def charge(self, devices: Collection[int], ns: int) -> None:
         """Charge the unit for `ns` of the time of each of these devices, which a tenant inside has used."""
+        super().charge(devices, ns)
         for device in devices:
-            self._accounts[device] = self._of(device).charged(ns, self.share)
             self._owned_ns[device] = self.owned_ns(device) + ns
 
     def owned_ns(self, device: int) -> int:
         """Return the device time of the tenants inside, and of the level's own earlier programs."""
-        return self._owned_ns.get(device, self._first_owned_ns)
+        return self._owned_ns.get(device, 0)
 
     def lifted(self, devices: Iterable[int], until_ns: int) -> None:
         """Record the end of a turn that the floor (`fair_queue.Floor`) gave to a tenant inside.
@@ -87,22 +71,6 @@ class Unit:
     def unlifted_ns(self, devices: Iterable[int]) -> int:
         """Return the earliest time since which a tenant inside can count as waiting for the floor on these devices."""
         return max((self._unlifted_ns.get(device, 0) for device in devices), default=0)
-
-    def virtual_ns(self, devices: Iterable[int], ahead_ns: int = 0) -> int:
-        """Return the virtual time on these devices, as if the unit had used `ahead_ns` more device time."""
-        return max([self._of(device).charged(ahead_ns, self.share).virtual_ns for device in devices], default=0)
-
-    def ready_ns(self, devices: Iterable[int]) -> int:
-        """Return when the limit allows a tenant inside to begin a turn."""
-        return max((self._of(device).ready_ns(self.share) for device in devices), default=0)
-
-    def spent_ns(self, devices: Iterable[int]) -> int:
-        """Return when a turn that continues will have used up the time in hand. The unit must have a ceiling."""
-        return min((self._of(device).spent_ns(self.share) for device in devices), default=0)
-
-    def is_spent(self, devices: Iterable[int]) -> bool:
-        """Return whether the limit leaves no time in hand."""
-        return self.share.limited and any(self._of(device).in_hand_ns <= 0 for device in devices)
 
 
 def effective(share: Share, above: Sequence[Unit]) -> Share:

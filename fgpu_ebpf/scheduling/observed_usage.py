@@ -1,5 +1,5 @@
-"""The device time of a tenant according to NVML. A tenant with a ceiling is charged at least for this time, and tenants
-that use little of their turns may run at the same time (`lending`).
+"""The time of a tenant on a device according to NVML. A tenant with a ceiling is charged at least for this time, and
+tenants that use little of their turns may run at the same time (`lending`).
 
 NVML takes samples and reports late, so the comparison allows some difference. The module runs in the gatekeeper's time
 slicer thread. Times are in nanoseconds.
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SLACK_PARTS = 10  # 1/10 of the time between two reports of NVML may be used beyond the charged time
-MOST_BETWEEN_NS = 2_000_000_000  # the maximum of that time, so that a long idle gap does not permit more
+MOST_BETWEEN_NS = 2_000_000_000  # the maximum of that time, and of the time that a report adds
 MOST_AHEAD_NS = 500_000_000  # the maximum of the charged time that offsets later reports
 
 
 @dataclass(slots=True)
 class Observed:
-    """The comparison of NVML's reports with the charges of one tenant."""
+    """The comparison of NVML's reports with the charges of one tenant on one device."""
 
     ran_ns: int = -1
     owned_ns: int = 0
@@ -35,7 +35,7 @@ class Observed:
         """
         if ran_ns == self.ran_ns:
             return 0
-        ran, owned = ran_ns - self.ran_ns, owned_ns - self.owned_ns
+        ran, owned = min(ran_ns - self.ran_ns, MOST_BETWEEN_NS), owned_ns - self.owned_ns
         between_ns, is_first = min(now_ns - self.at_ns, MOST_BETWEEN_NS), self.ran_ns < 0 or ran < 0 or owned < 0
         self.ran_ns, self.owned_ns, self.from_ns, self.at_ns = ran_ns, owned_ns, self.at_ns, now_ns
         if is_first:

@@ -29,8 +29,7 @@ def comes_first_again(
     now_ns: int,
 ) -> bool:
     """Return whether the owner would also get the next turn."""
-    ahead_ns = place.flight_ns(now_ns)  # charged in advance, because work in flight is charged in any case
-    waiters = [*waiters_of(ready, running, now_ns), place.waiter(now_ns, ahead_ns, ahead_ns)]
+    waiters = waiters_of(ready, running, now_ns, owner=place)
     free = fair_queue.wanted(waiters) - handover.taken(running, now_ns) | turn.devices
     found = fair_queue.next_turns(waiters, free, floors, now_ns)
     return any(grant.tenant == place.tenant for grant in found)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from fgpu_ebpf.scheduling.fair_queue import Leave, Share, Waiter
+from fgpu_ebpf.scheduling.fair_queue import Share, Waiter
 from fgpu_ebpf.scheduling.nested_shares import Unit, effective
-from fgpu_ebpf.scheduling.state import Place
+from fgpu_ebpf.scheduling.state import NEVER_NS, Place
 
 Inside = tuple[Place, tuple[Unit, ...]]
 
@@ -21,7 +21,7 @@ class Units:
     def __init__(self) -> None:
         self._units: dict[int, Unit] = {}
 
-    def nest(self, places: Mapping[int, Place], tenant: int, levels: Sequence[int]) -> Iterator[Inside]:
+    def nest(self, places: Mapping[int, Place], tenant: int, levels: Sequence[int], now_ns: int) -> Iterator[Inside]:
         """Place a tenant inside these levels, innermost first. Yield each tenant whose units change, and the new units.
 
         A level that becomes a unit starts with the time that its own programs have used.
@@ -29,9 +29,10 @@ class Units:
         for number, level in enumerate(levels):
             if level not in self._units:
                 place = places[level]
-                before = place.account, place.counts.owned_ns, place.trust.standing
-                self._units[level] = Unit(level, place.asked, *before)
-                yield from self.nest(places, level, levels[number + 1 :])
+                owned_ns = {device: counts.owned_ns for device, counts in place.counts.items()}
+                before = place.accounts, owned_ns, place.trust.standing
+                self._units[level] = Unit(level, place.asked, now_ns, before)
+                yield from self.nest(places, level, levels[number + 1 :], now_ns)
         above = tuple(unit for level in (tenant, *levels) if (unit := self._units.get(level)))
         if above != places[tenant].above:
             yield places[tenant], above
@@ -40,7 +41,8 @@ class Units:
         """Set the shares of all levels, and remove the units of levels without a share."""
         self._units = {level: unit for level, unit in self._units.items() if level in shares}
         for level, unit in self._units.items():
-            unit.change(shares[level], now_ns)
+            if unit.share != shares[level]:
+                unit.change(shares[level], now_ns)
 
     def of(self, above: Sequence[Unit]) -> tuple[Unit, ...]:
         """Return the units in `above` that still exist."""
@@ -58,27 +60,59 @@ def first_inside(place: Place, others: Iterable[Place]) -> bool:
     return unit is None or not any(other is not place and unit in other.above for other in others)
 
 
-def leave(place: Place, clock_ns: int, now_ns: int) -> None:
+def leave(place: Place, clocks: Mapping[int, int], now_ns: int) -> None:
     """Record that a tenant's turn has ended, and how far the tenant and its unit are behind the clock.
 
-    `clock_ns`: the device's clock. The caller calls this method at the end of a turn with work, and again after the
-    next turn has begun.
+    `clocks` has the clock of each device. The caller calls this method at the end of a turn with work, and again after
+    the next turn has begun.
     """
-    own_ns = clock_ns
-    if place.above:
-        unit = place.above[-1]
-        own_ns, behind_ns = unit.clock_ns, clock_ns - unit.virtual_ns(place.seen.devices)
-        unit.left = Leave(now_ns, max(0, behind_ns))
-    place.left = Leave(now_ns, max(0, own_ns - place.account.virtual_ns))
+    for unit in place.above[-1:]:
+        unit.leave(clocks, now_ns)
+    place.accounts.leave(place.own_clocks(clocks), now_ns)
 
 
-def waiters_of(places: Iterable[Place], running: Collection[Place], now_ns: int) -> list[Waiter]:
-    """Return these tenants as waiters. A unit is charged in advance for the turns that tenants inside have now."""
+def waiters_of(
+    places: Iterable[Place], running: Collection[Place], now_ns: int, owner: Place | None = None
+) -> list[Waiter]:
+    """Return these tenants, and an owner that would continue, as waiters.
+
+    Virtual times on different devices cannot be compared. Therefore the virtual time of each waiter is counted from the
+    lowest virtual time of a waiter on the same device, and the highest of these differences applies to a gang. A unit
+    is charged in advance for the turns that tenants inside have now, and an owner for its work in flight,
+    which is charged in any case.
+    """
     owed: dict[Unit, int] = {}
-    for owner in running:
-        if owner.above:
-            unit = owner.above[-1]
-            owed[unit] = owed.get(unit, 0) + owner.unpaid_ns(now_ns)
-    if not owed:
-        return [place.waiter(now_ns) for place in places]
-    return [place.waiter(now_ns, unit_ahead_ns=sum(owed.get(u, 0) for u in place.above[-1:])) for place in places]
+    for one in running:
+        if one.above:
+            unit = one.above[-1]
+            owed[unit] = owed.get(unit, 0) + one.unpaid_ns(now_ns)
+    found = [*places, owner] if owner else [*places]
+    outer, inner = [], []
+    for place in found:
+        devices = place.seen.devices
+        own = place.accounts.virtual_ns(devices, place.flight_ns(now_ns) if place is owner else 0)
+        for unit in place.above[-1:]:
+            inner.append((unit.level, own))
+            own = unit.virtual_ns(devices, owed.get(unit, 0))
+        outer.append((place.share.rank, own))
+    ahead, inside = _ahead(outer), iter(_ahead(inner))
+    return [
+        place.waiter(now_ns, ns, next(inside) if place.above else 0) for place, ns in zip(found, ahead, strict=True)
+    ]
+
+
+def _ahead(virtual: Sequence[tuple[int, Mapping[int, int]]]) -> list[int]:
+    """Return how far each member of a group is ahead of the last member on a device.
+
+    `virtual` has for each member its group, and its virtual time on each of its devices.
+    """
+    if all(len(times) == 1 for _, times in virtual):  # the order is the same, because no device matters to another
+        return [at_ns for _, times in virtual for at_ns in times.values()]
+    least: dict[tuple[int, int], int] = {}
+    for group, times in virtual:
+        for device, at_ns in times.items():
+            if at_ns < least.get((group, device), NEVER_NS):
+                least[group, device] = at_ns
+    return [
+        max([at_ns - least[group, device] for device, at_ns in times.items()], default=0) for group, times in virtual
+    ]

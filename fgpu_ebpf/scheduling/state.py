@@ -6,15 +6,17 @@ due, and `turns` makes the decisions. A *gang* is a tenant on several devices. T
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue
+from fgpu_ebpf.scheduling.accounts import Accounts
 from fgpu_ebpf.scheduling.alone_cost import AloneCost
 from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS, Trust
 from fgpu_ebpf.scheduling.counters import Counts
-from fgpu_ebpf.scheduling.fair_queue import Account, Leave, Share, Waiter
+from fgpu_ebpf.scheduling.fair_queue import Share, Waiter
 from fgpu_ebpf.scheduling.nested_shares import Unit, effective
 from fgpu_ebpf.scheduling.observed_usage import Observed
 from fgpu_ebpf.scheduling.reports import NOTHING, Seen
@@ -43,7 +45,8 @@ class Turn:
     """A turn of one tenant on its devices. If `closing_ns` is 0, the gates are open.
 
     The tenant is charged from `begins_ns` on. This time is later than `opened_ns` if the previous turn has not drained
-    yet. The current quantum began at `since_ns`, when the tenant was selected by its virtual time `virtual_ns`.
+    yet. The current quantum began at `since_ns`, when the tenant was selected by its virtual time on each device,
+    `virtual_ns`.
     """
 
     devices: set[int]
@@ -56,7 +59,7 @@ class Turn:
     active_ns: int
     launches: int
     since_ns: int
-    virtual_ns: int
+    virtual_ns: dict[int, int]
     closing_ns: int = 0
     deadline_ns: int = 0
     handed_ns: int = 0  # the `begins_ns` of the next turn on some of these devices; 0: not handed over yet
@@ -75,7 +78,7 @@ class Place:
 
     tenant: int
     share: Share
-    account: Account
+    accounts: Accounts
     seen: Seen = NOTHING
     free_on: frozenset[int] = frozenset()
     lent: bool = False  # the tenant is free on its device together with the device's other tenants
@@ -91,102 +94,95 @@ class Place:
     reports_ends: bool = True  # the tenant reported the last end of work that outlasted its estimate in a closing turn
     busy_ns: int = 0  # the time of the tenant's turns since it was last idle
     held_back: bool = False  # the tenant's limit delays the tenant, and this delay was counted
-    counts: Counts = field(default_factory=Counts)
+    counts: defaultdict[int, Counts] = field(default_factory=lambda: defaultdict(Counts))  # by device
     trust: Trust = field(default_factory=Trust)
-    observed: Observed = field(default_factory=Observed)
-    left: Leave = fair_queue.STAYED
+    observed: defaultdict[int, Observed] = field(default_factory=lambda: defaultdict(Observed))  # by device
     thinks: ThinkTimes = field(default_factory=ThinkTimes)
     alone: AloneCost = field(default_factory=AloneCost)
     concurrent: bool = False  # the device is concurrent; turns must not overlap, because kernels would slow each other
     asked: Share = field(default_factory=Share)
     above: tuple[Unit, ...] = ()
 
-    def waiter(self, now_ns: int, ahead_ns: int = 0, unit_ahead_ns: int = 0) -> Waiter:
-        """Return the tenant as a waiter, from `now_ns` on if the tenant requests no turn yet.
-
-        `ahead_ns` is charged in advance to the tenant, `unit_ahead_ns` to the tenant's unit.
-        """
-        since_ns = max(now_ns if self.since_ns is None else self.since_ns, self.unlifted_ns)
-        account = self.account.charged(ahead_ns, self.share) if ahead_ns else self.account
-        own_ns = account.virtual_ns
-        if not self.above:
-            return Waiter(self.tenant, self.share, own_ns, self.seen.devices, since_ns)
-        unit, devices = self.above[-1], self.seen.devices
-        unit_ns = unit.virtual_ns(devices, unit_ahead_ns)
-        return Waiter(self.tenant, self.share, unit_ns, devices, since_ns, own_ns, unit.unlifted_ns(devices))
+    def waiter(self, now_ns: int, virtual_ns: int, inner_ns: int) -> Waiter:
+        """Return the tenant as a waiter, from `now_ns` on if the tenant requests no turn yet."""
+        devices, since_ns = self.seen.devices, max(now_ns if self.since_ns is None else self.since_ns, self.unlifted_ns)
+        unlifted_ns = self.above[-1].unlifted_ns(devices) if self.above else 0
+        return Waiter(self.tenant, self.share, virtual_ns, devices, since_ns, inner_ns, unlifted_ns)
 
     def without_reports(self, number: int) -> Place:
         """Return a state without reports, with the account and the counters. The new `number` makes waiters report."""
         return Place(
-            self.tenant, self.share, self.account, number=number, counts=self.counts, trust=self.trust,
+            self.tenant, self.share, self.accounts, number=number, counts=self.counts, trust=self.trust,
             asked=self.asked, above=self.above,
         )  # fmt: skip
 
-    def virtual_ns(self) -> int:
-        """Return the virtual time of the outermost unit or, without units, of the tenant. This time orders turns."""
-        return self.above[-1].virtual_ns(self.seen.devices) if self.above else self.account.virtual_ns
+    def virtual_ns(self, devices: Iterable[int]) -> dict[int, int]:
+        """Return the virtual time of the outermost unit or, without units, of the tenant, by device."""
+        return (self.above[-1] if self.above else self.accounts).virtual_ns(devices)
 
-    def begins(self) -> int:
-        """Record the beginning of a turn or quantum in the unit's clock; return the virtual time that orders turns."""
-        if self.above:
-            self.above[-1].clock_ns = max(self.above[-1].clock_ns, self.account.virtual_ns)
-        return self.virtual_ns()
+    def begins(self, devices: Collection[int]) -> dict[int, int]:
+        """Record the beginning of a turn or quantum in the unit's clocks; return the virtual times that order turns."""
+        for unit in self.above[-1:]:
+            for device, own_ns in self.accounts.virtual_ns(devices).items():
+                unit.clocks[device] = max(unit.clocks.get(device, 0), own_ns)
+        return self.virtual_ns(devices)
+
+    def own_clocks(self, clocks: Mapping[int, int]) -> Mapping[int, int]:
+        """Return the clocks of the outermost unit or, without units, of the devices. `clocks`: the devices' clocks."""
+        return {device: self.above[-1].clocks.get(device, 0) for device in clocks} if self.above else clocks
 
     def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
-        """Set the units around the tenant, and return whether the outermost unit or the limit has changed.
+        """Set the units around the tenant, and return whether the outermost unit, the priority or the limit changed.
 
-        With another unit, the virtual time restarts, because the virtual times of two units cannot be compared.
+        In all these cases the tenant gets no credit for the time before.
         """
-        is_elsewhere = above[-1:] != self.above[-1:]
-        account, was = self.account.at(now_ns, self.share)._replace(at_ns=now_ns), self.share
+        is_elsewhere, was = above[-1:] != self.above[-1:], self.share
         self.above, self.share = above, effective(self.asked, above)
-        more = self.share.limited and not was.limited
-        account = account._replace(in_hand_ns=self.share.ample_ns) if more else account
-        self.account = account._replace(virtual_ns=0) if is_elsewhere else account
+        restarts = self.accounts.change(self.share, now_ns, is_elsewhere)
         self.trust.standing = above[-1].standing if above else self.trust.standing
         self.pause_until_ns = 0
-        return is_elsewhere or self.share.limit_millionths != was.limit_millionths
+        if self.share.limit_millionths != was.limit_millionths:
+            self.accounts.left.clear()
+            return True
+        return restarts
 
     def count_up(self, now_ns: int) -> None:
         """Add the time that limits have allowed since the last call."""
-        self.account = self.account.at(now_ns, self.share)
-        for unit in self.above:
-            unit.count_up(self._devices(), now_ns)
+        for accounts in (self.accounts, *self.above):
+            accounts.count_up(self._devices(), now_ns)
 
-    def join(self, clock_ns: int, now_ns: int, is_first: bool) -> None:
-        """Record that the tenant requests a turn, without credit for idle time. `is_first`: no other tenant of its unit
-        has or requests a turn.
+    def join(self, clocks: Mapping[int, int], now_ns: int, is_first: bool) -> None:
+        """Record that the tenant requests a turn, or uses a new device, without credit for idle time.
+
+        `clocks`: the devices' clocks. `is_first`: no other tenant of its unit has or requests a turn.
         """
         for unit in self.above:
-            unit.join(self.seen.devices, clock_ns, now_ns, is_first)
-        own_ns = self.above[-1].clock_ns if self.above else clock_ns
-        own_ns -= self.left.credit_ns(now_ns, self.share)
-        self.account = self.account.rested(now_ns, self.share).joining(own_ns)
+            unit.join_inside(clocks, now_ns, is_first)
+        self.accounts.join(self.own_clocks(clocks), now_ns)
 
-    def charge(self, ns: int) -> None:
-        """Charge the tenant and its units for `ns` of its devices' time."""
-        ns = max(0, ns)
-        self.account = self.account.charged(ns, self.share)
-        self.counts.owned_ns += ns
+    def charge(self, ns: int, devices: Collection[int] = ()) -> None:
+        """Charge the tenant and its units for `ns` of the time of `devices`, by default of its turn's devices."""
+        ns, devices = max(0, ns), devices or self._devices()
+        self.accounts.charge(devices, ns)
+        for device in devices:
+            self.counts[device].owned_ns += ns
         for unit in self.above:
-            unit.charge(self._devices(), ns)
+            unit.charge(devices, ns)
 
-    def observe(self, ran_ns: int, now_ns: int) -> None:
-        """Compare the tenant's device time with the time that NVML reports."""
-        short_ns = self.observed.short_ns(ran_ns, self.owned_ns(), now_ns)
+    def observe(self, device: int, ran_ns: int, now_ns: int) -> None:
+        """Compare the tenant's time on a device with the time that NVML reports."""
+        short_ns = self.observed[device].short_ns(ran_ns, self.owned_ns(device), now_ns)
         if self.share.limited:
             self.count_up(now_ns)
-            self.charge(short_ns)
+            self.charge(short_ns, (device,))
 
     def is_unit(self) -> bool:
         """Return whether other tenants are inside this tenant."""
         return bool(self.above) and self.above[0].level == self.tenant
 
-    def owned_ns(self) -> int:
+    def owned_ns(self, device: int) -> int:
         """Return the device time of the tenant and all tenants inside, which NVML does not distinguish."""
-        if not self.is_unit():
-            return self.counts.owned_ns
-        return max((self.above[0].owned_ns(device) for device in self.seen.devices), default=0)
+        return self.above[0].owned_ns(device) if self.is_unit() else self.counts[device].owned_ns
 
     def lifted(self, turn: Turn, passed_ns: int) -> None:
         """Record the end of a turn that the floor gave. A turn that was too long delays the next turn in proportion."""
@@ -197,22 +193,26 @@ class Place:
 
     def limit_ready_ns(self) -> int:
         """Return the earliest time at which all limits allow the tenant to begin a turn."""
-        ready_ns = max(self.account.ready_ns(self.share), 0)
+        ready_ns = self.accounts.ready_ns(self.seen.devices)
         return max(ready_ns, *(unit.ready_ns(self.seen.devices) for unit in self.above)) if self.above else ready_ns
 
     def is_spent(self) -> bool:
         """Return whether a limit leaves no time in hand."""
-        if self.account.in_hand_ns <= 0 and self.share.limited:
-            return True
-        return bool(self.above) and any(unit.is_spent(self._devices()) for unit in self.above)
+        return self.share.limited and any(each.is_spent(self._devices()) for each in (self.accounts, *self.above))
+
+    def hold_back(self, is_new: bool) -> None:
+        """Record that a limit delays the tenant. `is_new`: this delay was not counted yet."""
+        self.held_back = True
+        for device in self._devices():
+            self.counts[device].throttled += is_new
 
     def _devices(self) -> Collection[int]:
         return self.turn.devices if self.turn else self.seen.devices
 
     def _spent_ns(self) -> int:
         """Return when a turn that continues will have used up the time in hand. The tenant must have a ceiling."""
-        units = [unit.spent_ns(self._devices()) for unit in self.above if unit.share.limited]
-        return min([self.account.spent_ns(self.share), *units])
+        limited = [each for each in (self.accounts, *self.above) if each.share.limited]
+        return min(each.spent_ns(self._devices()) for each in limited)
 
     def is_open(self) -> bool:
         """Return whether the tenant may launch on at least one of its devices."""
@@ -266,7 +266,8 @@ class Place:
 
     def judge(self, turn: Turn, overrun: bool, now_ns: int) -> None:
         """Record whether an ended turn has left work in flight, and compare the end with the tenant's reports."""
-        self.counts.overruns += overrun
+        for device in turn.devices:
+            self.counts[device].overruns += overrun
         self.late_ns = now_ns if overrun else 0
         self.trust.judge(overrun, self.seen.drained, bool(self.seen.devices), now_ns)
         if overrun or self.seen.was_found_on_arrival():
@@ -296,7 +297,7 @@ class Place:
         if all tenants are busy without a pause.
         """
         for rival in rivals:
-            if (rival.since_ns or 0) > turn.since_ns and rival.virtual_ns() < turn.virtual_ns:
+            if (rival.since_ns or 0) > turn.since_ns and _was_first(rival, turn):
                 return min(turn.ends_ns, turn.since_ns + self.share.quantum_ns // OVERTAKEN_PARTS)
         if self.busy_ns < LASTING_NS or not rivals:
             return turn.ends_ns
@@ -381,6 +382,12 @@ class Place:
 
     def _span_ns(self) -> int:
         return min(SPAN_NS, self.share.quantum_ns // SPAN_PARTS)
+
+
+def _was_first(rival: Place, turn: Turn) -> bool:
+    """Return whether a rival would have preceded the owner, by its virtual time on the turn's devices."""
+    virtual_ns = rival.virtual_ns(turn.virtual_ns.keys() & rival.seen.devices)
+    return all(at_ns < turn.virtual_ns[device] for device, at_ns in virtual_ns.items())
 
 
 def wanting(turn: Turn, places: Iterable[Place]) -> list[Place]:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.scheduling import fair_queue, handover, lending, rivals, state
+from fgpu_ebpf.scheduling.accounts import Accounts
 from fgpu_ebpf.scheduling.fair_queue import Grant, Share
 from fgpu_ebpf.scheduling.nested_shares import Unit
 from fgpu_ebpf.scheduling.reports import NOTHING, Seen
@@ -58,14 +59,14 @@ class Turns:
         for tenant, share in shares.items():
             place = self.places.get(tenant)
             if place is None:
-                self.places[tenant] = Place(tenant, share, fair_queue.opening(share, now_ns), asked=share)
+                self.places[tenant] = Place(tenant, share, Accounts(share, now_ns), asked=share)
             elif self._units.differs(place, share):
                 place.asked = share
                 self._change(place, self._units.of(place.above), now_ns)
 
     def nest(self, tenant: int, levels: Sequence[int], now_ns: int) -> None:
         """Place a tenant inside these levels with shares, innermost first."""
-        for change in [*self._units.nest(self.places, tenant, levels)]:
+        for change in [*self._units.nest(self.places, tenant, levels, now_ns)]:
             self._change(*change, now_ns)
 
     def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
@@ -73,8 +74,7 @@ class Turns:
 
         The tenant joins the queue again when the tenant is next observed to wait.
         """
-        if place.change(above, now_ns):  # the tenant then gets no credit for the time that the old limit has withheld
-            place.left = fair_queue.STAYED
+        if place.change(above, now_ns):
             self._join(place, now_ns, is_waiting=False)
         self._users_changed = True
         self._leave_queue(place)
@@ -98,9 +98,9 @@ class Turns:
         elif place and place.late_ns:
             place.trust.forget_overrun()
 
-    def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
-        """Record a tenant's total device time according to NVML. A tenant with a ceiling is charged for this time."""
-        self.places[tenant].observe(ran_ns, now_ns)
+    def observed(self, tenant: int, device: int, ran_ns: int, now_ns: int) -> None:
+        """Record a tenant's total time on a device by NVML. A tenant with a ceiling is charged for this time."""
+        self.places[tenant].observe(device, ran_ns, now_ns)
 
     def in_question(self) -> list[int]:
         """Return the tenants that have a turn or were just preempted. Every step must get their observations."""
@@ -183,9 +183,12 @@ class Turns:
     def _look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
         if seen.launches != place.seen.launches:
             place.pause_ns = place.pause_until_ns = 0
-        self._users_changed |= seen.devices != place.seen.devices or place.tenant not in self._here
+        is_new = seen.devices != place.seen.devices or place.tenant not in self._here
         self._here[place.tenant] = place
         place.seen = seen
+        if is_new:
+            self._users_changed = True
+            self._join(place, now_ns, is_waiting=False)
         if place.late_ns and seen.drained:
             place.charge(min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.pause_ns = place.pause_until_ns = 0
@@ -265,8 +268,7 @@ class Turns:
         found = []
         for place in self._queue.values():
             if place.limit_ready_ns() > now_ns:
-                place.counts.throttled += not place.held_back
-                place.held_back = True
+                place.hold_back(is_new=not place.held_back)
             elif place.pause_until_ns <= now_ns:
                 place.held_back = False
                 found.append(place)
@@ -281,13 +283,11 @@ class Turns:
         the tenant is idle, or a higher priority is ready  close the gates
         the quantum is over                                extend the turn if the tenant is next, or close the gates
         """
-        turn = place.turn
-        if turn is None or turn.closing_ns:
+        if (turn := place.turn) is None or turn.closing_ns:
             return
         others = state.wanting(turn, ready)
         if place.is_spent():
-            place.held_back = True
-            place.counts.throttled += 1
+            place.hold_back(is_new=True)
             self._close(place, turn, now_ns)
         elif turn.devices & rivals.missing(self._running.values(), but=place):
             if now_ns >= turn.ends_ns or place.is_idle(turn, now_ns):
@@ -312,8 +312,8 @@ class Turns:
     def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
         turn.ends_ns = now_ns + place.share.quantum_ns
         turn.floor = False
-        turn.since_ns, turn.virtual_ns = now_ns, place.begins()
-        self._clocks.turn_begins(turn.devices, place.share.rank, turn.virtual_ns)
+        turn.since_ns, turn.virtual_ns = now_ns, place.begins(turn.devices)
+        self._clocks.turn_begins(turn.virtual_ns, place.share.rank)
 
     # -- one turn, from beginning to end
 
@@ -335,20 +335,21 @@ class Turns:
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
         begins_ns = handover.next_begins_ns(self._running.values(), grant.devices, now_ns)
         times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
-        first = (place.seen.launches, begins_ns, place.begins())
+        first = (place.seen.launches, begins_ns, place.begins(grant.devices))
         place.number = self._next_number()
         place.turn = Turn(set(grant.devices), place.number, grant.floor, *times, *first)
         place.late_ns = 0
         place.trust.begins_again(place.seen.busy_until_ns, now_ns)
         place.count_up(now_ns)
-        place.counts.switches += 1
         for device in grant.devices:
+            counts = place.counts[device]
+            counts.switches += 1
             self._clocks.count(device).switches += 1
-        if place.since_ns is not None:
-            place.counts.waits += 1
-            place.counts.wait_ns += max(0, now_ns - place.since_ns)
-            self._leave_queue(place)
-        self._clocks.turn_begins(grant.devices, place.share.rank, place.turn.virtual_ns, now_ns if grant.floor else 0)
+            if place.since_ns is not None:
+                counts.waits += 1
+                counts.wait_ns += max(0, now_ns - place.since_ns)
+        self._leave_queue(place)
+        self._clocks.turn_begins(place.turn.virtual_ns, place.share.rank, now_ns if grant.floor else 0)
         self._running[place.tenant] = place
         self._changed.add(place.tenant)
 

@@ -114,7 +114,7 @@ class Host:
     def check(self) -> None:
         assert self.turns.resets == 0
         for tenant, place in self.turns.places.items():
-            counts = tuple(astuple(place.counts))
+            counts = tuple(astuple(place.counts[0]))
             before = self.counted.get(tenant, (0,) * len(counts))
             assert all(new >= old >= 0 for new, old in zip(counts, before, strict=True)), (before, counts)
             self.counted[tenant] = counts

@@ -225,7 +225,8 @@ class World:
             for key, tenant in self.tenants.items():
                 part = (tenant.done_ns - before[key]) / S + error(second)
                 self.nvml[key] += int(min(1.0, max(0.0, part)) * S)
-                self.turns.observed(key, self.nvml[key], self.now)
+                for device in tenant.devices:
+                    self.turns.observed(key, device, self.nvml[key], self.now)
         return self
 
     def check(self) -> None:
@@ -328,7 +329,7 @@ class World:
 
     def counted(self) -> int:
         """Return the number of turns so far."""
-        return sum(place.counts.switches for place in self.turns.places.values())
+        return sum(counts.switches for place in self.turns.places.values() for counts in place.counts.values())
 
     def shares(self) -> dict[int, float]:
         total = sum(t.done_ns for t in self.tenants.values())

@@ -12,9 +12,10 @@ import random
 import pytest
 
 from fgpu_ebpf.gatekeeper.turn_rows import counts_of
+from fgpu_ebpf.scheduling.accounts import Accounts
 from fgpu_ebpf.scheduling.alone_cost import AloneCost
 from fgpu_ebpf.scheduling.concurrent import _Runner
-from fgpu_ebpf.scheduling.fair_queue import Share, opening
+from fgpu_ebpf.scheduling.fair_queue import Share
 from fgpu_ebpf.scheduling.reports import Seen
 from fgpu_ebpf.scheduling.state import Place
 from tests.unit.scheduling.slices_kit import MS, US, Loop, S, Tenant, World
@@ -264,8 +265,8 @@ def test_a_measurement_has_whole_steps(period_ms: float, work_ms: float) -> None
     """A step launches ten kernels at its begin. The measurement begins at any moment of a step."""
     period_ns, work_ns = round(period_ms * MS), work_ms * MS
     for part in range(20):
-        place = Place(1, Share(), opening(Share(), 0))
-        runner, now = _Runner(place), S + period_ns * part // 20
+        place = Place(1, Share(), Accounts(Share(), 0))
+        runner, now = _Runner(place, 0), S + period_ns * part // 20
         place.seen = observed(now, period_ns, work_ns)
         runner.begin(now)
         while not runner.is_measured():
@@ -296,9 +297,9 @@ def test_an_idle_time_does_not_change_what_a_launch_costs():
 
 def test_a_report_is_counted_once():
     """An idle tenant is seen less often than progress is charged."""
-    place = Place(1, Share(), opening(Share(), 0))
+    place = Place(1, Share(), Accounts(Share(), 0))
     place.alone.learn(32, 100 * MS)
-    runner = _Runner(place)
+    runner = _Runner(place, 0)
     place.seen = Seen(frozenset({0}), launches=32)
     charged_ns = 0
     for look in range(100):

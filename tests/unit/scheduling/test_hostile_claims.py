@@ -98,7 +98,7 @@ def test_a_program_that_exits_with_work_in_flight_proves_no_claim_and_costs_at_m
     it = World(*honest, hostile)
     hostile.chance, hostile.world = random.Random(seed), it
     assert least_share(it.run(1.0), honest, 30.0) >= -3
-    assert it.turns.places[HOSTILE].counts.overruns >= 3, "the scheduler never waited in vain for the hostile tenant"
+    assert it.turns.places[HOSTILE].counts[0].overruns >= 3, "the scheduler never waited in vain for the hostile tenant"
     assert not it.turns.places[HOSTILE].trust.standing.proven
 
 
@@ -108,7 +108,7 @@ def test_arbitrary_words_on_a_page_cost_honest_tenants_at_most_3_points_of_share
     it = World(*honest, hostile)
     hostile.chance, hostile.world, hostile.pause_ms = random.Random(pause_ms), it, pause_ms
     assert least_share(it.run(1.0), honest, 15.0) >= -3
-    assert it.turns.places[HOSTILE].counts.overruns >= 3, "the scheduler never waited in vain for the hostile tenant"
+    assert it.turns.places[HOSTILE].counts[0].overruns >= 3, "the scheduler never waited in vain for the hostile tenant"
 
 
 def test_a_claim_of_an_exited_program_is_not_proven_by_the_next_program() -> None:
@@ -122,7 +122,7 @@ def test_a_claim_of_an_exited_program_is_not_proven_by_the_next_program() -> Non
     hog.cunning, hog.lies = True, False
     it.rung |= {1, 2}
     it.run(0.9)
-    assert place.counts.switches >= 3
+    assert place.counts[0].switches >= 3
     assert not place.trust.standing.proven
     assert place.trust.standing.pace_ns
 

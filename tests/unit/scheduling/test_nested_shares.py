@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf.scheduling.fair_queue import MILLION, Account, Share
+from fgpu_ebpf.scheduling.fair_queue import MILLION, Share
 from fgpu_ebpf.scheduling.nested_shares import Unit, entitled
 from tests.unit.scheduling.slices_kit import MS, US, Hog, S, Steps, Tenant, World
 
@@ -58,8 +58,8 @@ def test_a_level_s_own_programs_are_not_charged_for_time_of_levels_inside() -> N
     it = World(own, inner, inside={1: [OUTER]})
     for _ in range(10):
         it.run(1.0)
-        it.turns.observed(1, inner.done_ns, it.now)
-        it.turns.observed(OUTER, inner.done_ns + own.done_ns, it.now)
+        it.turns.observed(1, 0, inner.done_ns, it.now)
+        it.turns.observed(OUTER, 0, inner.done_ns + own.done_ns, it.now)
     done = [tenant.done_ns / (10 * S) for tenant in (own, inner)]
     assert done == pytest.approx([0.25, 0.25], abs=0.03)
 
@@ -135,7 +135,7 @@ def test_the_floor_raises_a_unit_as_often_as_a_tenant(number: int, kernel_us: in
 
 
 def test_entitlements_belong_to_units_and_are_divided_inside() -> None:
-    unit = Unit(OUTER, Share(weight=200), Account())
+    unit = Unit(OUTER, Share(weight=200), 0)
     shares = {1: Share(weight=300), 2: Share(), 50: Share(weight=200)}
     got = entitled(shares, {1: unit, 2: unit})
     assert (got[1], got[2], got[50]) == pytest.approx((0.375 * MILLION, 0.125 * MILLION, 0.5 * MILLION), abs=2)

@@ -64,7 +64,7 @@ def test_a_limit_is_a_part_of_the_time_that_a_tenant_can_use(percent):
 @pytest.mark.parametrize(("work_us", "period_us"), [(350, 500), (700, 1_000), (5_000, 10_000), (21_000, 30_000)])
 def test_rests_are_not_charged_at_any_time_between_two_steps(work_us, period_us):
     tenant = Tenant(1, Share(limit_millionths=750_000), 50 * US, steps=Steps(work_us * US, period_us * US))
-    counts = World(tenant).run(SECONDS).turns.places[1].counts
+    counts = World(tenant).run(SECONDS).turns.places[1].counts[0]
     assert tenant.done_ns >= 0.99 * SECONDS * S * work_us / period_us
     assert counts.owned_ns == pytest.approx(tenant.done_ns, rel=0.01)
 
@@ -184,9 +184,9 @@ def test_a_tenant_that_does_not_return_has_no_claim_to_its_cut_turn():
     while not (leaver.flights and it.turns.places[1].turn and it.turns.places[1].turn.closing_ns):
         it.run(0.0001)
     leaver.waiting, leaver.steps = False, Steps(0, 60 * S, 60 * S + it.now)  # its thread is not at the gate yet
-    switches = it.turns.places[1].counts.switches
+    switches = it.turns.places[1].counts[0].switches
     it.run(1.0)
-    assert it.turns.places[1].counts.switches == switches
+    assert it.turns.places[1].counts[0].switches == switches
     assert it.turns.places[1].since_ns is None
 
 
@@ -273,8 +273,8 @@ def test_a_lone_resting_tenant_is_not_charged_for_unobserved_work():
             now = min(end, turns.due_ns(now))
         turns.step({1: flies._replace(waiting=True, in_flight=0, drained=True, ended_ns=now)}, now)
     place = turns.places[1]
-    assert place.counts.owned_ns < 10 * MS
-    assert place.counts.overruns == 0
+    assert place.counts[0].owned_ns < 10 * MS
+    assert place.counts[0].overruns == 0
 
 
 def test_another_tenant_follows_a_dead_owner_at_once():
@@ -297,7 +297,7 @@ def test_a_stopped_owner_delays_others_by_one_deadline_once():
     before = other.done_ns
     it.run(1.0)
     assert other.done_ns - before >= 0.96 * S
-    assert it.turns.places[1].counts.overruns <= 1
+    assert it.turns.places[1].counts[0].overruns <= 1
     owner.stopped = False
     before = owner.done_ns
     it.run(2.0)
@@ -309,9 +309,9 @@ def test_a_stopped_waiter_with_work_in_flight_is_not_given_repeated_turns():
     it = World(owner, other).run(1.0)
     while not (owner.waiting and owner.flights):
         it.run(0.0001)
-    owner.stopped, before = True, it.turns.places[1].counts.overruns
+    owner.stopped, before = True, it.turns.places[1].counts[0].overruns
     it.run(3.0)
-    assert 1 <= it.turns.places[1].counts.overruns - before <= 2
+    assert 1 <= it.turns.places[1].counts[0].overruns - before <= 2
     owner.stopped, before = False, owner.done_ns
     it.run(0.5)
     assert owner.done_ns - before >= 0.2 * S
@@ -340,9 +340,9 @@ def test_falsely_claimed_work_costs_other_tenants_little(cunning, claim_ms):
     honest, hog = Tenant(1), Hog(2, cunning=cunning, claim_ns=claim_ms * MS)
     it = World(honest, hog).run(5.0)
     honest.waits_ns.clear()
-    before, overruns = honest.done_ns, it.turns.places[2].counts.overruns
+    before, overruns = honest.done_ns, it.turns.places[2].counts[0].overruns
     it.run(60.0)
-    assert it.turns.places[2].counts.overruns > overruns or claim_ms > 250, "the false claim caused no overrun"
+    assert it.turns.places[2].counts[0].overruns > overruns or claim_ms > 250, "the false claim caused no overrun"
     assert p99(honest.waits_ns) <= (2 * 20 + 5 + 3) * MS, "more than two quanta, the shortest deadline and two wake-ups"
     assert honest.done_ns - before >= 0.4 * 60 * S
 
@@ -374,7 +374,7 @@ def test_a_tenant_whose_processes_end_with_work_in_flight_is_trusted_less():
 def test_long_kernels_are_accepted_from_the_second_one_on(kernel_ms, other_ms):
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2, kernel_ns=round(other_ms * MS))
     it = World(long, other).run(10.0)
-    assert it.turns.places[1].counts.overruns <= 2
+    assert it.turns.places[1].counts[0].overruns <= 2
     done = long.done_ns, other.done_ns
     it.run(20.0)
     part = (long.done_ns - done[0], other.done_ns - done[1])

@@ -193,7 +193,7 @@ def test_a_stopped_tenant_gains_no_credit_by_turns_without_work() -> None:
 
 def test_no_turn_passes_with_work_in_flight() -> None:
     it = World(program(1, 3, with_pauses, wrong), program(2, 1, with_pauses, wrong)).run(10.0)
-    assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
+    assert [place.counts[0].overruns for place in it.turns.places.values()] == [0, 0]
 
 
 def test_no_turn_overruns_because_the_next_turn_delays_its_last_kernel() -> None:
@@ -202,7 +202,7 @@ def test_no_turn_overruns_because_the_next_turn_delays_its_last_kernel() -> None
     for _ in range(8000):
         it.run(0.0005)  # begins with a step, so no deadline passes unnoticed
     assert it.counted() > 100
-    assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
+    assert [place.counts[0].overruns for place in it.turns.places.values()] == [0, 0]
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
