@@ -59,7 +59,8 @@ def shim_spec(parts: Parts) -> dict[str, Any]:
 
 def share_spec(parts: Parts, names: Iterable[str]) -> dict[str, Any]:
     """Return a specification with a device for each share. Raise QuantityError if a name is invalid."""
-    devices = [_share(parts, share_name.parse(name)) for name in dict.fromkeys(names)]
+    shares = {share.text: share for share in map(share_name.parse, names)}
+    devices = [_share(parts, share) for share in shares.values()]
     # Names that begin with a digit need version 0.5.0 of the interface. All other parts need 0.3.0.
     version = "0.5.0" if any(device["name"][0].isdigit() for device in devices) else "0.3.0"
     edits = {"mounts": mounts(parts)}

@@ -39,6 +39,7 @@ STATE_FILES = ("policies.json", "contexts.json", "shim/previous", "shim/versions
 # Files that containers get when they start.
 GIVEN_RUN_FILES = ("published", "containers", "container.preload", "cdi.files")
 GIVEN_STATE_FILES = ("shim/current", "bin/fgpu-oci")
+SHARE = f"{LIMIT // MIB}mib"
 CDI_FILES = ("fgpu.dev-shim.json", "fgpu.dev-share.json")
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -159,10 +160,13 @@ def kept(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Kept]:
         root.mkdir(exist_ok=True)  # a detach of another test has removed it if it was empty
         subprocess.run(["mount", "-t", "tmpfs", "-o", world.SIZE, "tmpfs", root], check=True)
     shutil.copytree(tmp_path / "state", STATE, symlinks=True, dirs_exist_ok=True)
+    config = service.config.read_text()
+    service.config.write_text(f"{config}shares: [{SHARE}]\n")
     found = Kept(service, copies)
     found.start()
     yield found
     service.kill_agent()
+    service.config.write_text(config)
     found.restore()
     for root in (STATE, service.cdi):
         subprocess.run(["umount", "--lazy", root], check=True)
@@ -209,7 +213,7 @@ def tenants(places: tuple[Cgroups, Place, Docker]) -> dict[str, Held]:
 def with_a_share(tenant: Tenant) -> Tenant:
     """Make the tenant request its limit by a share's name, with the hook that engines call at a container's start."""
     pid = eventually(tenant.pids, 5, "the tenant's first process")[0]
-    hook = [BUILD / "oci/fgpu-oci", "share", f"{LIMIT // MIB}mib"]
+    hook = [BUILD / "oci/fgpu-oci", "share", SHARE]
     subprocess.run(hook, input=json.dumps({"pid": pid}), text=True, check=True, timeout=10)
     return tenant
 
