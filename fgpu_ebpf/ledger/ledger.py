@@ -36,16 +36,12 @@ from fgpu_ebpf.ledger.usage_pages import Usage, UsagePages
 from fgpu_ebpf.linux import bpf, procfs
 
 PINS = Path(f"/sys/fs/bpf/fgpu/v{abi.LAYOUT}")
-_U64 = struct.Struct("Q")
-_U32 = struct.Struct("I")
+_U64, _U32 = struct.Struct("Q"), struct.Struct("I")
 _ALLOCATION_KEY, _LEVEL = struct.Struct("IIQQ"), struct.Struct("QQ")
-_ALLOCATION = ctypes.sizeof(abi.Allocation)
-_PROCESS = ctypes.sizeof(abi.Process)
-_THREAD = ctypes.sizeof(abi.Thread)
+_ALLOCATION, _PROCESS = ctypes.sizeof(abi.Allocation), ctypes.sizeof(abi.Process)
+_THREAD, _DEVICE = ctypes.sizeof(abi.Thread), ctypes.sizeof(abi.Device)
 _LIMIT, _LIMIT_KEY = struct.Struct("QQ"), struct.Struct("QQ")
-_COUNTER_KEY = struct.Struct("QIHH")
-_FILE = struct.Struct("QQ")
-_DEVICE = ctypes.sizeof(abi.Device)
+_COUNTER_KEY, _FILE = struct.Struct("QIHH"), struct.Struct("QQ")
 _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_PROCESSES = 0, 5
 SWEPT_AT_ONCE = 1024  # allocations
@@ -325,10 +321,7 @@ class Ledger:
         return done == 0
 
     def finish_move(self, tgid: int, generation: int) -> bool:
-        """Move charges that the last move of a process has missed. Return False if the process has exited.
-
-        The entry of a process without levels is deleted, if the last move is so old that it has missed no charge.
-        """
+        """Move charges that the last move has missed, or delete an entry without levels. Return False without entry."""
         with self._moving:
             return self._run(abi.Adjust.FINISH_MOVE, tgid, generation) == 0
 

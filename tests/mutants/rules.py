@@ -19,7 +19,7 @@ RELEASES_ALL = """\
 RULES = {
     "limit-off-by-one": ("int over = now > limit;", "int over = now > limit + 1;"),
     "limit-not-looked-at": ("return used + bytes <= limit;", "return 1;"),
-    "overflow": ("if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES;", ""),
+    "overflow": ("bytes = FGPU_MOST_BYTES; /* fits in no level, and no sum overflows */", "(void)0;"),
     "ticket-charged-anew": ("if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;", ""),
     "unsettled-admission-released": (
         "    if (UNLIKELY(a->bytes)) leave_unsettled(p, a);\n",
