@@ -321,7 +321,7 @@ class Ledger:
         return done == 0
 
     def finish_move(self, tgid: int, generation: int) -> bool:
-        """Move charges that the last move has missed, or delete an entry without levels. Return False without entry."""
+        """Move charges that the last move has missed, or delete an entry without levels. False: there is no entry."""
         with self._moving:
             return self._run(abi.Adjust.FINISH_MOVE, tgid, generation) == 0
 

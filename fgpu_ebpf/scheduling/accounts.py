@@ -31,7 +31,7 @@ class Accounts:
         return self._accounts.get(device, self._first)
 
     def copy(self, accounts: Accounts) -> None:
-        """Start with the used time of other accounts, whose share has the same ceiling and weight."""
+        """Start with the used time of other accounts. Their share must have the same ceiling and weight."""
         self._accounts = dict(accounts._accounts)
 
     def change(self, share: Share, now_ns: int, is_elsewhere: bool = False) -> bool:

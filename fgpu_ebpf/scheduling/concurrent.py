@@ -362,9 +362,9 @@ class Concurrent:
     def look(self, now_ns: int) -> tuple[list[Place], list[Place], list[Place]]:
         """Return tenants that may launch from now on, tenants that take turns, and tenants to hold or release."""
         begin, end, change = list[Place](), list[Place](), list[Place]()
-        for number, device in [(number, device) for number, device in self._devices.items() if device.runners]:
+        for number, device in self._devices.items():
             if not device.shared_ns:
-                if device.try_to_begin(now_ns):
+                if device.runners and device.try_to_begin(now_ns):
                     begin += _places(device)
                 continue
             self._clocks.count(number).lent_ns += now_ns - device.looked_ns

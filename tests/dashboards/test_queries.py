@@ -5,6 +5,7 @@ Every number in a panel is compared with the applied load.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.commands import metrics_page
-from tests.support.host import GIB, LISTEN, MIB
+from tests.support.host import GIB, LISTEN, MIB, ROOT
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -22,8 +23,10 @@ from . import load as known
 from .conftest import NAMES
 from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, exporting, scraping
 
-CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": JOB, "instance": ".+", "gpu": ".+"}
-CHOSEN |= {"namespace": ".*", "pod": ".*"}
+VARIABLES = json.loads((ROOT / "dashboards/cluster.json").read_text())["templating"]["list"]
+# "All" of a variable is its pattern, or else the names that Grafana has found.
+CHOSEN = {"__rate_interval": "10s", "__range": "5m", "job": JOB}
+CHOSEN |= {variable["name"]: variable["allValue"] for variable in VARIABLES if "allValue" in variable}
 PATIENCE_SECONDS = 30
 XIDS = "fgpu_device_xids_total"
 DCGM = {"GPU_UTIL": 37, "MEM_COPY_UTIL": 11, "POWER_USAGE": 350.5, "GPU_TEMP": 61}  # what dcgm-exporter would export

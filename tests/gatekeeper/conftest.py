@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fgpu_ebpf.driver import programs
@@ -73,11 +72,6 @@ class Keeper:
 
     def resident_kib(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4
-
-    def processor_seconds(self) -> float:
-        """Return the processor time of all threads since the start."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
