@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.scheduling.observed_usage import MOST_BETWEEN_NS, Observed
 from tests.unit.scheduling.slices_kit import MS, S, Tenant, World
 
 BOTH = frozenset({0, 1})
@@ -126,3 +127,10 @@ def test_a_wrong_total_of_nvml_costs_two_seconds_at_most() -> None:
     it = World(tenant).run_observed(3)
     it.turns.observed(1, 0, it.nvml[1] + 3600 * S, it.now)
     assert done(it, 10.0)[1] > 0.25
+
+
+def test_a_report_of_nvml_adds_at_most_the_time_between_two_reports() -> None:
+    """A total may jump, for example after the tenant returns to a device."""
+    observed = Observed()
+    assert observed.short_ns(0, 0, S) == 0
+    assert 0 < observed.short_ns(1800 * S, 0, 2 * S) <= MOST_BETWEEN_NS
