@@ -52,8 +52,16 @@ HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result,
 HIDDEN void fgpu_settled_standalone(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* bytes of pools */
-HIDDEN bool fgpu_is_limited(struct fgpu_view view);    /* a limit may be in force: request admission */
-HIDDEN bool fgpu_is_held(void);                        /* a limit is in force, of an agent or of the image */
+
+/* The part of the ledger of a pool, or of a device's graphs: bytes that are admitted, and that this process has not
+ * released. */
+struct portion {
+    _Atomic uint64_t admitted;
+    _Atomic int index; /* the ledger's index, once something was admitted */
+};
+HIDDEN bool fgpu_give_back_above(struct portion *portion, uint64_t keep); /* true: some bytes were released */
+HIDDEN bool fgpu_is_limited(struct fgpu_view view); /* a limit may be in force: request admission */
+HIDDEN bool fgpu_is_held(void);                     /* a limit is in force, of an agent or of the image */
 struct fgpu_room {
     uint64_t left, limit; /* bytes; FGPU_MOST_BYTES if no limit is in force */
 };
@@ -80,6 +88,7 @@ struct patience {
 };
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);
+HIDDEN CUresult fgpu_ask_up_to(struct portion *portion, CUdevice ordinal, uint64_t need, struct patience *patience);
 
 /* -- room.c: a request for memory, with one or several calls of the driver */
 struct fgpu_request {

@@ -131,6 +131,17 @@ void fgpu_give_back(int index, uint64_t bytes)
     if (index >= 0 && bytes) release((unsigned)index, bytes, FGPU_POOL);
 }
 
+bool fgpu_give_back_above(struct portion *portion, uint64_t keep)
+{
+    uint64_t admitted = atomic_load(&portion->admitted);
+    while (admitted > keep)
+        if (atomic_compare_exchange_weak(&portion->admitted, &admitted, keep)) {
+            fgpu_give_back(atomic_load(&portion->index), admitted - keep);
+            return true;
+        }
+    return false;
+}
+
 /* Release the bytes that a failed call of a pool does not need, and report whether the device was out of memory: this
  * call has no probe. */
 void fgpu_failed(int index, uint64_t bytes, CUresult result)

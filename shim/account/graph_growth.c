@@ -5,25 +5,13 @@
 
 #include "account/graph_memory.h"
 
-static CUresult ask_up_to(int ordinal, uint64_t need, struct patience *patience)
-{
-    struct fgpu_graph_memory *m = &fgpu_graph_memory[ordinal];
-    uint64_t admitted = atomic_load(&m->admitted);
-    if (need <= admitted) return CUDA_SUCCESS;
-    struct admission admission = fgpu_admission_with(patience, ordinal, need - admitted, FGPU_POOL);
-    if (admission.index >= 0) {
-        atomic_store(&m->index, admission.index);
-        atomic_fetch_add(&m->admitted, admission.bytes);
-    }
-    return admission.refusal;
-}
-
 /* Adjust to the memory that the driver has allocated: request the difference, or release it. */
 void fgpu_graphs_follow(int ordinal)
 {
     uint64_t used, reserved;
+    struct portion *portion = &fgpu_graph_memory[ordinal].portion;
     if (!fgpu_graphs_measured(ordinal, &used, &reserved)) return;
-    if (!ask_up_to(ordinal, reserved, NULL)) fgpu_graphs_give_back_above(&fgpu_graph_memory[ordinal], reserved);
+    if (!fgpu_ask_up_to(portion, ordinal, reserved, NULL)) fgpu_give_back_above(portion, reserved);
 }
 
 /* Request the memory of a graph. Graphs that never run at the same time share memory, so the sum of their peaks is more
@@ -33,14 +21,15 @@ CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak)
 {
     uint64_t used, reserved;
     struct patience patience = {0};
+    struct portion *portion = &fgpu_graph_memory[ordinal].portion;
     if (!fgpu_graphs_measured(ordinal, &used, &reserved))
-        return ask_up_to(ordinal, atomic_load(&fgpu_graph_memory[ordinal].admitted) + peak, &patience);
+        return fgpu_ask_up_to(portion, ordinal, atomic_load(&portion->admitted) + peak, &patience);
     uint64_t need = used + peak > reserved ? used + peak : reserved;
-    uint64_t admitted = atomic_load(&fgpu_graph_memory[ordinal].admitted);
+    uint64_t admitted = atomic_load(&portion->admitted);
     if (need > admitted && need - admitted > fgpu_room(ordinal).left &&
         peak + atomic_load(&fgpu_graph_memory[ordinal].kept) <= reserved && reserved <= admitted)
         return CUDA_SUCCESS;
-    return ask_up_to(ordinal, need, &patience);
+    return fgpu_ask_up_to(portion, ordinal, need, &patience);
 }
 
 /* A context was destroyed, or the program has trimmed the graphs' memory: charge what the device now holds for

@@ -7,8 +7,9 @@
 
 #define EXECS 64
 
-static struct fgpu_graph_exec execs[EXECS]; /* a graph without room in this table requests its memory after its
-                                               launch */
+/* A table of EXECS, mapped when a graph that allocates is instantiated. A graph without room in it requests its memory
+ * after its launch. */
+static _Atomic(void *) table;
 struct fgpu_graph_memory fgpu_graph_memory[FGPU_DEVICES];
 _Atomic int fgpu_graphs_crowded;
 _Atomic bool fgpu_graphs_allocate;
@@ -25,34 +26,25 @@ bool fgpu_graphs_measured(int ordinal, uint64_t *used, uint64_t *reserved)
     return true;
 }
 
-bool fgpu_graphs_give_back_above(struct fgpu_graph_memory *m, uint64_t keep)
-{
-    uint64_t admitted = atomic_load(&m->admitted);
-    while (admitted > keep)
-        if (atomic_compare_exchange_weak(&m->admitted, &admitted, keep)) {
-            fgpu_give_back(atomic_load(&m->index), admitted - keep);
-            return true;
-        }
-    return false;
-}
-
 void fgpu_graphs_forget_places(CUdevice ordinal)
 {
-    for (unsigned i = 0; i < EXECS; i++)
+    struct fgpu_graph_exec *execs = atomic_load_explicit(&table, memory_order_acquire);
+    for (unsigned i = 0; execs && i < EXECS; i++)
         if (ordinal < 0 || atomic_load(&execs[i].ordinal) == ordinal) atomic_store(&execs[i].stream, 0);
 }
 
 bool fgpu_graphs_yield(CUdevice ordinal)
 {
     uint64_t used, reserved;
-    if (ordinal < 0 || ordinal >= FGPU_DEVICES || !atomic_load(&fgpu_graph_memory[ordinal].admitted)) return false;
+    if (ordinal < 0 || ordinal >= FGPU_DEVICES || !atomic_load(&fgpu_graph_memory[ordinal].portion.admitted))
+        return false;
     __typeof__(&cuDeviceGraphMemTrim) trim = REAL(cuDeviceGraphMemTrim);
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
     fgpu_graphs_forget_places(ordinal);
     if (trim) trim(ordinal);
     bool more = fgpu_graphs_measured(ordinal, &used, &reserved) &&
-                fgpu_graphs_give_back_above(&fgpu_graph_memory[ordinal], reserved);
+                fgpu_give_back_above(&fgpu_graph_memory[ordinal].portion, reserved);
     fgpu_unrelax(mode);
     errno = saved;
     return more;
@@ -62,7 +54,8 @@ bool fgpu_graphs_yield(CUdevice ordinal)
 
 struct fgpu_graph_exec *fgpu_graph_exec_of(CUgraphExec handle)
 {
-    for (unsigned i = 0; i < EXECS; i++)
+    struct fgpu_graph_exec *execs = atomic_load_explicit(&table, memory_order_acquire);
+    for (unsigned i = 0; execs && i < EXECS; i++)
         if (atomic_load_explicit(&execs[i].handle, memory_order_acquire) == (uint64_t)handle) return &execs[i];
     return NULL;
 }
@@ -75,7 +68,8 @@ void fgpu_graph_exec_keep(CUgraphExec handle, const struct fgpu_graph_reading *r
         return;
     }
     atomic_store(&fgpu_graphs_allocate, true);
-    for (unsigned i = 0; !exec && i < EXECS; i++) {
+    struct fgpu_graph_exec *execs = fgpu_table(&table, EXECS * sizeof *execs);
+    for (unsigned i = 0; execs && !exec && i < EXECS; i++) {
         uint64_t none = 0;
         if (atomic_compare_exchange_strong(&execs[i].handle, &none, 1)) exec = &execs[i];
     }

@@ -27,9 +27,8 @@ struct fgpu_graph_exec {
 };
 
 struct fgpu_graph_memory {
-    _Atomic uint64_t admitted;
+    struct portion portion;
     _Atomic uint64_t kept; /* left by graphs that ran, at most: nothing reports when the program frees them */
-    _Atomic int index;
 };
 
 /* -- graph_reading.c */
@@ -43,7 +42,6 @@ HIDDEN struct fgpu_graph_exec *fgpu_graph_exec_of(CUgraphExec handle);
 HIDDEN void fgpu_graph_exec_keep(CUgraphExec handle, const struct fgpu_graph_reading *reading);
 HIDDEN void fgpu_graphs_forget_places(CUdevice ordinal);
 HIDDEN bool fgpu_graphs_measured(int ordinal, uint64_t *used, uint64_t *reserved);
-HIDDEN bool fgpu_graphs_give_back_above(struct fgpu_graph_memory *m, uint64_t keep);
 HIDDEN bool fgpu_graphs_yield(CUdevice ordinal);
 
 /* -- graph_growth.c */

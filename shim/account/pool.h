@@ -11,14 +11,11 @@ struct credit { /* bytes freed by one stream: a pool may give them to the same s
     _Atomic uint64_t stream, bytes;
 };
 
-/* A pool's part of the ledger. `admitted` is the number of bytes that the kernel has admitted and this process has not
- * released. */
 struct pool {
     _Atomic uint64_t handle;     /* 0: no pool; an overflow entry always has 0 */
     _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
-    _Atomic int index;           /* the ledger's index, once something was admitted */
     _Atomic uint32_t generation; /* a new number whenever the entry is used for another pool; 0: it has none */
-    _Atomic uint64_t admitted;
+    struct portion portion;
     _Atomic uint64_t spent;   /* upper bound of the bytes in use: as measured last, and all given out since */
     _Atomic uint64_t pending; /* admitted for calls that have not returned yet */
     _Atomic uint64_t busy_until_ns;
@@ -43,7 +40,6 @@ HIDDEN void fgpu_forget_current(void);
 /* -- pool_shrink.c; account.h declares fgpu_pools_yield */
 HIDDEN bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserved);
 HIDDEN uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved);
-HIDDEN bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep);
 HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context was destroyed; < 0: on any device */
 HIDDEN void fgpu_pools_synchronized(void);
 HIDDEN void fgpu_pool_trimmed(struct pool *pool);

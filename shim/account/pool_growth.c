@@ -10,19 +10,9 @@
 #include "account/pool.h"
 #include "link/link.h"
 
-/* Request memory up to `need`. The admission may be larger than the request: it is the size that the driver
- * allocates. */
 static CUresult ask_up_to(struct pool *pool, uint64_t need, struct patience *patience)
 {
-    uint64_t admitted = atomic_load(&pool->admitted);
-    if (need <= admitted) return CUDA_SUCCESS;
-    CUdevice ordinal = atomic_load(&pool->ordinal);
-    struct admission admission = fgpu_admission_with(patience, ordinal, need - admitted, FGPU_POOL);
-    if (admission.index >= 0) {
-        atomic_store(&pool->index, admission.index);
-        atomic_fetch_add(&pool->admitted, admission.bytes);
-    }
-    return admission.refusal;
+    return fgpu_ask_up_to(&pool->portion, atomic_load(&pool->ordinal), need, patience);
 }
 
 /* Compute what the pool will hold: whole blocks for the bytes in use, the bytes being given out, and the bytes that are
@@ -39,7 +29,7 @@ static bool forecast(struct pool *pool, uint64_t *exact, uint64_t *need)
 
 static bool fits(const struct pool *pool, uint64_t need)
 {
-    uint64_t admitted = atomic_load(&pool->admitted);
+    uint64_t admitted = atomic_load(&pool->portion.admitted);
     return need <= admitted || need - admitted <= fgpu_room(atomic_load(&pool->ordinal)).left;
 }
 
@@ -59,8 +49,8 @@ static CUresult grow(struct pool *pool)
     struct patience patience = {0};
     uint64_t exact, need;
     if (!forecast(pool, &exact, &need)) return ask_up_to(pool, atomic_load(&pool->spent), &patience);
-    if (need + FGPU_BLOCK <= atomic_load(&pool->admitted))
-        fgpu_pool_give_back_above(pool, need); /* the pool was trimmed since */
+    if (need + FGPU_BLOCK <= atomic_load(&pool->portion.admitted))
+        fgpu_give_back_above(&pool->portion, need); /* the pool was trimmed since */
     if (fits(pool, need)) return ask_up_to(pool, need, &patience);
     fgpu_pools_yield(atomic_load(&pool->ordinal));
     if (!forecast(pool, &exact, &need)) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -68,9 +58,10 @@ static CUresult grow(struct pool *pool)
     /* Too near the limit for a whole block, but the bytes in use may still fit. Request all that is left, since the
      * pool allocates a block in any case. If the pool has a block or more beyond the admitted bytes, it got that in
      * another way, and nothing more is admitted here. */
-    CUresult refusal = ask_up_to(pool, fgpu_larger(exact, atomic_load(&pool->admitted) + room_left(pool)), &patience);
+    CUresult refusal =
+        ask_up_to(pool, fgpu_larger(exact, atomic_load(&pool->portion.admitted) + room_left(pool)), &patience);
     if (refusal) refusal = ask_up_to(pool, exact, &patience);
-    return !refusal && need >= atomic_load(&pool->admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
+    return !refusal && need >= atomic_load(&pool->portion.admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
 }
 
 CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
@@ -105,9 +96,10 @@ void fgpu_pool_grown(struct pool *pool, uint64_t bytes)
     if (link != FGPU_HELD) return;
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
-    if (fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->admitted) + FGPU_BLOCK &&
+    if (fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->portion.admitted) + FGPU_BLOCK &&
         ask_up_to(pool, reserved, NULL))
-        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* from here on every call measures the pool */
+        atomic_store(&pool->spent,
+                     atomic_load(&pool->portion.admitted)); /* from here on every call measures the pool */
     fgpu_unrelax(mode);
     errno = saved;
 }

@@ -45,40 +45,28 @@ uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved)
     return 0;
 }
 
-/* Release the admitted bytes beyond `keep`. Returns true if there were any. */
-bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep)
-{
-    uint64_t admitted = atomic_load(&pool->admitted);
-    while (admitted > keep)
-        if (atomic_compare_exchange_weak(&pool->admitted, &admitted, keep)) {
-            fgpu_give_back(atomic_load(&pool->index), admitted - keep);
-            return true;
-        }
-    return false;
-}
-
 /* Release what the pool no longer holds. Admitted calls that have not returned keep their bytes. */
 static bool settle_down(struct pool *pool)
 {
     uint64_t used, reserved;
-    if (!atomic_load(&pool->admitted) || !fgpu_pool_measure(pool, &used, &reserved)) return false;
+    if (!atomic_load(&pool->portion.admitted) || !fgpu_pool_measure(pool, &used, &reserved)) return false;
     fgpu_pool_credits(pool, used, reserved);
-    return fgpu_pool_give_back_above(pool, fgpu_larger(reserved, fgpu_blocks(used + atomic_load(&pool->pending))));
+    return fgpu_give_back_above(&pool->portion, fgpu_larger(reserved, fgpu_blocks(used + atomic_load(&pool->pending))));
 }
 
 static bool is_on(const struct pool *pool, CUdevice ordinal)
 {
-    return atomic_load(&pool->admitted) && (ordinal < 0 || atomic_load(&pool->ordinal) == ordinal);
+    return atomic_load(&pool->portion.admitted) && (ordinal < 0 || atomic_load(&pool->ordinal) == ordinal);
 }
 
 /* Release the bytes that were in use in a device's pools when the pools were destroyed. */
 static bool let_go(struct pool *rest)
 {
-    uint64_t bytes = atomic_exchange(&rest->unclaimed, 0), admitted = atomic_load(&rest->admitted);
+    uint64_t bytes = atomic_exchange(&rest->unclaimed, 0), admitted = atomic_load(&rest->portion.admitted);
     if (bytes > admitted) bytes = admitted;
     if (!bytes) return false;
     atomic_fetch_sub(&rest->spent, bytes);
-    return fgpu_pool_give_back_above(rest, admitted - bytes);
+    return fgpu_give_back_above(&rest->portion, admitted - bytes);
 }
 
 /* Make pools free unused memory before a request is refused, as the driver does when a device is full. */
@@ -117,7 +105,7 @@ void fgpu_pools_measure(CUdevice ordinal)
         if (!is_on(pool, ordinal)) continue;
         forget_credits(pool);
         settle_down(pool);
-        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* the next call measures the pool */
+        atomic_store(&pool->spent, atomic_load(&pool->portion.admitted)); /* the next call measures the pool */
     }
     fgpu_unrelax(mode);
     errno = saved;
@@ -152,7 +140,7 @@ uint64_t fgpu_pool_in_use(const struct pool *pool)
     uint64_t used, reserved;
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
-    if (!fgpu_pool_measure(pool, &used, &reserved)) used = atomic_load(&pool->admitted);
+    if (!fgpu_pool_measure(pool, &used, &reserved)) used = atomic_load(&pool->portion.admitted);
     fgpu_unrelax(mode);
     errno = saved;
     return used;
@@ -162,13 +150,13 @@ uint64_t fgpu_pool_in_use(const struct pool *pool)
  * are released before a request is refused because of them, and the agent charges those that NVML still shows. */
 void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used)
 {
-    fgpu_pool_give_back_above(pool, fgpu_blocks(used));
-    uint64_t left = atomic_exchange(&pool->admitted, 0);
+    fgpu_give_back_above(&pool->portion, fgpu_blocks(used));
+    uint64_t left = atomic_exchange(&pool->portion.admitted, 0);
     if (rest) {
-        atomic_store(&rest->index, atomic_load(&pool->index));
+        atomic_store(&rest->portion.index, atomic_load(&pool->portion.index));
         atomic_fetch_add(&rest->unclaimed, left);
         atomic_fetch_add(&rest->spent, left);
-        atomic_fetch_add(&rest->admitted, left);
+        atomic_fetch_add(&rest->portion.admitted, left);
     }
     forget_credits(pool);
     atomic_store(&pool->spent, 0);

@@ -151,3 +151,17 @@ struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
     struct patience patience = {0};
     return fgpu_admission_with(&patience, ordinal, bytes, kind);
 }
+
+/* Request memory up to `need`. The admission may be larger than the request: it is the size that the driver
+ * allocates. */
+CUresult fgpu_ask_up_to(struct portion *portion, CUdevice ordinal, uint64_t need, struct patience *patience)
+{
+    uint64_t admitted = atomic_load(&portion->admitted);
+    if (need <= admitted) return CUDA_SUCCESS;
+    struct admission admission = fgpu_admission_with(patience, ordinal, need - admitted, FGPU_POOL);
+    if (admission.index >= 0) {
+        atomic_store(&portion->index, admission.index);
+        atomic_fetch_add(&portion->admitted, admission.bytes);
+    }
+    return admission.refusal;
+}

@@ -3,10 +3,7 @@
  * has the batches. Never waits for work, which may wait for this thread. After a failure (no turn or no event),
  * launches are made all the same, and are no longer counted.
  */
-#define _GNU_SOURCE
 #include <errno.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "gate/flight.h"
 
@@ -16,29 +13,9 @@
 #define TURN_NS 1000000000ULL
 #define TURN_TRIES 2000
 
-/* Created at first use; zero after a fork: the child has no driver, and no launches of its own. */
-static _Atomic(struct device *) devices[FGPU_DEVICES];
+static _Atomic(void *) devices[FGPU_DEVICES]; /* a struct device each, made at the first launch */
 
 static struct device *known(int index) { return atomic_load_explicit(&devices[index], memory_order_acquire); }
-
-static struct device *make(int index)
-{
-    struct device *made = known(index), *none = NULL;
-    if (LIKELY(made)) return made;
-    int saved = errno;
-    made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (made == MAP_FAILED) {
-        made = NULL;
-    } else {
-        madvise(made, sizeof *made, MADV_WIPEONFORK); /* older kernels: the child's driver refuses all calls anyway */
-        if (!atomic_compare_exchange_strong(&devices[index], &none, made)) {
-            munmap(made, sizeof *made);
-            made = none;
-        }
-    }
-    errno = saved;
-    return made;
-}
 
 static uint64_t take_turn(struct device *device, uint64_t now)
 {
@@ -112,7 +89,8 @@ bool fgpu_flight_is_used(int index) { return known(index); }
 
 bool fgpu_flight_begin(int index)
 {
-    struct device *device = make(index);
+    struct device *device = known(index);
+    if (!LIKELY(device)) device = fgpu_table(&devices[index], sizeof *device);
     if (device) atomic_fetch_add(&device->in_flight, 1);
     return device;
 }

@@ -137,7 +137,7 @@ static CUresult before(struct order *order, size_t size)
         return CUDA_SUCCESS;
     }
     uint64_t spent = atomic_fetch_add_explicit(&pool->spent, order->bytes, memory_order_relaxed) + order->bytes;
-    if (LIKELY(spent <= atomic_load_explicit(&pool->admitted, memory_order_relaxed))) return CUDA_SUCCESS;
+    if (LIKELY(spent <= atomic_load_explicit(&pool->portion.admitted, memory_order_relaxed))) return CUDA_SUCCESS;
     if (has_no_context(order->stream)) return CUDA_SUCCESS;
     order->grown = true;
     uint64_t had = take_credit(pool, order->stream); /* too little, but the pool can combine it with a new block */
@@ -157,7 +157,7 @@ static void after(const struct order *order, CUdeviceptr pointer)
     else if (order->on_credit)
         give_credit(order->pool, order->stream, order->bytes);
     if (result && order->grown) fgpu_pool_trimmed(order->pool);
-    if (result) fgpu_failed(atomic_load_explicit(&order->pool->index, memory_order_relaxed), 0, result);
+    if (result) fgpu_failed(atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed), 0, result);
 }
 
 /* Return whether to call the driver now, for the first time or after room was made. A pool grows by blocks. */
@@ -167,7 +167,7 @@ static bool attempt(struct order *order, size_t size, const CUdeviceptr *pointer
         if (!order->pool) return false;
         after(order, *pointer);
         if (LIKELY(order->result != CUDA_ERROR_OUT_OF_MEMORY)) return false;
-        int index = atomic_load_explicit(&order->pool->index, memory_order_relaxed);
+        int index = atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed);
         if (!fgpu_room_comes(index, fgpu_blocks(order->bytes), &order->since_ns)) return false;
         order->on_credit = order->grown = false;
     }
