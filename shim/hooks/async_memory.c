@@ -76,13 +76,18 @@ static uint64_t take_credit(struct pool *pool, uint64_t stream)
     return atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
 }
 
-static struct note *note_of(struct note *table, CUdeviceptr pointer) { return &table[mix(pointer) >> 56]; }
+/* Return the slot of a pointer; NULL: there is no table, or the pointer is one of the two marks of a slot without a
+ * note: 0, which a program may free as often as it likes, and BUSY. */
+static struct note *note_of(struct note *table, CUdeviceptr pointer)
+{
+    return LIKELY(table && pointer > BUSY) ? &table[mix(pointer) >> 56] : NULL;
+}
 
 /* Record a pointer. The newest note replaces an older one: an older pointer in the same slot gives no credit when it is
  * freed. */
 static void write_note(CUdeviceptr pointer, const struct order *order)
 {
-    struct note *table = fgpu_table(&notes, NOTES * sizeof *table), *note = table ? note_of(table, pointer) : NULL;
+    struct note *note = note_of(fgpu_table(&notes, NOTES * sizeof *note), pointer);
     uint64_t was = note ? atomic_load_explicit(&note->pointer, memory_order_relaxed) : BUSY;
     if (was == BUSY || !atomic_compare_exchange_strong(&note->pointer, &was, BUSY)) return;
     note->bytes = order->bytes;
@@ -94,11 +99,9 @@ static void write_note(CUdeviceptr pointer, const struct order *order)
 /* Remove a note before the driver can return the pointer again. */
 static bool take_note(CUdeviceptr pointer, struct order *order)
 {
-    struct note *table = atomic_load_explicit(&notes, memory_order_acquire), *note;
+    struct note *note = note_of(atomic_load_explicit(&notes, memory_order_acquire), pointer);
     uint64_t its = pointer;
-    if (!table) return false;
-    note = note_of(table, pointer);
-    if (atomic_load_explicit(&note->pointer, memory_order_relaxed) != pointer ||
+    if (!note || atomic_load_explicit(&note->pointer, memory_order_relaxed) != pointer ||
         !atomic_compare_exchange_strong(&note->pointer, &its, BUSY))
         return false;
     order->bytes = note->bytes;

@@ -244,6 +244,18 @@ def test_a_pool_far_beyond_its_admitted_bytes_gets_no_more(held: Agent) -> None:
     assert held.python(script) == [[OOM]]
 
 
+def test_a_free_of_the_null_pointer_gives_no_credit(held: Agent) -> None:
+    """The call succeeds and frees nothing. Before it, each slot of the notes has been used."""
+    script = (
+        POOLS
+        + """
+[drop(p) for p in [new(MiB) for _ in range(1000)]]
+out({drop(0) for _ in range(3000)} == {0}, [new(MiB) > 1000 for _ in range(2000)].count(True), L.fake_reserved(0))"""
+    )
+    assert held.python(script) == [[True, 1024, GIB]]
+    assert held.do("look")["used"] == GIB
+
+
 # -- choice of a pool
 
 

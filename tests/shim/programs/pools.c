@@ -100,6 +100,7 @@ static CUresult give(CUdeviceptr pointer, CUstream stream)
 {
     uint64_t at = (pointer - 0x700000000000ull) / 4096;
     if (next_result) return next_result;
+    if (!pointer) return CUDA_SUCCESS;
     if (pointer == 0xd00000) return CUDA_SUCCESS;             /* memory of cuMemAlloc */
     if (pointer == 0xe00000) return CUDA_ERROR_NOT_SUPPORTED; /* managed memory */
     if (at > 65535 || !given[at].bytes) return CUDA_ERROR_INVALID_VALUE;
