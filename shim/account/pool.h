@@ -12,7 +12,7 @@ struct credit { /* bytes freed by one stream: a pool may give them to the same s
 };
 
 struct pool {
-    _Atomic uint64_t handle;     /* 0: no pool; an overflow entry always has 0 */
+    _Atomic uint64_t handle;     /* 0: no pool; an entry for destroyed pools always has 0 */
     _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
     _Atomic uint32_t generation; /* a new number whenever the entry is used for another pool; 0: it has none */
     struct portion portion;
@@ -23,14 +23,16 @@ struct pool {
     _Atomic int unsettled;      /* synchronisations that may still shrink the pool */
     struct credit credits[FGPU_CREDITS];
 };
+#define FGPU_NO_HANDLE 1    /* of an entry that is taken: the driver neither returns this handle nor gets it */
 #define FGPU_HOST_POOL (-2) /* not device memory: not charged */
-#define FGPU_NO_TABLE (-3)  /* no memory for the table: nothing is admitted where a limit is in force */
+#define FGPU_NO_TABLE                                                                                                  \
+    (-3) /* no room in the table, or no memory for it: nothing is admitted where a limit is in force */
 
 /* -- pool_table.c */
 HIDDEN struct pool *fgpu_pool_of(CUmemoryPool handle);
 HIDDEN struct pool *fgpu_pool_find(CUmemoryPool handle); /* NULL: it is not in the table */
 HIDDEN struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal);
-HIDDEN struct pool *fgpu_pool_rest(CUdevice ordinal); /* the entry of all pools of a device without room in the table */
+HIDDEN struct pool *fgpu_pool_rest(CUdevice ordinal); /* the entry for the destroyed pools of a device */
 HIDDEN struct pool *fgpu_current_pool(CUdevice ordinal);
 HIDDEN struct pool *fgpu_pool_number(unsigned n);                     /* NULL: there are no more */
 HIDDEN struct pool *fgpu_pool_at(unsigned slot, uint32_t generation); /* NULL: the entry has another pool now */

@@ -16,7 +16,8 @@ bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserv
     __typeof__(&cuMemPoolGetAttribute) get = REAL(cuMemPoolGetAttribute);
     CUmemoryPool handle = (CUmemoryPool)atomic_load(&pool->handle);
     cuuint64_t in_use = 0, in_all = 0;
-    if (!get || !handle || get(handle, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, &in_use) != CUDA_SUCCESS ||
+    if (!get || (uint64_t)handle <= FGPU_NO_HANDLE ||
+        get(handle, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, &in_use) != CUDA_SUCCESS ||
         get(handle, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, &in_all) != CUDA_SUCCESS)
         return false;
     *reserved = in_all > FGPU_MOST_BYTES ? FGPU_MOST_BYTES : in_all;
@@ -84,7 +85,7 @@ bool fgpu_pools_yield(CUdevice ordinal)
             more |= let_go(pool);
             continue;
         }
-        if (trim) trim((CUmemoryPool)handle, 0);
+        if (trim && handle != FGPU_NO_HANDLE) trim((CUmemoryPool)handle, 0);
         more |= settle_down(pool);
     }
     fgpu_unrelax(mode);

@@ -6,11 +6,15 @@
 
 #include "account/pool.h"
 
-#define POOLS 32
+#define POOLS 256
+#define ENTRIES (FGPU_DEVICES + POOLS)
 
 struct table {
-    struct pool pools[POOLS + FGPU_DEVICES]; /* the last entries: one for all further pools of each device */
+    struct pool pools[ENTRIES]; /* the first entries: one for the destroyed pools of each device */
     _Atomic(struct pool *) current[FGPU_DEVICES];
+    _Atomic uint32_t choices; /* how often the current pools were forgotten */
+    _Atomic uint32_t used;    /* entries that have had a pool */
+    _Atomic uint64_t busy_until_ns;
 };
 static _Atomic(void *) table;        /* mapped at the first use of a pool; most programs use none */
 static _Atomic uint32_t generations; /* continues after a fork, so that the parent's notes become invalid */
@@ -29,7 +33,8 @@ unsigned fgpu_pool_slot(const struct pool *pool) { return (unsigned)(pool - know
 struct pool *fgpu_pool_number(unsigned n)
 {
     struct table *known = known_table();
-    return known && n < POOLS + FGPU_DEVICES ? &known->pools[n] : NULL;
+    return known && n < FGPU_DEVICES + atomic_load_explicit(&known->used, memory_order_relaxed) ? &known->pools[n]
+                                                                                                : NULL;
 }
 
 struct pool *fgpu_pool_at(unsigned slot, uint32_t generation)
@@ -40,39 +45,45 @@ struct pool *fgpu_pool_at(unsigned slot, uint32_t generation)
 
 struct pool *fgpu_pool_find(CUmemoryPool handle)
 {
-    struct pool *pools = fgpu_pool_number(0);
-    for (unsigned i = 0; pools && i < POOLS; i++)
-        if (atomic_load_explicit(&pools[i].handle, memory_order_acquire) == (uint64_t)handle) return &pools[i];
+    struct pool *pool;
+    for (unsigned i = FGPU_DEVICES; (pool = fgpu_pool_number(i)); i++)
+        if (atomic_load_explicit(&pool->handle, memory_order_acquire) == (uint64_t)handle) return pool;
     return NULL;
 }
 
-/* Return the entry for all pools of a device without room in the table. It counts as a pool that cannot be measured:
- * its admitted bytes grow, and only the bytes of destroyed pools are released. */
 struct pool *fgpu_pool_rest(CUdevice ordinal)
 {
-    struct pool *pools = fgpu_pool_number(0);
-    if (!pools || ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
-    struct pool *rest = &pools[POOLS + ordinal];
-    atomic_store(&rest->ordinal, ordinal);
-    return rest;
+    struct table *known = known_table();
+    if (!known || ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
+    atomic_store(&known->pools[ordinal].ordinal, ordinal);
+    return &known->pools[ordinal];
 }
 
+/* Return the entry of a pool that was created or found. Two threads may find the same pool, so they take turns. A pool
+ * without room in the table gets no memory while a limit is in force. */
 struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal)
 {
     struct table *own = own_table();
     if (!own) return &nowhere;
-    for (unsigned i = 0; i < POOLS; i++) {
-        struct pool *pool = &own->pools[i];
-        uint64_t none = 0;
-        if (!atomic_compare_exchange_strong(&pool->handle, &none, 1))
-            continue; /* 1: the driver never returns this
-                         handle */
-        atomic_store(&pool->ordinal, ordinal);
-        atomic_store(&pool->generation, atomic_fetch_add(&generations, 1) + 1);
-        atomic_store_explicit(&pool->handle, (uint64_t)handle, memory_order_release);
-        return pool;
+    int saved = errno;
+    uint64_t turn = fgpu_take_turn(&own->busy_until_ns), none;
+    struct pool *pool = fgpu_pool_find(handle);
+    for (unsigned i = 0; !pool && i < POOLS; i++) {
+        if (atomic_load(&own->used) <= i) atomic_store(&own->used, i + 1);
+        none = 0;
+        if (atomic_compare_exchange_strong(&own->pools[FGPU_DEVICES + i].handle, &none, FGPU_NO_HANDLE))
+            pool = &own->pools[FGPU_DEVICES + i];
     }
-    return fgpu_pool_rest(ordinal);
+    if (!pool) {
+        pool = &nowhere;
+    } else {
+        atomic_store(&pool->ordinal, ordinal);
+        if (!atomic_load(&pool->generation)) atomic_store(&pool->generation, atomic_fetch_add(&generations, 1) + 1);
+        atomic_store_explicit(&pool->handle, (uint64_t)handle, memory_order_release);
+    }
+    fgpu_end_turn(&own->busy_until_ns, turn);
+    errno = saved;
+    return pool;
 }
 
 /* Return the entry of a pool. A pool that is not in the table yet is a device's default pool, or counts as a pool of
@@ -107,20 +118,24 @@ struct pool *fgpu_current_pool(CUdevice ordinal)
     if (LIKELY(pool)) return pool;
     __typeof__(&cuDeviceGetMemPool) get = REAL(cuDeviceGetMemPool);
     CUmemoryPool handle;
-    int saved = errno;
-    CUstreamCaptureMode mode = fgpu_relax();
-    CUresult result = get ? get(&handle, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
-    fgpu_unrelax(mode);
-    errno = saved;
-    if (result != CUDA_SUCCESS) return NULL;
-    pool = fgpu_pool_find(handle);
-    if (!pool) pool = fgpu_pool_enter(handle, ordinal);
-    atomic_store_explicit(&own->current[ordinal], pool, memory_order_relaxed);
+    uint32_t choices;
+    do { /* again, if another thread has chosen a pool since the driver was asked */
+        choices = atomic_load(&own->choices);
+        int saved = errno;
+        CUstreamCaptureMode mode = fgpu_relax();
+        CUresult result = get ? get(&handle, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
+        fgpu_unrelax(mode);
+        errno = saved;
+        if (result != CUDA_SUCCESS) return NULL;
+        pool = fgpu_pool_enter(handle, ordinal);
+        atomic_store(&own->current[ordinal], pool);
+    } while (atomic_load(&own->choices) != choices);
     return pool;
 }
 
 void fgpu_forget_current(void)
 {
     struct table *known = known_table();
+    if (known) atomic_fetch_add(&known->choices, 1); /* first: a thread that stores its pool now asks again */
     for (int i = 0; known && i < FGPU_DEVICES; i++) atomic_store(&known->current[i], NULL);
 }

@@ -132,7 +132,9 @@ static CUresult before(struct order *order, size_t size)
     int ordinal = pool ? atomic_load_explicit(&pool->ordinal, memory_order_relaxed) : FGPU_HOST_POOL;
     if (ordinal < 0) {
         order->pool = NULL;
-        return ordinal == FGPU_HOST_POOL || !fgpu_is_limited(fgpu_look()) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+        if (ordinal == FGPU_HOST_POOL || !fgpu_is_limited(fgpu_look())) return CUDA_SUCCESS;
+        fgpu_report_crowd();
+        return CUDA_ERROR_OUT_OF_MEMORY;
     }
     order->bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : (size + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
     if (use_credit(pool, order->stream, order->bytes)) {

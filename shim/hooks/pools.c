@@ -31,12 +31,14 @@ EXPORT CUresult cuMemPoolDestroy(CUmemoryPool pool)
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     struct pool *entry = pool ? fgpu_pool_find(pool) : NULL;
     uint64_t used = entry ? fgpu_pool_in_use(entry) : 0;
+    if (entry) atomic_store(&entry->handle, FGPU_NO_HANDLE); /* before another pool can get the handle */
     CUresult result = driver(pool);
-    if (result != CUDA_SUCCESS || !entry) return result;
-    fgpu_forget_current();
-    fgpu_pool_destroyed(entry, fgpu_pool_rest(atomic_load(&entry->ordinal)), used);
-    atomic_store(&entry->generation, 0);
-    atomic_store_explicit(&entry->handle, 0, memory_order_release);
+    if (result == CUDA_SUCCESS && entry) {
+        fgpu_pool_destroyed(entry, fgpu_pool_rest(atomic_load(&entry->ordinal)), used);
+        atomic_store(&entry->generation, 0);
+    }
+    if (entry) atomic_store_explicit(&entry->handle, result ? (uint64_t)pool : 0, memory_order_release);
+    if (result == CUDA_SUCCESS) fgpu_forget_current();
     return result;
 }
 

@@ -328,16 +328,71 @@ out(results(rs)); drop(rs[-1]); out(alloc(900 * MiB))"""
     assert held.do("look")["used"] <= GIB
 
 
-def test_pools_beyond_the_size_of_the_table_are_charged_together(held: Agent) -> None:
+def test_memory_that_fifty_pools_keep_is_charged(held: Agent) -> None:
+    """Each pool keeps the memory that was freed in it, and no pool gets the memory of another pool."""
     script = (
         POOLS
         + """
-ps = [create() for _ in range(50)]
-out(sum(new_from(p, 30 * MiB) > 1000 for p in ps))"""
+L.fake_lazy(1); ps = [create() for _ in range(50)][35:]
+def use(p): at = new_from(p, 96 * MiB); return at > 1000 and not drop(at)
+out([use(p) for p in ps].count(True), sum(L.fake_reserved(n) for n in range(60)))"""
     )
-    n = held.python(script)[0][0]
-    assert 30 <= n <= 34
-    assert held.do("look")["used"] <= GIB
+    assert held.python(script) == [[10, 960 * MIB]]
+    assert held.do("look")["used"] == 960 * MIB
+
+
+def test_pools_beyond_the_size_of_the_table_get_no_memory(held: Agent) -> None:
+    """A destroyed pool makes room in the table."""
+    script = (
+        POOLS
+        + """
+ps = [create() for _ in range(260)]
+out([new_from(p, MiB) for p in ps[256:]], results([new_from(ps[255], MiB)]))
+L.cuMemPoolDestroy(V(ps[3])); out(results([new_from(create(), MiB)]))"""
+    )
+    assert held.python(script) == [[[OOM] * 4, [0]], [[0]]]
+    assert held.do("look")["used"] == 64 * MIB
+
+
+MEANWHILE = POOLS + "def meanwhile(f): global kept; kept = C.CFUNCTYPE(None)(f); L.fake_meanwhile(kept)\n"
+
+
+def test_a_pool_with_the_handle_of_a_destroyed_pool_has_a_part_of_its_own(held: Agent) -> None:
+    """Another thread creates that pool, and allocates from it, before the destroying call returns."""
+    script = (
+        MEANWHILE
+        + """
+a = create(); new_from(a, MiB); got = []
+def other(): b = create(); got.extend([b == a, new_from(b, 200 * MiB) > 1000])
+meanwhile(other); out(L.cuMemPoolDestroy(V(a)), got)"""
+    )
+    assert held.python(script) == [[0, [True, True]]]
+    assert held.do("look")["used"] >= 200 * MIB
+
+
+def test_a_pool_that_cannot_be_destroyed_keeps_its_part(held: Agent) -> None:
+    script = MEANWHILE + "new(40 * MiB); out(L.cuMemPoolDestroy(V(0x1000)), results([new(20 * MiB)]))"
+    assert held.python(script) == [[1, [0]]]
+    assert grants(held) == [64 * MIB]
+
+
+def test_a_pool_that_two_threads_use_for_the_first_time_is_charged_once(held: Agent) -> None:
+    script = MEANWHILE + "meanwhile(lambda: new(40 * MiB)); out(results([new_from(0x1000, 20 * MiB)]))"
+    assert held.python(script) == [[[0]]]
+    assert held.do("look")["used"] == 64 * MIB
+
+
+def test_allocations_are_charged_to_a_pool_that_another_thread_has_chosen_meanwhile(held: Agent) -> None:
+    script = (
+        MEANWHILE
+        + """
+a = create(); meanwhile(lambda: L.cuDeviceSetMemPool(0, V(a))); new(MiB)
+out([new(96 * MiB) > 1000 for _ in range(12)].count(True), L.fake_reserved(3))"""
+    )
+    n, reserved = held.python(script)[0]
+    assert n == 10
+    assert reserved <= GIB
+    assert held.do("look")["used"] >= reserved
 
 
 def test_a_pool_that_cannot_be_measured_is_not_charged_beyond_the_limit(held: Agent) -> None:

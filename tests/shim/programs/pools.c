@@ -13,9 +13,10 @@ struct pool {
     int device, in_place;
     uint64_t used, reserved, held[16];
 };
-static struct pool pools[64];
+static struct pool pools[512];
 static int made = 3; /* pools 0, 1 and 2 are the defaults of the three devices */
 static int current[3] = {0, 1, 2};
+static int ended = -1; /* a destroyed pool: the next pool gets its handle */
 static CUresult next_result;
 static int queries, unsafe, asked_capturing, trims, broken;
 static __thread CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
@@ -70,6 +71,16 @@ static struct pool *pool_of(CUmemoryPool h)
 {
     uintptr_t n = (uintptr_t)h - 0x1000;
     return n < (uintptr_t)made ? &pools[n] : NULL;
+}
+/* The next call that destroys a pool or asks for a device's pool calls this before it returns: as if another
+ * thread ran in that time. */
+static void (*meanwhile)(void);
+void fake_meanwhile(void (*what)(void)) { meanwhile = what; }
+static void others_run(void)
+{
+    void (*what)(void) = meanwhile;
+    meanwhile = NULL;
+    if (what) what();
 }
 static CUmemoryPool handle_of(int n) { return (CUmemoryPool)(uintptr_t)(0x1000 + n); }
 
@@ -141,12 +152,16 @@ CUresult cuMemFreeAsync_ptsz(CUdeviceptr p, CUstream s) { return give(p, s); }
 
 CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *h, CUdevice d)
 {
-    return d < 0 || d > 2 ? CUDA_ERROR_INVALID_DEVICE : (*h = handle_of(d), CUDA_SUCCESS);
+    if (d < 0 || d > 2) return CUDA_ERROR_INVALID_DEVICE;
+    *h = handle_of(d);
+    return others_run(), CUDA_SUCCESS;
 }
 CUresult cuDeviceGetMemPool(CUmemoryPool *h, CUdevice d)
 {
     errno = 42;
-    return d < 0 || d > 2 ? CUDA_ERROR_INVALID_DEVICE : (*h = handle_of(current[d]), CUDA_SUCCESS);
+    if (d < 0 || d > 2) return CUDA_ERROR_INVALID_DEVICE;
+    *h = handle_of(current[d]);
+    return others_run(), CUDA_SUCCESS;
 }
 CUresult cuDeviceSetMemPool(CUdevice d, CUmemoryPool h) { return current[d] = (int)(pool_of(h) - pools), CUDA_SUCCESS; }
 CUresult cuMemSetMemPool(CUmemLocation *l, CUmemAllocationType t, CUmemoryPool h)
@@ -155,16 +170,20 @@ CUresult cuMemSetMemPool(CUmemLocation *l, CUmemAllocationType t, CUmemoryPool h
 }
 CUresult cuMemPoolCreate(CUmemoryPool *h, const CUmemPoolProps *props)
 {
-    if (made == 64) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (ended >= 0) return *h = handle_of(ended), ended = -1, CUDA_SUCCESS;
+    if (made == 512) return CUDA_ERROR_OUT_OF_MEMORY;
     pools[made].device = props->location.id;
     return *h = handle_of(made++), CUDA_SUCCESS;
 }
 CUresult cuMemPoolDestroy(CUmemoryPool h)
 {
     struct pool *p = pool_of(h);
+    if (p - pools < 3) return others_run(), CUDA_ERROR_INVALID_VALUE;
     for (int d = 0; d < 3; d++)
         if (current[d] == p - pools) current[d] = d;
-    return memset(p->held, 0, sizeof p->held), trim(p), CUDA_SUCCESS;
+    memset(p->held, 0, sizeof p->held), trim(p);
+    if (meanwhile) ended = (int)(p - pools);
+    return others_run(), CUDA_SUCCESS;
 }
 CUresult cuMemPoolTrimTo(CUmemoryPool h, size_t keep) { return (void)keep, trims++, trim(pool_of(h)), CUDA_SUCCESS; }
 int fake_mode(void) { return mode; }
