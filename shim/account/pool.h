@@ -43,6 +43,7 @@ HIDDEN void fgpu_forget_current(void);
 HIDDEN bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserved);
 HIDDEN uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved);
 HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context was destroyed; < 0: on any device */
+HIDDEN void fgpu_pools_unsettled(void);
 HIDDEN void fgpu_pools_synchronized(void);
 HIDDEN void fgpu_pool_trimmed(struct pool *pool);
 HIDDEN uint64_t fgpu_pool_in_use(const struct pool *pool);

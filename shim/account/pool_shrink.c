@@ -112,6 +112,14 @@ void fgpu_pools_measure(CUdevice ordinal)
     errno = saved;
 }
 
+/* Memory was freed, perhaps in a pool: which pool is not known, so the next waits measure all. */
+void fgpu_pools_unsettled(void)
+{
+    struct pool *pool;
+    for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++)
+        if (is_on(pool, -1)) atomic_store_explicit(&pool->unsettled, FGPU_SYNCS, memory_order_relaxed);
+}
+
 /* Measure the pools in which memory was freed since the last measurement. Most programs have no pool at all. */
 void fgpu_pools_synchronized(void)
 {

@@ -1,6 +1,6 @@
 /*
- * async_memory.c: stream-ordered allocation. Owns notes of pointers that pools have returned; a lost note costs one
- * measurement.
+ * async_memory.c: stream-ordered allocation. Owns notes of pointers that pools have returned; after the free of a
+ * pointer that has lost its note, all pools are measured.
  *
  * The driver's call takes half a microsecond, so the usual path is one atomic operation: sizes are added up until they
  * reach the admitted bytes, and only then the pool is measured. Bytes that a stream frees are its credit: the pool can
@@ -222,7 +222,9 @@ static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr poi
     bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_POINTER, pointer, &grant);
     CUresult result = driver(pointer, stream);
     if (held) fgpu_grant_ended(&grant, result);
-    if (pointer && result == CUDA_SUCCESS) fgpu_frees_unseen();
+    if (!pointer || result != CUDA_SUCCESS) return result;
+    fgpu_frees_unseen();
+    fgpu_pools_unsettled();
     return result;
 }
 

@@ -20,7 +20,11 @@ EXPORT CUresult cuMemFree_v2(CUdeviceptr dptr)
     struct pool *pool = fgpu_take_pool_of(dptr);
     CUresult result = driver(dptr);
     if (held) fgpu_grant_ended(&grant, result);
-    if (pool && result == CUDA_SUCCESS) fgpu_pool_trimmed(pool);
+    if (!dptr || result != CUDA_SUCCESS) return result;
+    if (pool)
+        fgpu_pool_trimmed(pool);
+    else
+        fgpu_pools_unsettled(); /* memory of no pool, or of a pool that has lost its note */
     return result;
 }
 

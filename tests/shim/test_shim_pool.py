@@ -202,6 +202,14 @@ def test_memory_freed_by_a_synchronise_is_released_for_other_processes(held: Age
     assert held.do("look")["used"] == 64 * MIB
 
 
+@pytest.mark.parametrize("free", ["drop(p)", "L.cuMemFree_v2(C.c_uint64(p))"])
+def test_a_freed_pointer_without_a_note_makes_the_next_wait_release_its_memory(held: Agent, free: str) -> None:
+    """The table of notes has 256 slots, so the notes of later pointers have replaced the note of the first."""
+    script = POOLS + f"p = new(200 * MiB); qs = [new(512) for _ in range(3000)]; out({free}); L.cuCtxSynchronize()"
+    assert held.python(script) == [[0]]
+    assert held.do("look")["used"] == 32 * MIB
+
+
 def test_a_pool_is_measured_a_few_times_after_a_wait_that_released_nothing(held: Agent) -> None:
     script = (
         POOLS

@@ -60,7 +60,15 @@ CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *pro
 }
 #endif
 CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) { return *p = 0xd00000, n ? count() : CUDA_ERROR_INVALID_VALUE; }
+#ifdef OLD
 CUresult cuMemFree_v2(CUdeviceptr p) { return (void)p, next_result; }
+#else
+extern CUresult cuMemFreeAsync(CUdeviceptr p, CUstream stream);
+CUresult cuMemFree_v2(CUdeviceptr p) /* memory of a pool has a higher address than other memory */
+{
+    return next_result || p < 0x700000000000ull ? next_result : cuMemFreeAsync(p, (CUstream)14);
+}
+#endif
 CUresult cuMemAlloc(CUdeviceptr_v1 *p, unsigned n) { return *p = 0xd0, n ? count() : CUDA_ERROR_INVALID_VALUE; }
 CUresult cuMemAllocPitch(CUdeviceptr_v1 *p, unsigned *pitch, unsigned w, unsigned h, unsigned e)
 {
