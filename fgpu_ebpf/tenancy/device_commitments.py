@@ -49,11 +49,11 @@ class Commitments:
         self._sums = None
 
     def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
-        """Enter the decisions of an earlier agent about a tenant.
+        """Enter the decisions of an earlier agent about a tenant whose limit counts.
 
         A pinned limit of 0 was denied, or the policy's limit is 0, which the next decision finds.
         """
-        for index in devices:
+        for index in devices if counts(tenant) else ():
             if tenant.limits[index]:
                 _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
             else:
@@ -134,10 +134,14 @@ class Commitments:
         return next((denied[index] for index in new if index in denied), "")
 
     def renew(self, tenant: Tenant) -> None:
-        """Grant a tenant's fitting limits again, after a change of the tenant or of a surrounding group."""
-        if self._is_inside(tenant):
-            self.forget(tenant.cgroup)
+        """Grant a tenant's fitting limits again, after a change of the tenant or of a surrounding group.
+
+        If the tenant's own limit does not count, the tenant has no grants and no denials.
+        """
         if not self.is_used(tenant.cgroup):
+            return
+        if self.unit(tenant) is not tenant:
+            self.forget(tenant.cgroup)
             return
         for index in set(range(abi.DEVICES)) - tenant.limits.keys():
             _remove(self._granted, tenant.cgroup, index)

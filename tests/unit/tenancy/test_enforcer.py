@@ -214,6 +214,28 @@ def test_observed_and_unlimited_tenants_commit_nothing(place, books):
     assert in_force(books, others[1]) == abi.NO_LIMIT
 
 
+def test_a_limit_that_is_only_observed_from_now_on_no_longer_counts(place, books):
+    one, two = place.make("/one", 8), place.make("/two", 4)
+    place.enforcer.put([one, two])
+    for tenant in (one, two):
+        place.enforcer.use(tenant.cgroup)
+    assert in_force(books, two) == 0
+    place.enforcer.put([dataclasses.replace(one, observe=True)])
+    assert (place.enforcer.commitments.committed(0), in_force(books, one)) == (4 * GIB, 8 * GIB)
+    assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
+    place.enforcer.put([one])
+    assert uncommitted(books, one) == {0}, "its next request would not wait for the decision"
+    assert "8GiB for one do not fit on device 0" in place.enforcer.use_device(one.cgroup, 0)
+
+
+def test_a_start_commits_nothing_for_a_limit_that_is_only_observed(place, books):
+    one, two = place.make("/one", 8, observe=True), place.make("/two", 4, Source.SET)
+    place.enforcer.adopt(dataclasses.replace(one, source=Source.KEPT), {0})
+    assert place.enforcer.commitments.committed(0) == 0
+    place.enforcer.put([one, two])
+    assert (place.enforcer.commitments.committed(0), in_force(books, two)) == (4 * GIB, 4 * GIB)
+
+
 def test_a_limit_of_0_fits_on_a_full_device_and_commits_nothing(place, books):
     none = place.make("/none", 0)
     place.enforcer.put([place.make("/all", 10, Source.SET)])
