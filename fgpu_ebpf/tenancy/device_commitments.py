@@ -28,14 +28,15 @@ class Commitments:
     """The grants and denials of each tenant on each device, and the sum of the grants of each device.
 
     `overcommit`: the sum of limits may exceed a device's memory. `held_elsewhere`: a function that returns the bytes of
-    a device that are still charged to tenants whose cgroup is gone.
+    a device that are still charged to tenants whose cgroup is gone, without the bytes in limits that count. Its second
+    argument returns whether the limit of a cgroup counts on the device.
     """
 
     def __init__(self, tree: TenantTree, devices: Sequence[Device], overcommit: bool) -> None:
         self._tree = tree
         self._capacity = {device.index: device.usable_bytes for device in devices}
         self.overcommit = overcommit
-        self.held_elsewhere: Callable[[int], int] = lambda _: 0
+        self.held_elsewhere: Callable[[int, Callable[[int], bool]], int] = lambda *_: 0
         # By cgroup and device: granted bytes, or the reason of a denial. An inner map is replaced and never changed, so
         # that save() need not copy inner maps.
         self._granted: dict[int, Mapping[int, int]] = {}
@@ -178,7 +179,7 @@ class Commitments:
         if shortage and not had:  # a group that is found after its tenants has at least the tenants' grants
             had = self.granted_inside(tenant).get(index)
         if shortage and tenant.workload.booking:  # its scheduler also counts the driver's own memory
-            left = self._capacity.get(index, 0) - self.committed(index, tenant) - self.held_elsewhere(index)
+            left = self._capacity.get(index, 0) - self.committed(index, tenant) - self._held(index)
             had = max(had or 0, left)
         if shortage and not had:
             self._deny(tenant.cgroup, index, shortage)
@@ -216,7 +217,7 @@ class Commitments:
         """Return why the tenant's limit does not fit on a device, or an empty text if the limit fits."""
         if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
-        others = self.committed(index, tenant) + self.held_elsewhere(index)
+        others = self.committed(index, tenant) + self._held(index)
         limit, capacity = tenant.limits[index], self._capacity.get(index, 0)
         if limit in (0, abi.NO_LIMIT) or others + min(limit, capacity) <= capacity:
             return ""
@@ -241,6 +242,11 @@ class Commitments:
             self._sums = {i: sum(self._promise(cgroup, i) for cgroup in self._granted) for i in self._capacity}
         own = self._promise(but.cgroup, index) if but and but.cgroup in self._granted else 0
         return self._sums.get(index, 0) - own
+
+    def _held(self, index: int) -> int:
+        """Return the bytes of a device that are charged to gone tenants and are not part of a granted limit."""
+        nothing = (0, abi.NO_LIMIT)
+        return self.held_elsewhere(index, lambda cgroup: self._granted.get(cgroup, {}).get(index, 0) not in nothing)
 
     def _path(self, cgroup: int) -> str:
         tenant = self._tree.get(cgroup)

@@ -50,19 +50,22 @@ def tenant(cgroup: int = 7, path: str = "/a", **more: Any) -> Tenant:
 class Books:
     """A ledger.
 
-    `orphaned` has the bytes of each level on the first device. `removed` has levels whose pages were removed.
+    `orphaned` has the bytes of each level on the first device, and `of_processes` has the orphans with these bytes.
+    `removed` has levels whose pages were removed.
     """
 
     def __init__(self) -> None:
         self.orphaned: dict[int, int] = {}
+        self.of_processes: list[Orphan] = []
         self.processes: dict[int, Process] = {}
         self.used = self.limit = 0
         self.entries: dict[tuple[int, int], Any] = {}  # of parked processes
         self.parked = SimpleNamespace(entries=lambda: self.entries)
         self.removed: list[int] = []
         self.orphans = SimpleNamespace(
-            of_level=lambda level: first(self.orphaned.get(level, 0)), looked=lambda *_: None
-        )
+            of_level=lambda level: first(self.orphaned.get(level, 0)), looked=lambda *_: None,
+            entries=lambda: self.of_processes,
+        )  # fmt: skip
 
     def remove(self, levels: list[int]) -> None:
         self.removed += levels

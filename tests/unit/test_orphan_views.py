@@ -24,6 +24,7 @@ from fgpu_ebpf.tenancy.gone_tenants import FRESH_SECONDS, GoneTenants, left_behi
 from tests.unit.orphan_kit import MIB, Books, orphan, tenant
 
 Start = Callable[..., subprocess.Popen[bytes]]
+NONE = frozenset[int]().__contains__  # no cgroup has a limit that counts
 
 
 @pytest.fixture
@@ -270,10 +271,51 @@ def test_memory_held_for_long_counts_against_the_device(monkeypatch: pytest.Monk
     books.orphaned = {7: MIB}
     gone = GoneTenants(books)  # type: ignore[arg-type]
     gone.keep([tenant()])
-    assert gone.held_bytes(0) == 0, "memory of a process that has just exited counts against the device"
+    assert gone.held_bytes(0, NONE) == 0, "memory of a process that has just exited counts against the device"
+    after_a_while(monkeypatch)
+    assert (gone.held_bytes(0, NONE), gone.held_bytes(1, NONE)) == (MIB, 0)
+
+
+def after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the time pass after which the memory of gone tenants counts against the device."""
     later = time.monotonic() + FRESH_SECONDS + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert (gone.held_bytes(0), gone.held_bytes(1)) == (MIB, 0)
+
+
+@pytest.fixture
+def nested() -> Books:
+    """Return a ledger with orphans of two containers, 7 and 8, in a pod, 6, in a group, 5."""
+    books = Books()
+    books.orphaned = {5: 7 * MIB, 6: 7 * MIB, 7: 3 * MIB, 8: 4 * MIB}
+    books.of_processes = [orphan(11, 3 * MIB, levels=(7, 6, 5)), orphan(12, 4 * MIB, levels=(8, 6, 5))]
+    return books
+
+
+def test_held_memory_counts_once_for_all_its_levels(nested: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = GoneTenants(nested)  # type: ignore[arg-type]
+    gone.keep([tenant(7), left_behind(8)])
+    gone.keep([tenant(5), tenant(6)])
+    after_a_while(monkeypatch)
+    assert gone.held_bytes(0, NONE) == 7 * MIB
+
+
+def test_held_memory_inside_a_limit_that_counts_is_part_of_that_limit(
+    nested: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = GoneTenants(nested)  # type: ignore[arg-type]
+    gone.keep([tenant(7), left_behind(8)])
+    after_a_while(monkeypatch)
+    assert (gone.held_bytes(0, NONE), gone.held_bytes(0, {5}.__contains__)) == (7 * MIB, 0)
+
+
+def test_held_memory_of_which_a_part_is_charged_to_an_outer_level_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books()
+    books.orphaned = {7: 3 * MIB, 6: MIB}
+    books.of_processes = [orphan(11, 2 * MIB, levels=(7,)), orphan(12, MIB, levels=(7, 6))]
+    gone = GoneTenants(books)  # type: ignore[arg-type]
+    gone.keep([tenant(7)])
+    after_a_while(monkeypatch)
+    assert gone.held_bytes(0, {6}.__contains__) == 3 * MIB
 
 
 def test_a_level_of_an_earlier_agent_has_its_own_name() -> None:

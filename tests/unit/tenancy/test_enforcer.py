@@ -239,12 +239,22 @@ def test_a_start_commits_nothing_for_a_limit_that_is_only_observed(place, books)
 def test_a_limit_of_0_fits_on_a_full_device_and_commits_nothing(place, books):
     none = place.make("/none", 0)
     place.enforcer.put([place.make("/all", 10, Source.SET)])
-    place.enforcer.commitments.held_elsewhere = lambda _: GIB  # more is taken than the device has
+    place.enforcer.commitments.held_elsewhere = lambda *_: GIB  # more is taken than the device has
     place.enforcer.adopt(dataclasses.replace(none, source=Source.KEPT), {0})
     place.enforcer.put([none])
     place.enforcer.use(none.cgroup)
     assert (in_force(books, none), place.enforcer.denied(none.cgroup), uncommitted(books, none)) == (0, "", set())
     assert place.enforcer.commitments.committed(0) == 10 * GIB
+
+
+def test_memory_of_a_removed_cgroup_inside_a_limit_counts_in_this_limit_only(place):
+    group, other = place.make("/pod", 6, Source.SET), place.make("/other", 4, Source.SET)
+    place.enforcer.commitments.held_elsewhere = lambda _, is_committed: 0 if is_committed(group.cgroup) else GIB
+    place.enforcer.put([group])
+    place.enforcer.put([other])
+    place.enforcer.put([dataclasses.replace(group, limits={0: abi.NO_LIMIT})])
+    with pytest.raises(RoomError, match="1GiB of 10GiB are committed"):
+        place.enforcer.put([dataclasses.replace(other, limits={0: 10 * GIB})])
 
 
 def test_a_raised_limit_without_room_leaves_the_earlier_limit_in_force(place, books):
