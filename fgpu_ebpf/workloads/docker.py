@@ -1,15 +1,18 @@
 """A client of the HTTP API that Docker and Podman serve: the list of containers, and the labels of an image.
 
 The client runs in an engine thread of the agent, and only reads. The time and size of an answer are bounded, unlike in
-the Docker SDK. The client does not call `inspect`, because `inspect` waits for a container that is starting.
+the Docker SDK. The client calls `inspect` only for a running container whose image the list names by its id, because
+`inspect` waits for a container that is starting.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -88,12 +91,23 @@ class DockerApi:
         found = engine_answers.of_docker(self._get(f"/containers/json?all=true&filters={wanted}"), subject.id)
         if found is None:
             return None
-        names, image = found
+        names, image, runs = found
+        if runs and names.image == image:  # Docker's list names an image by its id once the tag has moved
+            names = replace(names, image=self._given_image(subject) or image)
         if not engine_answers.asks_anything(names.labels):
             return names
         image_answer = self._get(f"/images/{quote(image, safe=':')}/json") if image else None
         labels = None if image_answer is None else engine_answers.docker_image_labels(image_answer)
         return engine_answers.with_image(names, labels)
+
+    def _given_image(self, subject: Subject) -> str | None:
+        """Return the image by which a running container was created, or None if the engine does not report the image.
+
+        An engine that does not answer about this container may answer about other containers.
+        """
+        with contextlib.suppress(EngineError, AnswerError):
+            return engine_answers.docker_given_image(self._get(f"/containers/{subject.id}/json"))
+        return None
 
     def _get(self, target: str) -> Any:
         """Return the JSON document at `target`, or None for status 404. Raise EngineError or AnswerError on failure."""

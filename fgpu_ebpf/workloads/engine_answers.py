@@ -95,11 +95,11 @@ def with_image(names: Names, image: object) -> Names:
 # -- Docker, Podman ------------------------------------------------------------------------------------------------
 
 
-def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
+def of_docker(found: object, id_: str) -> tuple[Names, str, bool] | None:
     """Parse the answer to /containers/json for one id. Raise AnswerError if the answer is not a list.
 
     Returns:
-        The names and the id of the image, or None if there is no such container.
+        The names, the id of the image, and whether the container runs; or None if there is no such container.
     """
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise AnswerError("is not a list of containers")
@@ -117,7 +117,13 @@ def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
     name = text_of(own[0]) if own else None  # a name /A/B is an alias of this container in container A
     pod, namespace = labels.get(POD_NAME), labels.get(POD_NAMESPACE)
     names = Names((name or "").lstrip("/"), pod, namespace, text_of(item.get("Image")), labels)
-    return names, text_of(item.get("ImageID")) or ""
+    return names, text_of(item.get("ImageID")) or "", item.get("State") == "running"
+
+
+def docker_given_image(found: object) -> str | None:
+    """Parse the answer to /containers/ID/json and return the image as given at the creation, or None if unknown."""
+    config = found.get("Config") if isinstance(found, dict) else None
+    return text_of(config.get("Image")) if isinstance(config, dict) else None
 
 
 def docker_image_labels(found: object) -> Mapping[str, str] | None:

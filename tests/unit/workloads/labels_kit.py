@@ -59,12 +59,16 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 class Docker:
-    """A Docker engine for the two requests that fgpu makes. `raw` replaces its responses by arbitrary bytes."""
+    """A Docker engine for the requests that fgpu makes. `raw` replaces its responses by arbitrary bytes.
+
+    `given` has the names by which the images of containers were given at the creation of the containers.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.containers: list[Any] = []
         self.images: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}
         self.raw: Callable[[Any], None] | None = None
         self.status = 200
         self.targets: list[str] = []
@@ -103,6 +107,8 @@ class Docker:
         if parts.path.startswith("/images/"):
             labels = self.images.get(parts.path.split("/")[2])
             return None if labels is None else {"Id": IMAGE, "Config": {"Labels": labels}}
+        if parts.path != "/containers/json":
+            return self.given.get(parts.path.split("/")[2])
         (filters,) = parse_qs(parts.query)["filters"]
         (wanted,) = json.loads(filters)["id"]
         return [c for c in self.containers if not isinstance(c, dict) or str(c.get("Id")).startswith(wanted)]

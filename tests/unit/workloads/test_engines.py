@@ -113,6 +113,31 @@ def test_requests_of_the_image_and_of_the_workload_are_kept_apart(docker, api, o
         assert (known.image_asks, known.labels) == (asks, labels)
 
 
+def test_a_running_container_has_the_image_by_which_it_was_created_after_the_tag_has_moved(docker, api):
+    """Docker's list names an image by its id once another image has the tag."""
+    docker.containers = [container(Image=IMAGE, State="running")]
+    docker.given = {ID: {"Id": ID, "Config": {"Image": "registry.example/app:1"}}}
+    with running(api) as found:
+        assert asked(found, workload()).image == "registry.example/app:1"
+
+
+def test_a_container_that_is_starting_is_not_inspected(docker, api):
+    """Docker answers `inspect` about a starting container only after the start."""
+    docker.containers = [container(Image=IMAGE)]
+    docker.given = {ID: {"Config": {"Image": "registry.example/app:1"}}}
+    with running(api) as found:
+        assert asked(found, workload()).image == IMAGE
+        assert len(docker.targets) == 1
+
+
+@pytest.mark.parametrize("given", [None, [], {}, {"Config": []}, {"Config": {"Image": 1}}, {"Config": {"Image": ""}}])
+def test_a_container_whose_image_s_name_is_not_reported_has_the_image_s_id(docker, api, given):
+    docker.containers, docker.given = [container(Image=IMAGE, State="running")], {ID: given}
+    with running(api) as found:
+        known = asked(found, workload())
+        assert (known.image, known.labels) == (IMAGE, {"tier": "notebook"})
+
+
 def test_labels_of_a_cgroup_s_attributes_take_precedence_over_labels_of_the_engine():
     one = named(workload(labels={"tier": "batch"}), Names("web", labels={"tier": "notebook", "team": "ml"}))
     assert one.labels == {"tier": "batch", "team": "ml"}
@@ -375,6 +400,7 @@ items = st.fixed_dictionaries(
         "Labels": labels | junk,
         "Image": junk,
         "ImageID": junk,
+        "State": st.just("running") | junk,
         "HostConfig": st.fixed_dictionaries({}, optional={"Annotations": labels | junk}) | junk,
     },
 )
@@ -393,9 +419,10 @@ def test_any_answer_of_docker_gives_valid_names_none_or_an_error(found, image, i
         return
     if said is None:
         return
-    names, _ = said
+    names, _, _ = said
     assert is_sound(names)
     assert is_sound(named(workload(), names))
+    assert is_sound(Names(image=engine_answers.docker_given_image(image)))
     for answer in (image, {"Config": image}, {"Config": {"Labels": image_labels}}):
         try:
             known = engine_answers.docker_image_labels(answer)
