@@ -47,7 +47,7 @@ class Offers:
         of shares that containers have now) and `fits` (the number of further shares that fit into the memory that is
         not committed; with overcommit, `count`).
         """
-        taken = Counter((uuid, override.share) for override in overrides for uuid in override.devices)
+        taken = Counter((uuid, override.share) for override in overrides for uuid in override.share_devices)
         fault, found = self.unenforced, []
         try:
             found = [self._device(device, taken) for device in self.devices]

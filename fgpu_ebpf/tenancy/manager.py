@@ -275,13 +275,13 @@ class Manager:
         """
         cgroup = self.workloads.cgroup(path)
         before = self.overrides.get(cgroup) if cgroup is not None else None
-        had = before.devices if before and before.share else ()
+        had = before.share_devices if before and before.share else ()
         if before and before.share and (before.share, bool(had)) != (share.name, bool(share.device)):
             raise TargetError(f"the container has fgpu.dev/share={before.share} already: request a single share")
         if share.device and all(device.uuid_text != share.device for device in self._devices):
             raise TargetError(f"this host has no device {share.device}")
         devices = tuple(dict.fromkeys((*had, share.device))) if share.device else ()
-        tenant = self.set(path, {"share": share.name, "devices": devices})
+        tenant = self.set(path, {"share": share.name, "devices": devices, "share_devices": devices})
         if devices and len(tenant.limits) < len(devices):
             self._forget(path, tenant.cgroup)
             raise TargetError(f"policy {tenant.policy} does not permit device {share.device} for this container")
@@ -304,8 +304,8 @@ class Manager:
         if cgroup is None or not (is_kept or override):
             return False
         if override and override.share and override.has_limits:
-            said = Override(cgroup, override.path, None, share=override.share, devices=override.devices)
-            self.overrides.put(said)
+            share, own = override.share, override.share_devices
+            self.overrides.put(Override(cgroup, override.path, None, share=share, devices=own, share_devices=own))
             self._follow_what_is_left(path)
         else:
             self._forget(path, cgroup, is_kept)

@@ -34,6 +34,8 @@ class Override:
         own: whether the agent made the cgroup for `fgpu run`.
         share: the share that the container requested at its start. The limits of policies apply to the share too.
         devices: the UUIDs of the devices that the container may use, or empty for any device.
+        share_devices: the UUIDs of the devices of the share, or empty for any device. `devices` differs from these if
+            devices were set by hand after the share.
         priority_class: the name in `priorities` of agent.yaml from which `priority` comes.
         kept: why the cgroup keeps the limits that the kernel has pinned, until other limits are set.
     """
@@ -51,6 +53,7 @@ class Override:
     memory_millionths: int | None = None  # a part of each device's usable memory, in place of memory_bytes
     kept: str = ""
     priority_class: str = ""
+    share_devices: tuple[str, ...] = ()
 
     @property
     def memory(self) -> Amount | None:
@@ -62,7 +65,7 @@ class Override:
     @property
     def share_names(self) -> list[str]:
         """The names by which the container has requested its share: one for each device of a share of devices."""
-        names = [share_name.bound(self.share, uuid) for uuid in self.devices] or [self.share]
+        names = [share_name.bound(self.share, uuid) for uuid in self.share_devices] or [self.share]
         return names if self.share else []
 
     @property
@@ -196,7 +199,9 @@ def _override(entry: Any) -> Override:
     """
     known = {field.name for field in fields(Override)}
     said = {name: value for name, value in entry.items() if name in known} if isinstance(entry, Mapping) else {}
-    override = Override(**{**said, "devices": tuple(said.get("devices", ()))})
+    devices = tuple(said.get("devices", ()))
+    of_share = tuple(said.get("share_devices", devices))  # an older agent did not write the devices of a share apart
+    override = Override(**{**said, "devices": devices, "share_devices": of_share})
     texts = dict.fromkeys(("path", "name", "priority", "share", "kept", "priority_class"), str)
     for name, kind in (*texts.items(), ("own", bool)):
         if not isinstance(getattr(override, name), kind):
@@ -208,8 +213,8 @@ def _override(entry: Any) -> Override:
             _check_number(name, getattr(override, name), most)
     if override.priority and override.priority not in list(Priority):
         raise ValueError(f"priority: {override.priority!r}")
-    if not all(isinstance(uuid, str) for uuid in override.devices):
-        raise ValueError(f"devices: {override.devices!r}")
+    if not all(isinstance(uuid, str) for uuid in (*override.devices, *override.share_devices)):
+        raise ValueError(f"devices: {override.devices!r}, share_devices: {override.share_devices!r}")
     if override.share:
         share_name.parse(override.share)
     return override

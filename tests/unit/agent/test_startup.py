@@ -43,7 +43,7 @@ def test_containers_can_request_shares_of_a_late_device_and_the_shares_of_runnin
     uuids = [f"GPU-00000000-0000-4000-8000-00000000000{n}" for n in (1, 2)]
     first, late = (SimpleNamespace(index=n, uuid_text=uuid, name="NVIDIA T4") for n, uuid in enumerate(uuids))
     overrides = [
-        Override(5, "/one", None, share="2gib", devices=tuple(uuids)),
+        Override(5, "/one", None, share="2gib", share_devices=tuple(uuids)),
         Override(6, "/two", None, share="all-50pct"),
         Override(7, "/three", 1 << 30),
     ]

@@ -103,6 +103,19 @@ def container(host):
     return "/job"
 
 
+UUIDS = [f"GPU-00000000-0000-4000-8000-00000000000{n}" for n in range(2)]
+
+
+@pytest.fixture
+def two_devices(host, container):
+    """Return a host with two devices, and a container on this host."""
+    devices = [Gpu(n, uuid) for n, uuid in enumerate(UUIDS)]
+    host.enforcer = Enforcer(host.books, host.manager.workloads, devices, overcommit=False)
+    gone = GoneTenants(host.books)
+    host.manager = Manager(host.manager.workloads, host.enforcer, host.overrides, devices, EventLog(), gone)
+    return host, container
+
+
 def in_force(host, path):
     tenant = host.enforcer.at(path)
     return tenant.limits, tenant.compute and tenant.compute.limit_ratio
@@ -126,6 +139,20 @@ def test_set_replaces_only_the_named_settings_of_a_share_and_unset_restores_the_
     assert host.manager.unset(container)
     assert bool(policy) is (host.enforcer.at(container) is not None)
     assert not list(host.overrides)
+
+
+@pytest.mark.parametrize(("share", "devices"), [("2gib", {0, 1}), (f"2gib:{UUIDS[0]}", {0})])
+def test_unset_restores_the_devices_of_a_share(two_devices, share, devices):
+    host, path = two_devices
+    host.manager.share(path, parse(share))
+    assert host.enforcer.at(path).limits.keys() == devices
+    host.manager.set(path, {"memory_bytes": GIB, "devices": (UUIDS[1],)})
+    assert host.enforcer.at(path).limits == {1: GIB}
+    stored = Overrides(host.overrides._file).get(host.enforcer.at(path).cgroup)
+    assert stored.share_names == [parse(share).text], "a restarted container could not request its share"
+    assert host.manager.unset(path)
+    assert host.enforcer.at(path).limits.keys() == devices
+    host.manager.share(path, parse(share))
 
 
 @pytest.mark.parametrize("asked", [{"limit_millionths": 500_000}, {"memory_bytes": GIB}])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fgpu_ebpf.tenancy.overrides import Override, Overrides
 
-ONE, TWO = Override(5, "/a", 1 << 30), Override(6, "/b", None, share="2gib", devices=("GPU-x",))
+OF_SHARE = {"share": "2gib", "share_devices": ("GPU-x",)}
+ONE, TWO = Override(5, "/a", 1 << 30), Override(6, "/b", None, devices=("GPU-y",), **OF_SHARE)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_an_invalid_file_makes_every_override_unknown(file, text):
 @pytest.mark.parametrize(
     "wrong",
     [{"memory_bytes": "2GiB"}, {"memory_bytes": -1}, {"weight": 1.5}, {"priority": "urgent"}, {"share": "8gib-50pct-x"},
-     {"path": None}, {"own": 1}, {"devices": [1]}, {"devices": 3}, {"limit_millionths": True}],
+     {"path": None}, {"own": 1}, {"devices": [1]}, {"devices": 3}, {"share_devices": [1]}, {"limit_millionths": True}],
 )  # fmt: skip
 def test_an_invalid_entry_makes_only_its_cgroup_unknown(file, wrong):
     entries = json.loads(file.read_text())
@@ -48,6 +49,13 @@ def test_an_invalid_entry_makes_only_its_cgroup_unknown(file, wrong):
     assert list(read) == [TWO]
     assert read.unknown(5)
     assert not read.unknown(6)
+
+
+def test_the_devices_of_a_share_in_a_file_of_an_older_version_are_read(file):
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps([{key: entry[key] for key in entry if key != "share_devices"} for entry in entries]))
+    (_, two) = Overrides(file)
+    assert two.share_devices == two.devices == ("GPU-y",)
 
 
 def test_fields_of_a_later_version_are_ignored(file):
