@@ -34,6 +34,7 @@ class CriApi:
     """A client of the engine at one socket."""
 
     name = "cri"
+    can_rename = False
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -73,6 +73,8 @@ class _Connection(http.client.HTTPConnection):
 class DockerApi:
     """A client of the engine at one socket."""
 
+    can_rename = True
+
     def __init__(self, engine: Engine, path: str) -> None:
         self.name = engine.value
         self.path = path

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fgpu_ebpf.linux.wakeup import Wakeup
@@ -101,12 +101,16 @@ class Engines:
         return sorted(found)
 
     def rescanned(self) -> None:
-        """Count a rescan of all cgroups, which is the measure of an entry's age.
+        """Count a rescan of all cgroups, which is the measure of an entry's age, and request changed names.
 
         Time is no measure of age, because time also passes while the agent is suspended and does not rescan.
         """
         with self._lock:
             self._rescans += 1
+            known = [subject for subject, entry in self._entries.items() if entry.names]
+            for thread in self._threads:
+                if thread.api.can_rename:
+                    thread.want_again([subject for subject in known if thread.api.serves(subject)])
 
     def keep(self) -> None:
         """Remove containers that are gone, and write changed names to the file.
@@ -175,7 +179,10 @@ class Engines:
         """Store the names that an engine has reported for a container or pod. An engine thread calls this method."""
         with self._lock:
             entry = self._entries.get(subject)
-            if entry is None:
+            known = entry.names if entry else None
+            if known:
+                names = _renamed(known, names)
+            if entry is None or names == known:
                 return
             entry.names = names
             self._answers += 1
@@ -185,3 +192,13 @@ class Engines:
             thread.forget(subject)
             thread.ask_now(pod)  # the pod has a container, so the engine has the pod's sandbox now
         self._wakeup.wake()
+
+
+def _renamed(known: Names, now: Names) -> Names:
+    """Return the names of a known container with the present name, which alone may change.
+
+    The container keeps its image, although an engine reports another reference once the image's tag has moved. An image
+    that is known by its id only may have a name now.
+    """
+    image = now.image if (known.image or "").startswith("sha256:") else known.image
+    return replace(known, name=now.name or known.name, image=image)

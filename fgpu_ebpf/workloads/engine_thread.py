@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from fgpu_ebpf.workloads.workload import Names, Subject
 log = logging.getLogger("fgpu.engines")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # the time without requests after a failure
 FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # time between requests for a container that is not known yet
+SPREAD_SECONDS = 20.0  # the time in which known containers are requested again; less than the time between two rescans
 
 
 class Api(Protocol):
@@ -28,6 +29,7 @@ class Api(Protocol):
 
     name: str
     path: str
+    can_rename: bool  # whether a container may get another name while the container exists
 
     def serves(self, subject: Subject) -> bool:
         """Return whether the engine can have this container or pod."""
@@ -45,6 +47,7 @@ class _Want:
     is_asked: bool = False
     tries: int = 0
     error: str = ""
+    is_known: bool = False  # the engine has reported the subject; only the name may have changed
 
 
 class EngineThread:
@@ -69,10 +72,22 @@ class EngineThread:
             self._wants.setdefault(subject, _Want(time.monotonic()))
             if not self.is_there and not self.error:
                 self._resume_at = 0.0  # a container exists, so its engine should have a socket now
-            if self._thread is None and not self._ended:
-                self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            self._go_on()
+
+    def want_again(self, subjects: Sequence[Subject]) -> None:
+        """Request known subjects once more, because their names may have changed. Other subjects have precedence."""
+        with self._changed:
+            for number, subject in enumerate(subjects):
+                due = time.monotonic() + SPREAD_SECONDS * number / len(subjects)
+                self._wants.setdefault(subject, _Want(due, is_asked=True, is_known=True))
+            if subjects:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        if self._thread is None and not self._ended:
+            self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
+            self._thread.start()
+        self._changed.notify()
 
     def ask_now(self, subject: Subject) -> None:
         """Request a queued subject immediately.
@@ -98,7 +113,8 @@ class EngineThread:
     def view(self) -> EngineView:
         """Return the state of the engine."""
         with self._changed:
-            waiting = sum(want.tries == 0 or bool(self.error) for want in self._wants.values())
+            unknown = [want for want in self._wants.values() if not want.is_known]
+            waiting = sum(want.tries == 0 or bool(self.error) for want in unknown)
             return EngineView(self.api.name, self.api.path, self.is_there, self.error, waiting, **self._counts)
 
     def state_of(self, subject: Subject) -> str:
@@ -164,10 +180,13 @@ class EngineThread:
     def _settle(self, subject: Subject, names: Names | None) -> None:
         with self._changed:
             self._counts["unknown" if names is None else "found"] += 1
-            if names is None:
+            want = self._wants.get(subject)
+            if names is None and want and not want.is_known:
                 self._later(subject)
                 return
             self._wants.pop(subject, None)
+        if names is None:
+            return
         self._answered(subject, names)
 
     def _failed(self, subject: Subject, text: str, pause: bool = True) -> None:

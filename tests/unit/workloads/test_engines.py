@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import threading
@@ -213,6 +214,61 @@ def test_known_labels_survive_an_agent_restart_and_are_forgotten_after_many_resc
         found.keep()
     with running(api, file=file) as found:
         assert found.named(workload()).labels == {}  # the container was in none of many rescans
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Request names again immediately after a rescan."""
+    monkeypatch.setattr(engine_thread, "SPREAD_SECONDS", 0.0)
+
+
+def test_a_renamed_container_has_its_new_name_after_a_rescan_and_keeps_its_image(docker, api, often):
+    docker.containers = [container()]
+    with running(api) as found:
+        known = asked(found, workload())
+        docker.containers = [container(Names=["/api"], Image="sha256:" + "b2" * 32, Labels={})]
+        rescan(found, 1)
+        eventually(lambda: PATH in found.take())
+        assert found.named(workload()) == dataclasses.replace(known, name="api")
+        rescan(found, 1)
+        eventually(lambda: len(docker.targets) == 3)
+        assert found.take() == [], "the name is the same"
+
+
+def test_a_container_that_was_renamed_while_no_agent_ran_has_its_new_name(docker, api, often, tmp_path):
+    docker.containers, file = [container()], tmp_path / "engines.json"
+    with running(api, file=file) as found:
+        asked(found, workload())
+        found.keep()
+    docker.containers = [container(Names=["/api"])]
+    with running(api, file=file) as found:
+        assert found.named(workload()).name == "web"
+        rescan(found, 1)
+        eventually(lambda: PATH in found.take())
+        assert found.named(workload()).name == "api"
+        found.keep()
+    assert [names.name for names in label_cache.read(file).values()] == ["api"]
+
+
+def test_a_known_container_that_the_engine_no_longer_has_keeps_its_names_and_is_requested_once(docker, api, often):
+    docker.containers = [container()]
+    with running(api) as found:
+        known = asked(found, workload())
+        docker.containers = []
+        rescan(found, 1)
+        eventually(lambda: found.views()[0].unknown == 1)
+        assert found.named(workload()) == known
+        eventually(lambda: found._threads[0]._wants == {})
+
+
+def test_no_container_waits_for_labels_while_its_name_is_requested_again(docker, api, often, quick):
+    docker.containers = [container()]
+    with running(api) as found:
+        asked(found, workload())
+        docker.status = 500
+        rescan(found, 1)
+        eventually(lambda: found.views()[0].fault)
+        assert found.views()[0].waiting == 0
 
 
 @pytest.mark.parametrize(
