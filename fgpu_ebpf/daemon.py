@@ -55,6 +55,7 @@ def settings(options: Options) -> Settings:
         overcommit=host.overcommit,
         makes_room=host.makes_room,
         parking=host.parking,
+        metric_labels=host.metric_labels,
         engines=host.engines,
         helper=_built_file("oci", injection.HELPER),
         # Containers use /run/fgpu only. An agent with another run folder must not offer devices to this host's engines.

@@ -177,7 +177,7 @@ class TenantView:
 
     `denied`: the reason why the tenant's limit is not in force on some device; empty if no device lacks the limit.
     `bypassing`: the number of processes for each way to bypass the shim. `shimless`: the number of processes without
-    the shim for each reason. `labels`: the labels that the policy lists in `metricLabels`. `opens_denied`: opens of the
+    the shim for each reason. `labels`: the labels in `metricLabels` of policy and host. `opens_denied`: opens of the
     driver's device nodes by processes without the shim that were refused. `opens_would_deny`: opens that `onBypass:
     deny` would have refused. `parking`: None if the tenant was not parked since the agent's start.
     """

@@ -81,6 +81,7 @@ def wire(
         settings.run_dir, ledger, namer, history, devices, older, settings.bounds, settings.overcommit
     )
     manager.classes, manager.adapters = settings.priorities, settings.adapters
+    manager.metric_labels = settings.metric_labels
     ledger.times.set_concurrent(settings.concurrent(devices))
     tally = driver.xids.tally(settings.ignored_xids, devices)
     ran = older if driver.layout_changed else ()

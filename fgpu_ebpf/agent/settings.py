@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     overcommit: bool = False
     makes_room: bool = False
     parking: bool = False
+    metric_labels: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
     helper: Path = Path()
     cdi_folder: Path = cdi.FOLDER

@@ -117,12 +117,12 @@ class Enforcer:
         self.names.enter([tenant])
         self.commitments.adopt(tenant, devices)
 
-    def keep(self, tenant: Tenant) -> None:
-        """Keep the pinned limits of an adopted level, and take the workload and notes from `tenant`."""
-        before = self.get(tenant.cgroup)
-        assert before
-        self.leaving.pop(tenant.cgroup, None)
-        self._tree.replace(replace(before, workload=tenant.workload, notes=tenant.notes))
+    def keep(self, kept: Tenant) -> None:
+        """Keep the pinned limits of an adopted level, and take the workload, notes and labels from `kept`."""
+        had = self.get(kept.cgroup)
+        assert had
+        self.leaving.pop(kept.cgroup, None)
+        self._tree.replace(replace(had, workload=kept.workload, notes=kept.notes, metric_labels=kept.metric_labels))
 
     def put(self, tenants: Iterable[Tenant]) -> None:
         """Put limits in force, even for processes that already run.

@@ -29,7 +29,7 @@ from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
 from fgpu_ebpf.tenancy.level_capacity import LevelCapacity, LevelRefusals
 from fgpu_ebpf.tenancy.overrides import Override, Overrides
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
-from fgpu_ebpf.tenancy.tenant import Source, Tenant, requests, tenant_of
+from fgpu_ebpf.tenancy.tenant import Source, Tenant, requests, tenant_of, with_labels
 from fgpu_ebpf.tenancy.tenant_names import FILE as NAMES
 from fgpu_ebpf.tenancy.tenant_tree import above
 from fgpu_ebpf.workloads.cgroups import Namer, TargetError, Workloads, is_of_run
@@ -57,6 +57,7 @@ class Manager:
         self.policies = PolicySet(())
         self.classes = NO_CLASSES  # the priorities of agent.yaml
         self.adapters: Collection[str] = ADAPTERS  # the adapters of agent.yaml
+        self.metric_labels: Collection[str] = ()  # the labels of agent.yaml that every tenant's metrics carry
         self.policies_unknown = ""  # why the policies could not be read, or empty
         self.overrides = overrides
         self._devices = devices
@@ -114,11 +115,12 @@ class Manager:
         doubt = self._doubt(workload)
         if not doubt or (tenant and tenant.is_in_force_as(before)):
             return tenant
-        return replace(before, workload=workload, notes=(doubt,))
+        return with_labels(replace(before, workload=workload, notes=(doubt,)), self.metric_labels)
 
     def _tenant_of(self, workload: Workload, override: Override | None) -> Tenant | None:
         """Return the tenant by policies and an override, or None if the workload is not managed."""
-        return tenant_of(self.decide(workload, override), override, self._devices, self.enforcer.context_bytes)
+        tenant = tenant_of(self.decide(workload, override), override, self._devices, self.enforcer.context_bytes)
+        return tenant and with_labels(tenant, self.metric_labels)
 
     def _override(self, cgroup: int) -> Override | None:
         override = self.overrides.get(cgroup)

@@ -133,6 +133,12 @@ def tenant_of(
     return _with_contexts(tenant, limits.contexts, context_bytes) if limits and limits.contexts else tenant
 
 
+def with_labels(tenant: Tenant, names: Iterable[str]) -> Tenant:
+    """Return a tenant whose metrics have these labels of the workload too."""
+    labels = {name: tenant.workload.labels.get(name, "") for name in names}
+    return replace(tenant, metric_labels={**tenant.metric_labels, **labels}) if labels else tenant
+
+
 def _with_contexts(tenant: Tenant, contexts: int, context_bytes: Callable[[int], int]) -> Tenant:
     """Raise each limit by the size of these contexts. A limit of 0, which denies the device, is unchanged."""
     limited = [index for index, limit in tenant.limits.items() if limit not in (0, abi.NO_LIMIT)]

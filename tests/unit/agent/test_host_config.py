@@ -185,6 +185,10 @@ def test_an_error_in_the_settings_is_reported_with_its_line(settings, text, erro
     assert settings(text) == (None, [error])
 
 
+def test_the_agent_has_every_setting_of_the_file():
+    assert {*HostSettings._fields} <= {*Settings._fields}
+
+
 @needs_root("only files that belong to root are accepted")
 def test_a_file_that_others_may_write_is_refused(tmp_path):
     path = tmp_path / "agent.yaml"

@@ -5,6 +5,7 @@ Tests of `fgpu set`: settings that a call omits stay unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from dataclasses import replace
 from types import SimpleNamespace
@@ -164,6 +165,19 @@ def test_set_and_share_give_no_memory_on_devices_that_the_policy_excludes(host, 
     host.manager.unset(container)
     host.manager.share(container, parse("1gib"))
     assert host.enforcer.at(container).limits == {}
+
+
+def test_every_tenant_has_the_host_s_labels_beside_the_labels_of_its_policy(host, container):
+    labels = {"team": "vision", "tier": "batch"}
+    namer = SimpleNamespace(named=lambda workload: dataclasses.replace(workload, labels=labels), missing=lambda _: "")
+    host.manager.workloads = Workloads(host.root, namer)
+    host.manager.metric_labels = ("team", "site")
+    host.manager.set(container, {"memory_bytes": GIB})
+    assert host.enforcer.at(container).metric_labels == {"team": "vision", "site": ""}
+    host.manager.reload(policies("{selector: {cgroup: job}, memory: {limit: 1GiB}, metricLabels: [tier, team]}"))
+    assert host.enforcer.at(container).metric_labels == {"team": "vision", "site": "", "tier": "batch"}
+    host.manager.unset(container)
+    assert host.enforcer.at(container).metric_labels == {"team": "vision", "site": "", "tier": "batch"}
 
 
 # -- priorities by the name of a class

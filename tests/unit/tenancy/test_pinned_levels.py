@@ -90,8 +90,9 @@ def test_unknown_policies_names_or_overrides_keep_limit_flags_and_share(host, wh
     assert (dict(host.books.limits), dict(host.books.shares)) == before
     assert (tenant.kill, tenant.shares[0].limit_millionths) == (True, 500_000)
     assert tenant.name in doubts("", manager.enforcer)
+    manager.metric_labels = ("team",)
     manager.consider_all()
-    assert [t.source for t in manager.enforcer] == ["kept"]
+    assert [(t.source, t.metric_labels) for t in manager.enforcer] == [("kept", {"team": ""})]
     assert manager.unset("/c1")
     assert not host.books.limits
 
