@@ -22,7 +22,7 @@ from fgpu_ebpf.agent.agent import Agent
 from fgpu_ebpf.agent.settings import Options, Settings
 from fgpu_ebpf.api import control_server
 from fgpu_ebpf.containers import injection
-from fgpu_ebpf.driver import programs, shim_store, start_checks
+from fgpu_ebpf.driver import other_layouts, programs, shim_store, start_checks
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger import ledger
 from fgpu_ebpf.linux import file_locks, logs, malloc, sd_notify
@@ -228,7 +228,7 @@ def wake_all(run_dir: Path) -> bool:
 
     Raise ParkedError on failure.
     """
-    if not ledger.PINS.exists():  # leave no lock file on a host without limits
+    if not ledger.PINS.exists() and not other_layouts.folders(ledger.PINS):  # leave no lock file
         return True
     with _alone(run_dir) as is_held:
         if is_held:

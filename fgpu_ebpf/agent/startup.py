@@ -61,6 +61,8 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
     Raises:
         AgentError: the text names the missing requirement, and its fix.
     """
+    if why := other_layouts.parked(settings.pins):
+        raise AgentError(why)
     try:
         libraries = host_driver.libcuda(settings.driver_root)
         loading = programs.Loading(settings.sources, settings.pins, settings.loader)

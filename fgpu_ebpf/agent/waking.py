@@ -15,7 +15,7 @@ from fgpu_ebpf.agent import host_config, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.driver import device_indexes
+from fgpu_ebpf.driver import device_indexes, other_layouts
 from fgpu_ebpf.driver.nvml import DriverError, Nvml
 from fgpu_ebpf.ledger.ledger import Ledger, LedgerMissing
 from fgpu_ebpf.linux import procfs
@@ -30,6 +30,10 @@ ROUND_SECONDS = 0.1
 
 def wake_all(run_dir: Path, pins: Path) -> str:
     """Wake all tenants that are parked in the ledger. Return which tenants were not woken and why, or an empty text."""
+    return _wake_own(run_dir, pins) or other_layouts.parked(pins)
+
+
+def _wake_own(run_dir: Path, pins: Path) -> str:
     root = procfs.cgroup2_root()
     try:
         ledger = Ledger(pins)

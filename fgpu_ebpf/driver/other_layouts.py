@@ -68,6 +68,33 @@ def devices(pins: Path) -> dict[bytes, int]:
     return found
 
 
+def parked(pins: Path) -> str:
+    """Return which other layouts have parked processes, or an empty text.
+
+    Only an agent of that layout wakes these processes, and finds them by the map `parked`, so the layout must stay. A
+    map that cannot be read counts as a map with entries.
+    """
+    found = []
+    for folder in folders(pins):
+        try:
+            count = str(_parked_processes(folder / "maps" / "parked"))
+        except (OSError, ValueError) as error:
+            count = f"an unknown number ({error})"
+        if count != "0":
+            found.append(f"{count} in {folder}")
+    where = ", ".join(found)
+    return where and (
+        f"another version of fgpu has parked processes ({where}): start that version, and type `fgpu wake --all`"
+    )
+
+
+def _parked_processes(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
+        form = bpf.form(fd)
+        return sum(1 for _ in bpf.items(fd, form.key_size, form.value_size))
+    return 0
+
+
 def take_over(pins: Path, ledger: Ledger) -> bool:
     """Enter the levels of other layouts in this ledger, and unpin the maps of these layouts.
 

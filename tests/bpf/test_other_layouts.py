@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from fgpu_ebpf import abi
+from fgpu_ebpf.driver import other_layouts
 from fgpu_ebpf.driver.other_layouts import carry_over
 from fgpu_ebpf.driver.programs import ProgramError
 from fgpu_ebpf.ledger.level_limits import LevelLimits
@@ -77,6 +78,17 @@ def test_the_part_of_a_limit_that_views_do_not_show_is_carried_over(kernel: Kern
     other.ledger.set_limits([LevelLimits(held.level.cgroup, {0: 9 * MIB, 1: MIB}, outside={0: 8 * MIB})])
     carry_over(other.pins, abi.LAYOUT, kernel.ledger)
     assert list(page_of(kernel, held.level).outside[:2]) == [8 * MIB, 0]
+
+
+def test_parked_processes_of_another_layout_are_found(
+    other: Kernel, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other_layouts, "folders", lambda _: [other.pins])
+    life = held.client.pid, other.ledger.processes()[held.client.pid].generation
+    assert other_layouts.parked(other.pins) == ""
+    assert other.ledger.parked.begin(life) == 0
+    assert f"(1 in {other.pins})" in other_layouts.parked(other.pins)
+    assert other.ledger.parked.end(life) == 0
 
 
 def test_a_level_that_is_being_removed_is_left_out(kernel: Kernel, other: Kernel, held: Held) -> None:

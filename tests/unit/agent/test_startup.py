@@ -17,9 +17,21 @@ from fgpu_ebpf.tenancy.overrides import Override
 from fgpu_ebpf.tenancy.profiles import Profile
 
 
+def test_an_agent_does_not_start_while_another_layout_has_parked_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only an agent of that layout finds the processes that have to be woken, so the layout must stay."""
+    (tmp_path / "v2" / "maps").mkdir(parents=True)
+    (tmp_path / "v2" / "maps" / "parked").touch()
+    monkeypatch.setattr(host_driver, "libcuda", lambda _: pytest.fail("the start continues"))
+    settings: Any = SimpleNamespace(pins=tmp_path / "v3", driver_root=None)
+    with pytest.raises(AgentError, match=f"parked processes .*{tmp_path / 'v2'}.*fgpu wake --all"):
+        startup.attach(settings, lambda _: None, lambda: None)
+
+
 @pytest.mark.parametrize(("begun", "started"), [(False, 1), (True, 0)])
 def test_a_gatekeeper_starts_early_only_if_the_maps_of_this_version_are_pinned(
-    monkeypatch: pytest.MonkeyPatch, begun: bool, started: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begun: bool, started: int
 ) -> None:
     """Otherwise the gatekeeper could open maps that the agent then replaces."""
 
@@ -31,7 +43,7 @@ def test_a_gatekeeper_starts_early_only_if_the_maps_of_this_version_are_pinned(
     monkeypatch.setattr(host_driver, "libcuda", lambda _: [Path("libcuda.so.1")])
     monkeypatch.setattr(host_driver, "prepare", fail)
     names = ("driver_root", "sources", "pins", "loader", "shim", "store")
-    settings: Any = SimpleNamespace(**dict.fromkeys(names))
+    settings: Any = SimpleNamespace(**dict.fromkeys(names) | {"pins": tmp_path / "v3"})
     calls: list[str] = []
     with pytest.raises(AgentError, match="no device"):
         startup.attach(settings, calls.append, lambda: calls.append("gatekeeper"))

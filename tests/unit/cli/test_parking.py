@@ -113,6 +113,19 @@ def test_detach_without_an_agent_removes_nothing_while_a_tenant_is_parked(
     assert len(removed) == 1
 
 
+def test_nothing_is_removed_while_processes_of_another_layout_are_parked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No agent of this version would find these processes afterwards."""
+    monkeypatch.setattr(ledger, "PINS", tmp_path / "fgpu" / "v3")
+    monkeypatch.setattr(daemon.detach, "take_away", lambda *_: pytest.fail("removed"))
+    (tmp_path / "fgpu" / "v2" / "maps").mkdir(parents=True)
+    (tmp_path / "fgpu" / "v2" / "maps" / "parked").touch()
+    for words in (["detach", "--yes"], ["wake", "--all"]):
+        done = fgpu(tmp_path, *words)
+        assert (done.exit_code, "another version of fgpu has parked processes" in done.stderr) == (5, True)
+
+
 @pytest.mark.parametrize("words", [["wake"], ["wake", "--all", "alice"]])
 def test_a_target_and_all_exclude_each_other(tmp_path: Path, words: list[str]) -> None:
     assert fgpu(tmp_path, *words).exit_code == 2
