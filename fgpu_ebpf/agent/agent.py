@@ -6,7 +6,6 @@ programs admit. When the agent ends, limits stay in force in the kernel, and the
 
 from __future__ import annotations
 
-import errno
 import logging
 import selectors
 import time
@@ -33,8 +32,6 @@ from fgpu_ebpf.workloads.engine_labels import Engines, api_of
 
 log = logging.getLogger("fgpu.agent")
 ROUND_SECONDS = 1.0
-# Errors of a host that is short of memory or files. EFAULT means that the kernel had no page for a result (cgroup v1).
-SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.EFAULT})
 HURRY_SECONDS = 0.1  # the period of rounds while there is no gatekeeper
 SNAPSHOT_SECONDS = 1.0  # the maximum age of a Snapshot that is shown
 AHEAD_BYTES = 1 << 20  # heap kept for small objects: enough for requests, scrapes and rescans at the same time
@@ -202,7 +199,7 @@ class Agent:
             step()
         except Exception as error:
             self.failures += 1
-            is_short = isinstance(error, OSError) and error.errno in SHORTAGES
+            is_short = isinstance(error, OSError) and error.errno in procfs.SHORTAGES
             name = getattr(step, "__qualname__", repr(step))
             log.error(
                 "main loop: %s failed; the agent continues: %s", name, error, exc_info=None if is_short else error

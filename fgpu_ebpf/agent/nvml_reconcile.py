@@ -385,4 +385,9 @@ def _period(orphans: Sequence[Orphan]) -> float:
 
 
 def _alive(tgid: int) -> bool:
-    return os.path.exists(f"/proc/{tgid}")
+    """Return whether a process exists, also if the host has no memory for the answer."""
+    try:
+        os.stat(f"/proc/{tgid}")
+    except OSError as error:
+        return error.errno in procfs.SHORTAGES
+    return True

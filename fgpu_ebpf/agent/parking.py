@@ -14,7 +14,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
 from fgpu_ebpf.agent import blocked_calls, parker_client
@@ -112,11 +112,10 @@ class Parking:
         self.totals = {cgroup: t for cgroup, t in self.totals.items() if self._enforcer.get(cgroup)}
         report_stuck(self._tenants.values(), self._failed_checks)
 
-    def _forget_ended(self, parked: ParkedTenant, entries: Container[Life]) -> None:
-        """Remove the processes without an entry, which have ended or have executed another program."""
-        for life, started in list(parked.members.items()):
-            if life not in entries or procfs.started(life[0]) != started:
-                del parked.members[life]
+    def _forget_ended(self, parked: ParkedTenant, entries: Mapping[Life, object]) -> None:
+        """Remove the processes without an entry: they have ended, or have executed another program."""
+        for life in parked.members.keys() - entries:
+            del parked.members[life]
         if not parked.members:
             self._remove(parked, "all processes of the tenant have ended")
 

@@ -31,6 +31,8 @@ _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: str
 _INFO_PID_AND_CGROUP = 0b101
 _UNKNOWN_TO_PIDFDS = (errno.ENOTTY, errno.EINVAL)
 _TRIES = 10
+# Errors of a host that is short of memory or files. EFAULT means that the kernel had no page for a result (cgroup v1).
+SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.EFAULT})
 _PF_EXITING = 0x4  # a flag of a task, set before the kernel reports the exit
 
 
@@ -66,12 +68,13 @@ def ended(pid: int) -> bool:
     """Return whether all threads of a process have ended or are exiting, even without a wait by the parent.
 
     The kernel frees the device memory of a process during its exit. The release can take seconds, and the pidfd reports
-    the exit only afterwards. All threads are checked, because the first thread may exit before the other threads.
+    the exit only afterwards. All threads are checked, because the first thread may exit before the other threads. In a
+    shortage of memory or files, an end that cannot be confirmed counts as no end.
     """
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in SHORTAGES
     try:
         return not alive(pidfd) or _are_exiting(pid)
     finally:
@@ -91,33 +94,39 @@ def exiting(pid: int) -> bool:
 
 
 def _are_exiting(pid: int) -> bool:
-    return is_exiting(pid, pid) and all(is_exiting(pid, thread) for thread in _threads(pid))
-
-
-def _threads(pid: int) -> list[str]:
+    if not is_exiting(pid, pid):
+        return False
     try:
-        return os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return []
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError as error:
+        return error.errno not in SHORTAGES
+    return all(is_exiting(pid, thread) for thread in threads)
 
 
 def is_exiting(pid: int, thread: int | str) -> bool:
-    """Return whether a thread is exiting or has ended, so that the thread runs no more code of its program."""
+    """Return whether a thread is exiting or has ended, so that the thread runs no more code of its program.
+
+    The result is False in a shortage of memory or files.
+    """
     try:
         text = read(f"/proc/{pid}/task/{thread}/stat")
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in SHORTAGES
     return bool(int(text.rpartition(b")")[2].split()[6]) & _PF_EXITING)
 
 
 def started(pid: int) -> int | None:
     """Return the start time of a process in clock ticks since boot; None: the process has ended.
 
-    The pid and the start time together identify a process.
+    The pid and the start time together identify a process. Raise OSError in a shortage of memory or files.
     """
     try:
         ticks = int(read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
-    except (OSError, IndexError):
+    except IndexError:
+        return None
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return None
     return None if ended(pid) else ticks
 

@@ -22,12 +22,14 @@ class Process:
     """A process, held by its pidfd from the start of the job."""
 
     def __init__(self, named: Named) -> None:
-        """Open the pidfd of the process. Raise RequestError if the process has exited."""
+        """Open the pidfd of the process. In a shortage of files or memory, raise OSError."""
         self.pid = named.pid
         self._started = named.started
         try:
             self._pidfd = os.pidfd_open(named.pid)
-        except OSError:
+        except OSError as error:
+            if error.errno in procfs.SHORTAGES:
+                raise
             self._pidfd = -1
         if self._pidfd >= 0 and procfs.started(named.pid) != named.started:
             self.close()

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import selectors
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -404,6 +405,31 @@ def test_a_state_that_is_unknown_changes_nothing(host: Host) -> None:
         for key, _ in host.selector.select(0.05):
             key.data()
     assert (host.state(), host.books()) == ("unknown", (True, HELD))
+
+
+@pytest.mark.parametrize("call", ["pidfd_open", "open"])
+def test_a_parked_tenant_is_not_forgotten_in_a_shortage_of_files(
+    host: Host, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    parked(host)
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        host.parking.look()
+    assert (host.state(), host.books()) == ("parked", (True, HELD))
+    host.parking.wake(CGROUP, "alice")
+    host.until("running")
+    assert host.books() == (False, 0)
+
+
+def test_a_process_whose_entry_was_removed_is_forgotten(host: Host) -> None:
+    parked(host)
+    host.ledger.has_entry, host.ledger.parked_bytes = False, 0
+    host.until("running")
+    assert host.parker.asked == ["park"]
 
 
 def test_a_lost_tenant_is_charged_again_and_gets_the_errors_of_the_driver(host: Host) -> None:
