@@ -88,9 +88,10 @@ def before_parking(pids: Iterable[int]) -> tuple[str, Places]:
         try:
             found = list(find(pid, known))
             known.code = known.code or call_stacks.code_of(pid)
+            is_of_mps = _is_of_mps(pid)
         except OSError as error:
             return f"the stacks of pid {pid} cannot be read ({error.strerror}), so no call could wake the process", {}
-        if _is_of_mps(pid):
+        if is_of_mps:
             return f"pid {pid} is a client of MPS", {}
         if not known.code.has_libcuda:
             return f"pid {pid} has mapped no libcuda under its usual name, so no call could wake the process", {}
@@ -135,8 +136,11 @@ class BlockedCalls:
             began = time.monotonic()
             now = self._usage()
             if not now or now != used or began >= full_at:
-                used, full_at = now, began + FULL_SECONDS
-                pid = self.look()
+                try:
+                    pid = self.look()
+                    used, full_at = now, began + FULL_SECONDS
+                except OSError:  # a shortage of memory or files; the next check reads everything again
+                    pid, full_at = 0, 0.0
                 if pid and not self._stopping.is_set():
                     self._found(pid)
                     return
@@ -150,14 +154,16 @@ class BlockedCalls:
             return ""
 
     def look(self) -> int:
-        """Return the pid of a process with a thread in a call of the driver, or 0."""
+        """Return the pid of a process with a thread in a call of the driver, or 0. Raise OSError in a shortage."""
         self._known = {pid: self._known.get(pid) or Known() for pid in self._pids()}
         for pid, known in self._known.items():
             try:
                 found = find(pid, known)
             except (FileNotFoundError, ProcessLookupError):  # the process has ended
                 continue
-            except OSError:  # calls of the process can no longer be found
+            except Exception as error:  # calls of the process can no longer be found
+                if isinstance(error, OSError) and error.errno in procfs.SHORTAGES:
+                    raise
                 return pid
             for thread, sleep, where in found:
                 if where is Where.IN_DRIVER or not _same(self._quiet.get((pid, thread)), sleep):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from fgpu_ebpf.agent import blocked_calls
 from fgpu_ebpf.linux import call_stacks
-from fgpu_ebpf.linux.call_stacks import Where
+from fgpu_ebpf.linux.call_stacks import Sleep, Where
 from tests.support.wait import eventually
 
 SOURCE = Path(__file__).with_name("stacks_library.c")
@@ -108,6 +109,34 @@ def test_a_call_from_before_is_known_and_a_new_one_is_found(program: Program, tm
     assert found == [program.pid]
     why, _ = blocked_calls.before_parking([program.pid])
     assert "is in a call of the driver" in why
+
+
+@pytest.mark.parametrize("part", ["pids", "stacks"])
+def test_a_search_continues_after_a_shortage_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A search that ended would leave the tenant's calls waiting."""
+    found, fails = list[int](), [True, True, False]
+
+    def fail_first() -> None:
+        if fails.pop(0):
+            raise OSError(errno.EMFILE, "too many open files")
+
+    def pids() -> list[int]:
+        if part == "pids":
+            fail_first()
+        return [7]
+
+    def find(pid: int, _: object) -> list[tuple[int, Sleep, Where]]:
+        if part == "stacks":
+            fail_first()
+        return [(pid, Sleep(0, 0, b""), Where.IN_DRIVER)]
+
+    monkeypatch.setattr(blocked_calls, "find", find)
+    calls = blocked_calls.BlockedCalls(pids, {}, tmp_path, found.append)
+    monkeypatch.setattr(calls._stopping, "wait", lambda _: None)
+    calls._run()
+    assert (found, fails) == ([7], [])
 
 
 def test_a_process_without_the_driver_is_refused(tmp_path: Path) -> None:
