@@ -46,6 +46,18 @@ def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
     return Trust(files, shim_store.genuine(shim, store), listed)
 
 
+def _done(job: Job) -> Taken:
+    """Do a job, and return its result. A job's error is raised in the main thread, and ends no worker thread."""
+    try:
+        return job()
+    except Exception as error:
+        return partial(_fail, error)
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
 class Libraries:
     """The libcuda and shim files in use.
 
@@ -64,7 +76,7 @@ class Libraries:
             trust.trust_file((target.dev, target.ino), role)
         self.examiner, self._budget, self._wakeup = Examiner(attached, trust), FileBudget(most_files), Wakeup()
         self._workers: Workers[str, Job, Taken] = Workers(
-            lambda job: job(), lambda _: True, self._wakeup.wake, MOST_JOBS, NICE, THREADS
+            _done, lambda _: True, self._wakeup.wake, MOST_JOBS, NICE, THREADS
         )
         self._results: deque[Taken] = deque()
         self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # processes that wait for the result

@@ -79,6 +79,8 @@ class Search:
                 return True
             self._remember(file, stamp)
             return False
+        except OSError:  # a file that cannot be read does not hide the other files of the process
+            return False
         finally:
             os.close(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from fgpu_ebpf.driver.discovery import Discovery
 from fgpu_ebpf.driver.library_class import Role, Stamp, Trust
 from fgpu_ebpf.driver.library_worker import Examiner
 from fgpu_ebpf.linux import breakpoints, mapped_files, procfs
+from tests.support.wait import eventually
 from tests.unit.driver.discovery_kit import Stage, quiet, settled
 from tests.unit.root_kit import needs_root
 
@@ -30,6 +33,30 @@ print("mapped", flush=True)
 sys.stdin.read()
 """
 Holder = Callable[..., int]
+
+
+def test_a_job_that_fails_loses_no_other_job_and_its_error_is_raised_in_the_main_thread() -> None:
+    """Otherwise a file of the lost job would wait for its examination forever."""
+
+    def fail() -> libraries.Taken:
+        raise OSError(errno.EIO, "input/output error")
+
+    done, errors = list[int](), list[str]()
+    probes: Any = Stage()
+    looks = libraries.Libraries(probes, {}, Trust())
+    for job in (fail, lambda: lambda: done.append(1)):
+        assert looks._workers.want("/a", job)
+    looks._workers.go()
+
+    def take() -> bool:
+        try:
+            looks.take()
+        except OSError as error:
+            errors.append(error.strerror)
+        return bool(done)
+
+    eventually(take, 10, "the result of the second job")
+    assert errors == ["input/output error"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import errno
 import mmap
 import os
 import subprocess
@@ -111,6 +112,23 @@ def test_a_probed_file_is_not_opened(tmp_path: Path, holder: Holder, monkeypatch
 def of_one(real, file):  # type: ignore[no-untyped-def]
     """Return a function like procmaps.each that yields only this file."""
     return lambda maps, which: (one for one in real(maps, which) if (one.dev, one.ino) == file)
+
+
+@as_root
+def test_a_file_that_cannot_be_read_does_not_hide_other_files(
+    tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable, library = built(tmp_path / "x.so", ["x"]), built(tmp_path / "y.so", list(probe_plan.REQUIRED))
+    pid, real = holder(unreadable, library), library_search.is_libcuda
+
+    def is_libcuda(fd: int) -> bool:
+        if os.path.sameopenfile(fd, file.fileno()):
+            raise OSError(errno.EIO, "input/output error")
+        return real(fd)
+
+    monkeypatch.setattr(library_search, "is_libcuda", is_libcuda)
+    with unreadable.open("rb") as file:
+        assert found(Search(lambda _: False), pid) == {"y.so"}
 
 
 @as_root
