@@ -24,6 +24,7 @@ from fgpu_ebpf.snapshot import ParkingView
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 
 MOST_ERRANDS = 128
+MOST_DOUBLINGS = 6  # of the pause between two attempts
 LOST_SECONDS = 10.0  # other tenants wait no longer than this for a tenant in an unknown state
 
 
@@ -118,7 +119,7 @@ class ParkedTenant:
     `quiet`: the places at which threads slept before the parking. `calls`: the search for calls while the tenant is
     parked. `why`: why the tenant waits, or why the driver must be queried. `next_at`: the time of the next attempt, on
     the monotonic clock. `op`: the last request that changes the driver's state; None if an earlier agent sent the
-    request. `failures`: the number of failed attempts to restore the tenant. `seconds`: the time of the driver's copy.
+    request. `failures`: the number of failed requests to the parker. `seconds`: the time of the driver's copy.
     `shall_wake`: why the tenant is to be woken after the parking; empty if the tenant is to stay parked. `reason`: why
     the tenant was parked; empty for a request of a user. `has_claim`: the tenant waits while room is being made. No
     other tenant may use this room to wake up.
@@ -162,6 +163,10 @@ class ParkedTenant:
         self.phase, self.why = phase, why
         for errand in self.errands:
             errand.waits = why
+
+    def pause(self, seconds: float) -> float:
+        """Return the pause before the next attempt: these seconds, doubled after each failure."""
+        return float(seconds * 2 ** min(self.failures, MOST_DOUBLINGS))
 
     def close_request(self) -> None:
         """Stop waiting for the parker's answer."""

@@ -45,7 +45,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 
 log = logging.getLogger("fgpu.parking")
-AGAIN_SECONDS, MOST_DOUBLINGS = 1.0, 6  # between two attempts; each failure doubles the time
+AGAIN_SECONDS = 1.0  # between two attempts; each failure doubles the time
 CHECK_SECONDS = 30.0  # the longest time to read the stacks of a tenant
 MOST_TENANTS = 256  # parked at the same time; each tenant has a thread
 
@@ -211,24 +211,25 @@ class Parking:
             self._lose_sight(parked, "the parker accepts no request")
 
     def _take_line(self, parked: ParkedTenant, op: Goal | None, line: parker_client.Line) -> None:
-        seconds, states, result = line.get("seconds"), line.get("states"), line.get("result")
+        seconds, states = line.get("seconds"), line.get("states")
         if isinstance(seconds, int | float):
             parked.seconds += seconds
         if isinstance(states, dict):
             parked.close_request()
             self._settle(parked, {str(pid): str(state) for pid, state in states.items()})
-        elif isinstance(result, str):
+        elif isinstance(line.get("result"), str):
             parked.close_request()
-            self._settle_result(parked, op, result, str(line.get("error") or ""))
+            self._settle_result(parked, op, line)
 
     def _lose_sight(self, parked: ParkedTenant, why: str) -> None:
         """Record that the parker's progress is unknown."""
         parked.close_request()
         parked.enter(Phase.UNKNOWN, why)
-        parked.next_at = time.monotonic() + AGAIN_SECONDS
+        parked.next_at = time.monotonic() + parked.pause(AGAIN_SECONDS)
 
-    def _settle_result(self, parked: ParkedTenant, op: Goal | None, result: str, error: str) -> None:
-        """Process the parker's result. After any result except a success, query the driver."""
+    def _settle_result(self, parked: ParkedTenant, op: Goal | None, line: parker_client.Line) -> None:
+        """Process the parker's result. Query the driver after a failure, unless the parker has made no call."""
+        result, error = line["result"], str(line.get("error") or "")
         if op and not error and (op, result) in ((Goal.PARK, "parked"), (Goal.WAKE, "running")):
             self.totals.setdefault(parked.cgroup, Totals()).count(op, parked.seconds)
             what, why = ("parked", parked.reason) if op is Goal.PARK else ("woken", parked.shall_wake)
@@ -236,12 +237,13 @@ class Parking:
             self._history.add(what, tenant=parked.name, bytes=parked.bytes, text=text)
             (self._settle_parked if op is Goal.PARK else self._settle_running)(parked)
             return
+        parked.failures += 1
         self._lose_sight(parked, error or f"the parker's result is {result!r}")
         if op:
-            parked.failures += 1
             if op is Goal.WAKE or not parked.reason:  # in the other case the errand's error is reported
                 self._history.add(f"{op} failed", tenant=parked.name, bytes=parked.bytes, text=parked.why)
-            self._ask_for_states(parked)
+            as_before = self._settle_running if op is Goal.PARK else self._settle_parked
+            (as_before if line.get("changed") is False else self._ask_for_states)(parked)
 
     def _settle_parked(self, parked: ParkedTenant) -> None:
         """Release the charges of the levels around a tenant, because the device no longer holds the tenant's memory."""
@@ -259,7 +261,7 @@ class Parking:
     def _wake_later(self, parked: ParkedTenant, why: str) -> None:
         """Wake a tenant, immediately if no attempt has failed, or after a pause."""
         parked.enter(Phase.WAITING, why)
-        pause = AGAIN_SECONDS * 2 ** min(parked.failures, MOST_DOUBLINGS) if parked.failures else 0.0
+        pause = parked.pause(AGAIN_SECONDS) if parked.failures else 0.0
         parked.next_at = time.monotonic() + pause
         if not pause:
             self._wake(parked)
@@ -339,12 +341,11 @@ class Parking:
     # -- the driver's states
 
     def _ask_for_states(self, parked: ParkedTenant) -> None:
+        parked.next_at = time.monotonic() + AGAIN_SECONDS
         sock = parker_client.connected(self._run_dir)
         if sock is None:
-            parked.next_at = time.monotonic() + AGAIN_SECONDS
             parked.why = f"the parker does not run: {parker_client.FIX}"
             return
-        parked.next_at = time.monotonic() + AGAIN_SECONDS
         self._ask(parked, sock, None)
 
     def _settle(self, parked: ParkedTenant, states: Mapping[str, str]) -> None:

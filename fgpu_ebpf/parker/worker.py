@@ -67,6 +67,7 @@ def _run(
             os.write(end, line(reply))
 
     targets: list[Process] = []
+    job: Job | None = None
     try:
         targets += map(Process, request.processes)
         check_room = partial(room.check, Copy([target.pid for target in targets], request.size), others)
@@ -80,7 +81,9 @@ def _run(
             say((job.park() if request.op == "park" else job.wake()).reply())
     except (RequestError, DriverError, OSError) as error:
         result = "lost" if why else UNCHANGED.get(request.op, "")
-        say(Outcome(result, f"{why}; {error}" if why else str(error)).reply())
+        is_unchanged = job is None and not why  # no call was made, and the claim excludes other jobs
+        reply = Outcome(result, f"{why}; {error}" if why else str(error)).reply()
+        say({**reply, "changed": False} if is_unchanged else reply)
     os._exit(0)
 
 

@@ -194,7 +194,7 @@ def test_a_driver_without_the_functions_is_named(machine: Machine, tmp_path: Pat
     library.write_bytes((machine.tools / "lib" / "libnvidia-ml.so.1").read_bytes())
     parker = Parker(machine, tmp_path)
     error = f"{library} has no functions to checkpoint a process: parking needs NVIDIA driver 570 or later"
-    assert parker.replies("park", target.pid) == [{"result": "running", "error": error}]
+    assert parker.replies("park", target.pid) == [{"result": "running", "error": error, "changed": False}]
     parker.end()
 
 

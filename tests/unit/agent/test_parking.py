@@ -35,6 +35,7 @@ from fgpu_ebpf.scheduling.fair_queue import Share
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 HELD, CGROUP, GENERATION = 64 << 20, 7, 1001
+NO_DRIVER = "the driver cannot be used: cuInit returned CUDA_ERROR_UNKNOWN"
 Line = dict[str, Any]
 
 
@@ -45,6 +46,7 @@ class FakeParker:
         self.state = "running"
         self.says: list[list[Line]] = []
         self.asked: list[str] = []
+        self.broken = False  # as if the driver could not be used
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(folder / parker_client.SOCKET))
         self._listener.listen()
@@ -65,6 +67,8 @@ class FakeParker:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _answer(self, request: Line) -> list[Line]:
+        if self.broken:
+            return [{"result": protocol.UNCHANGED.get(request["op"], ""), "error": NO_DRIVER, "changed": False}]
         if request["op"] == "state":
             return [{"states": {str(process["pid"]): self.state for process in request["processes"]}}]
         self.state = {"park": "checkpointed", "wake": "running"}[request["op"]]
@@ -430,6 +434,45 @@ def test_a_process_whose_entry_was_removed_is_forgotten(host: Host) -> None:
     host.ledger.has_entry, host.ledger.parked_bytes = False, 0
     host.until("running")
     assert host.parker.asked == ["park"]
+
+
+def test_a_tenant_continues_to_run_if_the_parker_cannot_use_the_driver(host: Host) -> None:
+    """The shim delays calls of the program while the ledger has an entry."""
+    host.parker.broken = True
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert (errand.is_done, errand.error) == (True, NO_DRIVER)
+    assert (host.books(), host.what(), host.parker.asked) == ((False, 0), ["park failed"], ["park"])
+
+
+def test_a_parked_tenant_is_woken_as_soon_as_the_parker_can_use_the_driver_again(host: Host) -> None:
+    parked(host)
+    host.parker.broken = True
+    errand = host.parking.wake(CGROUP, "alice")
+    host.until("waiting")
+    assert (errand.waits, host.books(), host.parker.asked) == (NO_DRIVER, (True, HELD), ["park", "wake"])
+    assert f"alice is waiting: {NO_DRIVER}" in host.checks["parking"].found
+    host.parker.broken = False
+    host.until("running")
+    assert (errand.error, host.books()) == ("", (False, 0))
+
+
+def test_the_pause_between_requests_for_the_state_grows_while_the_parker_cannot_use_the_driver(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked(host)
+    host.parker.broken = True
+    monkeypatch.setattr(parking, "AGAIN_SECONDS", 0.0)
+    host.start()
+    tenant = host.parking._tenants[CGROUP]
+    while tenant.failures < 8:
+        host.parking.look()
+        for key, _ in host.selector.select(0.01):
+            key.data()
+    assert (host.state(), tenant.why, host.books()) == ("unknown", NO_DRIVER, (True, HELD))
+    assert [tenant.pause(1.0), ParkedTenant(1, "a", "/a", {}, Phase.UNKNOWN, failures=2).pause(1.0)] == [64.0, 4.0]
+    host.parker.broken = False
+    host.until("parked")
 
 
 def test_a_lost_tenant_is_charged_again_and_gets_the_errors_of_the_driver(host: Host) -> None:
