@@ -13,7 +13,7 @@ from fgpu_ebpf.agent.denied_opens import DeniedOpens
 from fgpu_ebpf.agent.idle_parking import IdleParking
 from fgpu_ebpf.agent.late_devices import LateDevices
 from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
-from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.agent.parkable import Parkable, PromptNvml
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, XidReports
 from fgpu_ebpf.agent.room_requests import RoomRequests
@@ -74,7 +74,7 @@ def make_chores(
     shortfalls = Shortfalls(turns, enforcer.name_of, history)
     usage = UsageMeter(truth, ledger, enforcer, uuid, Writer(), failed_checks)
     parkable = Parkable(
-        settings.parking, manager.workloads.root, ledger, driver.nvml, enforcer,
+        settings.parking, manager.workloads.root, ledger, PromptNvml(driver.nvml), enforcer,
         lambda: unwitnessed.find(truth().processes, truth().orphans),
     )  # fmt: skip
     parking = Parking(settings.run_dir, parkable, history, failed_checks)

@@ -6,10 +6,12 @@ frozen, and a copy for which the host has no room. This module runs in the agent
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.check import has_host_pids
@@ -22,7 +24,41 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 
 LEAST_DRIVER = 570
 MOST_PROCESSES = 512  # the most processes in one request to the parker
+PATIENCE_SECONDS = 0.5  # for an answer of NVML
 _EXPORTS = abi.Seen.EXPORT | abi.Seen.POOL_EXPORT
+T = TypeVar("T")
+
+
+class PromptNvml:
+    """The answers of NVML that parking needs; None: NVML does not answer.
+
+    The main loop must not wait for a call that hangs. Each question runs in a thread of its own, and has no answer if
+    the call takes longer than PATIENCE_SECONDS. While a call hangs, no further question is asked.
+    """
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml, self._thread = nvml, threading.Thread()
+        self.driver_version = nvml.driver_version
+
+    def free_bytes(self, index: int) -> int | None:
+        """Return the bytes of a device that no process holds."""
+        return self._ask(lambda: self._nvml.free_bytes(index))
+
+    def in_mig_mode(self, index: int) -> bool | None:
+        """Return whether the device is divided into MIG instances."""
+        return self._ask(lambda: self._nvml.in_mig_mode(index))
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        if self._thread.is_alive():
+            return None
+        answers: list[T] = []
+        self._thread = threading.Thread(target=lambda: answers.append(question()), name="nvml", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no room for a thread
+            return None
+        self._thread.join(PATIENCE_SECONDS)
+        return answers[0] if answers else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +73,7 @@ class Parkable:
     is_on: bool
     root: Path
     ledger: Ledger
-    nvml: Nvml | None
+    nvml: PromptNvml | None
     enforcer: Enforcer
     unwitnessed: Callable[[], Mapping[tuple[int, int], int]]
     promised: Counter[int] = field(default_factory=Counter)
@@ -61,14 +97,24 @@ class Parkable:
         if version.isdigit() and int(version) < LEAST_DRIVER:
             return f"driver {self.nvml.driver_version} cannot copy processes to the host: use {LEAST_DRIVER} or later"
         devices = sorted({device for process in processes.values() for device in devices_of(process)})
-        if split := [device for device in devices if self.nvml.in_mig_mode(device)]:
-            return f"gpu {split[0]} is in MIG mode"
+        if why := self.split_device(devices):
+            return why
         if tenant.shares and (shared := self.ledger.times.concurrent().intersection(devices)):
             return f"gpu {min(shared)} is concurrent, and the driver cannot copy programs that use MPS"
         unwitnessed = self.unwitnessed()
         for pid, process in processes.items():
             for reason in _reasons(process, any((pid, device) in unwitnessed for device in range(abi.DEVICES))):
                 return f"pid {pid} {reason}"
+        return ""
+
+    def split_device(self, devices: Iterable[int]) -> str:
+        """Return a text about the first device that is, or may be, in MIG mode, or an empty text."""
+        for device in devices:
+            is_split = self.nvml.in_mig_mode(device) if self.nvml else False
+            if is_split is None:
+                return f"NVML does not report whether gpu {device} is in MIG mode"
+            if is_split:
+                return f"gpu {device} is in MIG mode"
         return ""
 
     def full_device(self, bytes_: Mapping[int, int]) -> str:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from fgpu_ebpf.agent import host_config, parker_client
-from fgpu_ebpf.agent.parkable import Parkable
+from fgpu_ebpf.agent.parkable import Parkable, PromptNvml
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import device_indexes, other_layouts
@@ -58,7 +58,8 @@ def _wake(run_dir: Path, pins: Path, ledger: Ledger, root: Path) -> str:
     enforcer.moves = Moves(ledger, root, frozenset(ledger.tenants()))  # this enforcer has no tenants
     host, _ = host_config.read()
     try:
-        nvml = Nvml((host.driver_root if host else Path("/")).resolve(), device_indexes.pinned(pins))
+        root_of_driver = (host.driver_root if host else Path("/")).resolve()
+        nvml = PromptNvml(Nvml(root_of_driver, device_indexes.pinned(pins)))
     except DriverError:  # a wrong root of the driver must not prevent the wake-up
         nvml = None
     parking = Parking(run_dir, Parkable(False, root, ledger, nvml, enforcer, dict), EventLog(), failed)

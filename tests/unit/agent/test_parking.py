@@ -26,6 +26,7 @@ from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.agent.parked_tenant import ParkedTenant, Phase
 from fgpu_ebpf.agent.parking import Parking
 from fgpu_ebpf.driver import device_indexes
+from fgpu_ebpf.driver.nvml import DriverError
 from fgpu_ebpf.ledger.parked import Parked
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
@@ -593,6 +594,10 @@ def test_a_tenant_without_a_limit_is_woken(host: Host) -> None:
     assert host.books() == (False, 0)
 
 
+def no_driver(*_: object) -> NoReturn:
+    raise DriverError("no NVIDIA driver responds")
+
+
 @pytest.mark.parametrize(
     ("path", "moved"),
     [
@@ -623,7 +628,7 @@ def test_without_an_agent_a_woken_process_keeps_its_levels_unless_its_cgroup_has
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: path)
     monkeypatch.setattr(host_config, "read", lambda: (None, []))
     monkeypatch.setattr(device_indexes, "pinned", lambda _: {})
-    monkeypatch.setattr(waking, "Nvml", lambda *_: None)
+    monkeypatch.setattr(waking, "Nvml", no_driver)
     assert waking._wake(host.folder, tmp_path, ledger, tmp_path) == ""
     assert host.books() == (False, 0)
     assert moves == ([(ledger.pid, GENERATION, tuple(cgroups[name] for name in moved))] if moved else [])
