@@ -159,11 +159,11 @@ class BlockedCalls:
         for pid, known in self._known.items():
             try:
                 found = find(pid, known)
-            except (FileNotFoundError, ProcessLookupError):  # the process has ended
-                continue
-            except Exception as error:  # calls of the process can no longer be found
+            except Exception as error:  # the process has ended, or its calls can no longer be found
                 if isinstance(error, OSError) and error.errno in procfs.SHORTAGES:
                     raise
+                if procfs.ended(pid):
+                    continue
                 return pid
             for thread, sleep, where in found:
                 if where is Where.IN_DRIVER or not _same(self._quiet.get((pid, thread)), sleep):

@@ -134,16 +134,16 @@ class Stacks:
                 return
             raw = os.pread(self._memory, (until - at) // 8 * 8, at)
             for word in struct.unpack(f"{len(raw) // 8}Q", raw[: len(raw) // 8 * 8]):
-                if low <= word < high and (kind := code.kind(word)) is not None and self._follows_call(word):
+                if low <= word < high and (kind := code.kind(word)) is not None and self._follows_call(word, code):
                     is_driver = is_driver or kind is Kind.DRIVER
                     yield kind
 
-    def _follows_call(self, address: int) -> bool:
-        """Return whether the instruction before an address is a call."""
+    def _follows_call(self, address: int, code: Code) -> bool:
+        """Return whether the instruction before an address is, or may be, a call."""
         try:
             before = os.pread(self._memory, _LONGEST_CALL, address - _LONGEST_CALL)
-        except OSError:
-            return False
+        except OSError:  # the address begins a mapping, or the mapped file cannot be read
+            return code.kind(address - 1) is not None
         return len(before) == _LONGEST_CALL and is_call(before)
 
 

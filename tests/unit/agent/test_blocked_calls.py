@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -137,6 +139,49 @@ def test_a_search_continues_after_a_shortage_of_files(
     monkeypatch.setattr(calls._stopping, "wait", lambda _: None)
     calls._run()
     assert (found, fails) == ([7], [])
+
+
+@pytest.mark.parametrize("error", [ProcessLookupError, FileNotFoundError, PermissionError, ValueError])
+def test_a_process_that_cannot_be_read_is_woken_unless_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """The first thread may have exited: then /proc shows no mappings of the process, and other threads may call."""
+
+    def find(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(blocked_calls, "find", find)
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    for pid, found in ((os.getpid(), os.getpid()), (ended.pid, 0)):
+        assert blocked_calls.BlockedCalls(lambda: [pid], {}, tmp_path, lambda _: None).look() == found  # noqa: B023
+
+
+def test_a_call_is_found_although_the_code_around_it_cannot_be_read(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mapped file may be on a file system that returns errors."""
+    program.do("driver")
+    pread = os.pread
+
+    def fail_for_code(fd: int, length: int, offset: int) -> bytes:
+        if length == call_stacks._LONGEST_CALL:
+            raise OSError(errno.EIO, "input/output error")
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", fail_for_code)
+    assert program.found()
+
+
+def test_a_process_whose_environment_cannot_be_read_is_refused_at_once(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> NoReturn:
+        raise PermissionError(errno.EACCES, "permission denied")
+
+    monkeypatch.setattr(blocked_calls, "_is_of_mps", fail)
+    why, _ = blocked_calls.before_parking([program.pid])
+    assert "cannot be read (permission denied)" in why
 
 
 def test_a_process_without_the_driver_is_refused(tmp_path: Path) -> None:
