@@ -132,7 +132,7 @@ class Nvml:
     def release(self) -> None:
         """Shut NVML down. This process then has no device open, and all calls fail until take_up()."""
         self.released = True
-        self._end_events()
+        self._read_and_end_events()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 
@@ -158,6 +158,8 @@ class Nvml:
             self._restart()
         with contextlib.suppress(pynvml.NVMLError):
             found, self.missing = self._find()
+            if found:
+                self._read_and_end_events()  # xids() registers for these devices too
             self._arrived += found
             self._came += [(device.index, None) for device in found]
 
@@ -218,9 +220,9 @@ class Nvml:
             self._restart()
 
     def _restart(self) -> None:
-        """Restart NVML and look up all handles again. Restarts are rare, because XIDs are lost meanwhile."""
+        """Restart NVML and look up all handles again. XIDs during the restart are lost, so restarts are rare."""
         self._begin_at = time.monotonic() + AGAIN_SECONDS
-        self._end_events()
+        self._read_and_end_events()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
         try:
@@ -230,6 +232,8 @@ class Nvml:
         for uuid, index in self._known.items():
             if index in self._handles:
                 self._find_handle(uuid, index)
+        with contextlib.suppress(pynvml.NVMLError):  # xids() tries again
+            self._events = Events(self._handles)
 
     def _find_handle(self, uuid: bytes, index: int) -> None:
         try:
@@ -259,6 +263,12 @@ class Nvml:
             self._end_events()  # the next call registers again
         came, self._came = self._came, []
         return came
+
+    def _read_and_end_events(self) -> None:
+        with contextlib.suppress(pynvml.NVMLError):
+            for event in self._events.take() if self._events else ():
+                self._came.append(event)
+        self._end_events()
 
     def _end_events(self) -> None:
         if self._events:
