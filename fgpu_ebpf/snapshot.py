@@ -275,8 +275,8 @@ class PoliciesView:
 class EngineView:
     """A container engine from which the agent requests labels. `waiting`: the number of containers without an answer.
 
-    `fault`: the reason why the last request failed; empty if the request succeeded. `found`, `unknown` and `failed`:
-    the number of requests with this outcome.
+    `fault`: the reason why the last request failed; empty if the request succeeded, or if no container is requested.
+    `found`, `unknown` and `failed`: the number of requests with this outcome.
     """
 
     name: str

@@ -115,7 +115,9 @@ class EngineThread:
         with self._changed:
             unknown = [want for want in self._wants.values() if not want.is_known]
             waiting = sum(want.tries == 0 or bool(self.error) for want in unknown)
-            return EngineView(self.api.name, self.api.path, self.is_there, self.error, waiting, **self._counts)
+            # After the last container is gone, no request can show whether a failed engine answers again.
+            fault, is_there = (self.error, self.is_there) if self._wants else ("", self.is_there and not self.error)
+            return EngineView(self.api.name, self.api.path, is_there, fault, waiting, **self._counts)
 
     def state_of(self, subject: Subject) -> str:
         """Return why the engine has reported nothing about a subject."""

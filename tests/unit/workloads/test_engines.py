@@ -431,6 +431,20 @@ def test_a_removed_container_is_not_requested_any_more(docker, api, monkeypatch)
         assert found._threads[0]._wants == {}
 
 
+def test_a_failure_is_no_longer_reported_once_the_containers_that_are_requested_are_gone(docker, api, quick):
+    docker.status = 500
+    with running(api) as found:
+        found.named(workload())
+        assert eventually(lambda: found.views() and found.views()[0].fault)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
+        found.keep()
+        (view,) = found.views()
+        assert (view.fault, view.waiting, view.is_there) == ("", 0, False), "the last request had no answer"
+        docker.status, docker.containers = 200, [container(OTHER)]
+        asked(found, workload(subject(OTHER), path="/other"))
+        assert found.views()[0].is_there
+
+
 def test_a_cgroup_without_an_engine_causes_no_request(docker, api):
     with running(api) as found:
         before = set(threading.enumerate())  # threads of earlier tests may end at any time
