@@ -223,9 +223,15 @@ class Agent:
         parts.chores.adoption.look()
 
     def look(self) -> Snapshot:
-        """Return a new Snapshot."""
+        """Return a new Snapshot. If the present state cannot be read, mark the last Snapshot, and raise the error."""
+        try:
+            taken = take_snapshot(self.parts, self.settings.run_dir)
+        except Exception as error:
+            why = f"the present state cannot be read: {error or type(error).__name__}"
+            self.snapshot = replace(self.snapshot, incomplete=why)
+            raise
         self.snapshot = replace(
-            take_snapshot(self.parts, self.settings.run_dir), writes_refused=self.writes_refused,
+            taken, writes_refused=self.writes_refused,
             failures=self.failures, engines=self.engines.views(), trusted=self.settings.trusted_drivers,
             lacks={name: (check.found, check.fix) for name, check in self.failed_checks.items()},
         )  # fmt: skip
