@@ -49,6 +49,19 @@ static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
     return p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0;
 }
 
+/* Correct whether a context counts whose creation was not recorded. The overhead is corrected by the same reading of
+ * NVML, so no bytes change here. */
+static int correct_contexts(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
+{
+    u32 device = ctx->args[3] & DEVICE_MASK;
+    if (p->begun != ctx->args[4] || p->changes != ctx->args[4]) return -11;
+    if (ctx->args[0] == FGPU_CONTEXT_SEEN)
+        count_unseen(p, device);
+    else if (withdraw_note(p, unseen_on(device)))
+        one_less(&on(p, device)->contexts);
+    return 0;
+}
+
 #define STRAGGLER_NS 50000000 /* no program that read a side before a move runs longer */
 static int has_stragglers(u64 moved_ns, u64 now) { return now < moved_ns + STRAGGLER_NS; }
 
@@ -193,6 +206,7 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
     if (ctx->args[0] == FGPU_BEGIN_PARK) done = begin_park(p, tgid);
     if (ctx->args[0] == FGPU_PARK) done = park(p, tgid, ctx->args[3]);
     if (ctx->args[0] == FGPU_WAKE) done = wake(p, tgid, ctx->args[3], ctx->args[4]);
+    if (ctx->args[0] == FGPU_CONTEXT_SEEN || ctx->args[0] == FGPU_CONTEXT_GONE) done = correct_contexts(p, ctx);
     if (ctx->args[0] == FGPU_EXEMPT) note(p, FGPU_SEEN_DEVICE);
     if (ctx->args[0] == FGPU_MARK) on(p, ctx->args[3])->peak = *(volatile u64 *)&on(p, ctx->args[3])->bytes;
     int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
@@ -325,6 +339,8 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_PARK:
     case FGPU_WAKE:
     case FGPU_FINISH_MOVE:
+    case FGPU_CONTEXT_SEEN:
+    case FGPU_CONTEXT_GONE:
         return adjust_process(ctx, ctx->args[1]);
     default:
         return -22;

@@ -150,7 +150,7 @@ int call_return(struct pt_regs *ctx)
     if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
         struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
         struct outcome out = {};
-        charge_anew(p, &f, lost);
+        charge_unseen(p, &f, lost);
         cover(p, &f, late_bytes(p, &f), 1);
         if (!is_trusted(cookie)) distrust(p, f.function);
         out.freed = settle(p, &f, &key, &out, is_trusted(cookie));

@@ -50,14 +50,10 @@ static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *
     return bytes - open;
 }
 
-/* A context was destroyed. If the context is not the last, its own bytes are released at once. NVML shows how much
- * memory was allocated in the context. */
-static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
+/* A context was destroyed, and others may remain. Its own bytes are released at once. NVML shows how much memory was
+ * allocated in the context. */
+static u64 end_own_bytes(struct fgpu_process *p, u32 device)
 {
-    device &= DEVICE_MASK;
-    s64 left = one_less(&on(p, device)->contexts);
-    if (left < 0) return 0;
-    if (!left) return end_last_context(p, device, out);
     u64 *known = contexts.lookup(&device);
     s64 overhead = on(p, device)->overhead, own = known ? *known : 0;
     __sync_fetch_and_add(&on(p, device)->ended, 1);
@@ -65,6 +61,56 @@ static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
     if (own <= 0) return 0;
     add_overhead(p, device, -own);
     return own;
+}
+
+static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
+{
+    device &= DEVICE_MASK;
+    s64 left = one_less(&on(p, device)->contexts);
+    if (left < 0) return 0;
+    if (!left) return end_last_context(p, device, out);
+    return end_own_bytes(p, device);
+}
+
+static u64 unseen_on(u32 device) { return 1ULL << FGPU_UNSEEN_SHIFT << slot(device); }
+
+/* Return whether a call has succeeded that the driver refuses to a process without a context on the device: each
+ * allocation except cuMemCreate. The context of the call may have been destroyed during the call, as the last one. */
+static int shows_context(struct fgpu_process *p, struct fgpu_call *f)
+{
+    return f->function >= FGPU_FUNCTION_ALLOC && f->function < FGPU_FUNCTION_CREATE &&
+           is_of_era(p, f->device, f->admitted);
+}
+
+/* Count the context of a process without a recorded context: the context is older than the entry, or a function without
+ * a probe has created it. The process may have more such contexts, of which no call shows the number. Returns the bytes
+ * of the context that are not charged as overhead yet. */
+static u64 count_unseen(struct fgpu_process *p, u32 device)
+{
+    device &= DEVICE_MASK;
+    if (__sync_val_compare_and_swap(&on(p, device)->contexts, 0, 1)) return 0;
+    note(p, unseen_on(device));
+    p->last_device = device;
+    u64 *known = contexts.lookup(&device);
+    s64 overhead = on(p, device)->overhead, more = known ? *known : 0;
+    more -= overhead & ~(overhead >> 63);
+    return more & ~(more >> 63);
+}
+
+/* A context was destroyed whose creation was not recorded. Other such contexts may remain. Therefore the memory that
+ * was allocated in contexts stays charged until it is freed, or until NVML shows that it is freed. */
+static u64 end_unseen(struct fgpu_process *p, u32 device)
+{
+    device &= DEVICE_MASK;
+    if (!withdraw_note(p, unseen_on(device))) return 0;
+    return one_less(&on(p, device)->contexts) < 0 ? 0 : end_own_bytes(p, device);
+}
+
+/* Return whether a call without an admission refers to a context whose creation was not recorded: the shim requests an
+ * admission if the device has no primary context. */
+static int refers_to_unseen(struct fgpu_process *p, struct fgpu_call *f)
+{
+    return !(f->admitted & 1) && p->flags & unseen_on(f->device);
 }
 
 static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
@@ -90,9 +136,19 @@ static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
 static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
+    if (refers_to_unseen(p, f)) return f->bytes;
     if (__sync_val_compare_and_swap(&on(p, device)->primary, 0, 1)) return f->bytes;
     begin_context(p, f);
     return 0;
+}
+
+/* A reference to the primary context was dropped. If no recorded reference is left, the dropped reference is older than
+ * the entry. */
+static u64 dropped(struct fgpu_process *p, u32 device, struct outcome *out)
+{
+    s64 left = one_less(&on(p, device)->retained);
+    if (left > 0) return 0;
+    return left ? end_unseen(p, device) : end_primary(p, device, out);
 }
 
 static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 ordinal)

@@ -355,6 +355,9 @@ struct fgpu_process {
 #define FGPU_SEEN_DEVICE 128     /* NVML has shown memory of the process, so the process has opened device nodes */
 #define FGPU_PARKED 256          /* the process has an entry in `parked` */
 #define FGPU_SEEN_CALLED 512     /* the shim reports calls, and delays calls while the process is parked */
+/* The first device's bit. The process has a context on the device whose creation no probe has recorded. `contexts`
+ * counts one such context. */
+#define FGPU_UNSEEN_SHIFT 16
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -501,14 +504,18 @@ enum fgpu_adjust {
                       written */
     FGPU_TRIM,     /* slot: releases the claims that the slot's owner does not need */
     FGPU_EXEMPT,   /* tgid, generation: sets FGPU_SEEN_DEVICE */
-    FGPU_BEGIN_PARK,  /* tgid, generation: creates the entry of `parked` */
-    FGPU_PARK,        /* tgid, generation, device: the device holds no memory of the process */
-    FGPU_WAKE,        /* tgid, generation, device, force: the device is about to hold the process's parked bytes again;
-                         -ENOSPC: the bytes do not fit in a level around the process's own level */
-    FGPU_END_PARK,    /* tgid, generation: deletes the entry of `parked`; -EBUSY: the entry has bytes */
-    FGPU_ROOM,        /* cgroup, device, time: sets `room_ns`; 0: FGPU_NO_ROOM, decided now */
-    FGPU_FINISH_MOVE, /* tgid, generation: moves charges that the last move has missed, and deletes the entry of a
-                         process without levels */
+    FGPU_BEGIN_PARK,   /* tgid, generation: creates the entry of `parked` */
+    FGPU_PARK,         /* tgid, generation, device: the device holds no memory of the process */
+    FGPU_WAKE,         /* tgid, generation, device, force: the device is about to hold the process's parked bytes again;
+                          -ENOSPC: the bytes do not fit in a level around the process's own level */
+    FGPU_END_PARK,     /* tgid, generation: deletes the entry of `parked`; -EBUSY: the entry has bytes */
+    FGPU_ROOM,         /* cgroup, device, time: sets `room_ns`; 0: FGPU_NO_ROOM, decided now */
+    FGPU_FINISH_MOVE,  /* tgid, generation: moves charges that the last move has missed, and deletes the entry of a
+                          process without levels */
+    FGPU_CONTEXT_SEEN, /* tgid, generation, device, changes: NVML shows a context of a process without a recorded
+                          context; -EAGAIN if a change began meanwhile */
+    FGPU_CONTEXT_GONE, /* tgid, generation, device, changes: NVML does not show the context that was counted without a
+                          record of its creation; -EAGAIN if a change began meanwhile */
 };
 
 /* -- events: a ring buffer for rare events; events that do not fit are counted ------------------------------------- */

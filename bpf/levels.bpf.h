@@ -50,6 +50,14 @@ static struct fgpu_level *levels_of(struct fgpu_process *p, u64 side) { return &
  * flags. */
 static void note(struct fgpu_process *p, u64 flag) { __sync_fetch_and_or((u64 *)&p->level_count, flag << 32); }
 
+/* Clear a flag. Returns whether this call has cleared the flag. If another thread changes a flag at the same time, this
+ * flag may stay set. */
+static int withdraw_note(struct fgpu_process *p, u64 flag)
+{
+    u64 *word = (u64 *)&p->level_count, was = *(volatile u64 *)word;
+    return was & flag << 32 && __sync_val_compare_and_swap(word, was, was & ~(flag << 32)) == was;
+}
+
 static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
 static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p, device)->charged[side_of(side)]; }
 

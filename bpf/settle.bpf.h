@@ -174,7 +174,7 @@ static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
         return pitch_bytes(pitch, f->arguments[2]);
     case FGPU_FUNCTION_RETAIN:
     case FGPU_FUNCTION_GREEN:
-        if (on(p, device)->primary) return 0; /* fallthrough */
+        if (on(p, device)->primary || refers_to_unseen(p, f)) return 0; /* fallthrough */
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
     case FGPU_FUNCTION_CONTEXT_V4:
@@ -219,6 +219,16 @@ static void distrust(struct fgpu_process *p, u64 function)
     if (function == FGPU_FUNCTION_UNMAP || function == FGPU_FUNCTION_RELEASE) note(p, FGPU_SEEN_EXPORT);
 }
 
+/* Charge the context that a successful call shows and that was not counted. */
+static void charge_unseen(struct fgpu_process *p, struct fgpu_call *f, u64 lost)
+{
+    u64 more = 0;
+    if (UNLIKELY(!on(p, f->device)->contexts) && shows_context(p, f)) more = count_unseen(p, f->device);
+    charge_anew(p, f, lost + more);
+    f->bytes -= more;
+    add_overhead(p, f->device, more);
+}
+
 /* Settle a successful call. Returns the bytes that it freed. `key` has the process's pid and generation. */
 static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out,
                   int trusted)
@@ -230,7 +240,8 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
     case FGPU_FUNCTION_ARRAY_DESTROY:
         return freed(p, f, &out->orphaned, trusted);
     case FGPU_FUNCTION_DESTROY:
-        return f->references ? end_context(p, f->device, out) : 0;
+        if (!trusted) return 0;
+        return f->references ? end_context(p, f->device, out) : end_unseen(p, f->device);
     case FGPU_FUNCTION_MAP:
         mapped(p, f, key);
         return 0;
@@ -267,7 +278,7 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
     case FGPU_FUNCTION_PRIMARY_RESET: /* references to the primary context stay */
         if (!trusted) return 0;
         f->device = device_of_ordinal(p, key, f->arguments[0]);
-        return end_primary(p, f->device, out);
+        return on(p, f->device)->primary ? end_primary(p, f->device, out) : end_unseen(p, f->device);
     case FGPU_FUNCTION_GREEN_DESTROY:
     case FGPU_FUNCTION_PRIMARY_RELEASE:
         if (!trusted) return 0;
@@ -276,8 +287,7 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         } else {
             f->device = device_of_ordinal(p, key, f->arguments[0]);
         }
-        if (one_less(&on(p, f->device)->retained)) return 0;
-        return end_primary(p, f->device, out);
+        return dropped(p, f->device, out);
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
     case FGPU_FUNCTION_CONTEXT_V4:

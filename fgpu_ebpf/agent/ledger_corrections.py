@@ -68,6 +68,8 @@ class Corrections:
             held = self._held(tgid, process, device, sample)
             if held is None:
                 continue
+            if process.quiet:
+                self._count_context(tgid, process, device, sample, ended)
             held = max(process.handles_in_no_row(device), held - ended.get(tgid, 0))
             if not process.bytes[device] and not held:
                 drift[tgid, device] = 0
@@ -93,10 +95,24 @@ class Corrections:
         if process.bytes[device] and not _is_alive(tgid):
             return None
         is_gone = self._gone.get((tgid, process.generation, device), 0) >= GONE
-        if process.contexts[device]:
+        if process.recorded_contexts(device):
             return 0 if is_gone else None
         charged = 0 if is_gone else process.bytes[device] - process.managed[device]
         return max(0, min(process.witnessed(device), max(_outlasting(process, device), charged)))
+
+    def _count_context(
+        self, tgid: int, process: Process, device: int, sample: Sample, ended: Mapping[int, int]
+    ) -> None:
+        """Tell the ledger of a context whose creation no probe has recorded, or of the end of such a context.
+
+        NVML lists only processes with a context. The kernel refuses both if the process has changed since the reading.
+        A row that may belong to an ended process with the same pid shows no context.
+        """
+        if tgid not in sample.rows:
+            if process.is_unseen(device):
+                self._ledger.context_gone(tgid, process.generation, device, process.changes)
+        elif not process.contexts[device] and tgid not in ended:
+            self._ledger.context_seen(tgid, process.generation, device, process.changes)
 
     def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
         """Count, for each unlisted process, the passes in a row in which memory of its contexts is not in use.
@@ -105,7 +121,7 @@ class Corrections:
         """
         unnamed = {
             tgid: process for tgid, process in sample.processes.items()
-            if (process.contexts[device] or process.witnessed(device) > _outlasting(process, device))
+            if (process.recorded_contexts(device) or process.witnessed(device) > _outlasting(process, device))
             and tgid not in sample.rows and not process.is_parked
         }  # fmt: skip
         left = self._left(device, sample) if unnamed else None

@@ -28,6 +28,7 @@ from fgpu_ebpf.ledger.node_opens import NodeOpens
 from fgpu_ebpf.ledger.orphans import OrphanMap
 from fgpu_ebpf.ledger.owner_table import OwnerTable
 from fgpu_ebpf.ledger.parked import ParkedMap
+from fgpu_ebpf.ledger.probed_files import ProbedFiles
 from fgpu_ebpf.ledger.process_entry import Process, process_of
 from fgpu_ebpf.ledger.resolutions import Resolutions
 from fgpu_ebpf.ledger.ring_buffer import Events
@@ -41,7 +42,7 @@ _ALLOCATION_KEY, _LEVEL = struct.Struct("IIQQ"), struct.Struct("QQ")
 _ALLOCATION, _PROCESS = ctypes.sizeof(abi.Allocation), ctypes.sizeof(abi.Process)
 _THREAD, _DEVICE = ctypes.sizeof(abi.Thread), ctypes.sizeof(abi.Device)
 _LIMIT, _LIMIT_KEY = struct.Struct("QQ"), struct.Struct("QQ")
-_COUNTER_KEY, _FILE = struct.Struct("QIHH"), struct.Struct("QQ")
+_COUNTER_KEY = struct.Struct("QIHH")
 _ZERO = _U32.pack(0)
 HOST_EPOCH, HOST_PROCESSES = 0, 5
 SWEPT_AT_ONCE = 1024  # allocations
@@ -92,6 +93,9 @@ class Ledger:
         self.not_managed, self.refuse, self.forget, self.unresolve = (
             resolutions.not_managed, resolutions.refuse, resolutions.forget, resolutions.unresolve
         )  # fmt: skip
+        files = ProbedFiles(self._maps)
+        self.file_check, self.enter_file = files.file_check, files.enter_file
+        self.forget_file, self.forget_files = files.forget_file, files.forget_files
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._open(pins)
@@ -222,24 +226,6 @@ class Ledger:
     def _set_host(self, index: int, value: int) -> None:
         bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))
 
-    def file_check(self, dev: int, ino: int) -> int | None:
-        """Return the offset of a file's probed instruction; 1: unknown; None: the file is not probed. Thread-safe."""
-        raw = bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4)
-        return None if raw is None else int(_U32.unpack(raw)[0])
-
-    def enter_file(self, dev: int, ino: int, check: int = 1) -> None:
-        """Record a file as probed. `check` is the file offset of a probed instruction; 1: unknown."""
-        bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(check))
-
-    def forget_file(self, dev: int, ino: int) -> None:
-        """Record that the file is no longer probed."""
-        bpf.delete(self._maps["files"], _FILE.pack(dev, ino))
-
-    def forget_files(self) -> None:
-        """Record that no file is probed."""
-        for key, _ in bpf.items(self._maps["files"], _FILE.size, 4):
-            bpf.delete(self._maps["files"], key)
-
     # -- devices
 
     def devices(self) -> list[tuple[int, bytes]]:
@@ -302,6 +288,17 @@ class Ledger:
     def raise_overhead(self, tgid: int, generation: int, device: int, more: int) -> bool:
         """Add `more` bytes to the overhead of a process that is never idle. Return False if the process has exited."""
         return self._run(abi.Adjust.RAISE, tgid, generation, device, more) == 0
+
+    def context_seen(self, tgid: int, generation: int, device: int, changes: int) -> bool:
+        """Count the context of a process without a recorded context, because NVML lists the process.
+
+        A context that is counted already is not counted again. `changes` and the result: as for overhead().
+        """
+        return self._run(abi.Adjust.CONTEXT_SEEN, tgid, generation, device, changes) == 0
+
+    def context_gone(self, tgid: int, generation: int, device: int, changes: int) -> bool:
+        """Stop counting a context whose creation was not recorded, because NVML does not list the process."""
+        return self._run(abi.Adjust.CONTEXT_GONE, tgid, generation, device, changes) == 0
 
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
         """Move a process and its charges to other levels, innermost first.

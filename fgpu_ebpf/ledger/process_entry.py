@@ -15,6 +15,7 @@ from fgpu_ebpf import abi
 # The module uses struct instead of abi.Process for speed: every reconciliation reads all entries.
 _HEAD, _LEVELS = struct.Struct("6Q4I"), struct.Struct(f"{abi.LEVELS}Q")
 _HOLDING = struct.Struct("Q2q8x3QqQ16x5Q")
+_FLAGS = (1 << abi.UNSEEN_SHIFT) - 1
 _ZEROES = (0,) * abi.DEVICES
 assert (_HEAD.size, _HOLDING.size) == (abi.Process.sides.offset, ctypes.sizeof(abi.Holding))
 
@@ -27,7 +28,8 @@ class Process:
     number of completed changes. `begun`: number of changes that have begun. `exported`: bytes that other processes may
     have open. `ended`: number of contexts that were destroyed while other contexts remained. `peak`: the maximum of
     `bytes` since the agent last called Ledger.mark(). `handles`: bytes of VMM handles. `parked`: bytes of the process
-    that no device holds. These bytes are not in `bytes`, but are in the other parts.
+    that no device holds. These bytes are not in `bytes`, but are in the other parts. `unseen`: the devices, as bits, on
+    which `contexts` counts a context whose creation no probe has recorded.
     """
 
     generation: int
@@ -48,11 +50,20 @@ class Process:
     peak: tuple[int, ...] = _ZEROES
     handles: tuple[int, ...] = _ZEROES
     parked: tuple[int, ...] = _ZEROES
+    unseen: int = 0
 
     @property
     def is_parked(self) -> bool:
         """Return whether the agent parks or has parked the process. NVML may show all or no memory of the process."""
         return bool(self.flags & abi.PARKED)
+
+    def is_unseen(self, device: int) -> bool:
+        """Return whether a context on the device counts whose creation no probe has recorded."""
+        return bool(self.unseen >> device & 1)
+
+    def recorded_contexts(self, device: int) -> int:
+        """Return the number of contexts on the device whose creation a probe has recorded."""
+        return self.contexts[device] - self.is_unseen(device)
 
     def witnessed(self, device: int) -> int:
         """Return the bytes, without overhead, that NVML should show for the process on a device."""
@@ -86,6 +97,6 @@ def process_of(raw: bytes) -> Process:
         parked = tuple(max(0, all_ + late_ - a - b) for all_, late_, a, b in zip(bytes_, owed, one, other, strict=True))
         bytes_ = tuple(all_ - part for all_, part in zip(bytes_, parked, strict=True))
     return Process(
-        generation, levels, flags, changes, begun == changes, bytes_, overhead, managed, pool, contexts, late,
-        begun, tag, exported, ended, peak, handles, parked,
+        generation, levels, flags & _FLAGS, changes, begun == changes, bytes_, overhead, managed, pool, contexts, late,
+        begun, tag, exported, ended, peak, handles, parked, flags >> abi.UNSEEN_SHIFT,
     )  # fmt: skip

@@ -69,7 +69,7 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         digest = programs.load(sources, pins)
         ledger = Ledger(pins)
         ledger.set_device(0, bytes(range(16)))
-        ledger.set_context_bytes(0, CONTEXT)
+        ledger.set_context_bytes(0, 0)
         attached = attach.Probes(pins, digest, ledger)
         attached.attach_process_ends()
         unknown = folder / "unknown" / driver.name
@@ -92,6 +92,16 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     )  # an agent of another suite probes the original
     with loaded(folder, REPOSITORY / "bpf", shim) as kernel:
         yield kernel
+
+
+@pytest.fixture
+def context_bytes(kernel: Kernel) -> Iterator[int]:
+    """Let contexts of the first device have a size. In other tests, programs allocate without creating a context, and
+    the context that the kernel then counts has no bytes.
+    """
+    kernel.ledger.set_context_bytes(0, CONTEXT)
+    yield CONTEXT
+    kernel.ledger.set_context_bytes(0, 0)
 
 
 def forget_empty(kernel: Kernel) -> None:

@@ -54,6 +54,7 @@ class Life:
     loose_handles: int = 0
     contexts: int = 0
     ended: int = 0
+    unseen: bool = False  # whether a context counts whose creation was not recorded
     retained: int = 0
     primary: bool = False
     frees_nothing: bool = False
@@ -196,24 +197,36 @@ class Life:
         self.overhead += bytes_
         self.contexts += 1
 
+    def show_context(self) -> None:
+        """Count a context without a record of its creation, unless a context counts already."""
+        if not self.contexts:
+            self.unseen = True
+            self.contexts = 1
+
+    def allocate(self) -> None:
+        """Count and charge the context that a successful allocation shows."""
+        if not self.contexts:
+            self.overhead += max(0, CONTEXT - max(0, self.overhead))
+        self.show_context()
+
     def retain(self, admitted: int | None) -> None:
         """Add a reference to the primary context. It may be the first."""
         self.retained += 1
-        if not self.primary:
+        if not self.primary and (admitted is not None or not self.unseen):
             self.primary = True
             self.begin_context(CONTEXT if admitted is None else admitted)
 
     def release_primary(self) -> int:
         """Drop a reference to the primary context."""
         if not self.retained:
-            return 0
+            return self.end_unseen()
         self.retained -= 1
-        return 0 if self.retained else self.end_primary()
+        return 0 if self.retained or not self.primary else self.end_primary()
 
     def end_primary(self) -> int:
         """End the primary context, after its last reference or a reset."""
         if not self.primary:
-            return 0
+            return self.end_unseen()
         self.primary = False
         return self.end_context()
 
@@ -222,9 +235,26 @@ class Life:
         self.contexts -= 1
         if not self.contexts:
             return self.end_last_context()
+        self.end_own_bytes()
+        return 0
+
+    def end_own_bytes(self) -> None:
+        """Release the bytes of a context that may not be the last."""
         self.ended += 1
         self.overhead -= max(0, min(CONTEXT, self.overhead))
+
+    def end_unseen(self) -> int:
+        """End a context without a record of its creation. It releases no other bytes, because another may remain."""
+        if self.unseen:
+            self.hide_context()
+            self.end_own_bytes()
         return 0
+
+    def hide_context(self) -> None:
+        """Stop counting a context without a record of its creation."""
+        if self.unseen:
+            self.unseen = False
+            self.contexts -= 1
 
     def end_last_context(self) -> int:
         """End the last context. Handles and pools survive it."""

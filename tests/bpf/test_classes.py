@@ -111,6 +111,7 @@ def held(other: Client) -> int:
     return CONTEXT + 9 * MIB
 
 
+@pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize("end", ["primary_release()", "primary_reset()"])
 def test_an_unknown_library_ends_no_context(kernel, level, other, held, end):
     other("unknown()")
@@ -123,6 +124,7 @@ def test_an_unknown_library_ends_no_context(kernel, level, other, held, end):
     assert (level.used, level.orphaned) == (4 * MIB, 0), "the context was still the last one"
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_context_ended_by_an_unknown_library_still_counts(kernel, level, other, held):
     """Another context is created and ended with the real driver.
 
@@ -140,6 +142,7 @@ def test_a_context_ended_by_an_unknown_library_still_counts(kernel, level, other
     assert level.used == before
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_reference_dropped_by_an_unknown_library_keeps_the_primary_context(kernel, level, other, held):
     other("retain()")
     other("unknown()")
@@ -151,6 +154,7 @@ def test_a_reference_dropped_by_an_unknown_library_keeps_the_primary_context(ker
     assert level.used == 4 * MIB
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_names_stay_in_use_after_an_unknown_library_ends_a_context(kernel, level, other, held):
     """A small piece of managed memory must not be able to free a large piece of the same name."""
     other("unknown()")
@@ -164,6 +168,7 @@ def test_names_stay_in_use_after_an_unknown_library_ends_a_context(kernel, level
 # -- listed files
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_listed_library_is_trusted_like_the_host_s(kernel, level, client, tmp_path: Path):
     listed = tmp_path / "libcuda.so.1"
     shutil.copy(kernel.driver, listed)

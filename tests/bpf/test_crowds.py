@@ -96,6 +96,7 @@ def test_the_ledger_counts_the_frees_of_a_crowd_s_neighbour(kernel, crowd, level
     assert anomalies(kernel)["FULL"] == before
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_entries_are_counted_through_frees_failures_and_reuse(kernel, level, client):
     client("alloc(0x1000, 1)")
     client("alloc(0x1000, 2)")  # the end of the first allocation was not recorded

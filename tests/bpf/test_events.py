@@ -166,6 +166,7 @@ def test_a_failed_call_names_no_process(kernel, events, level, client):
 # -- which level was out of memory
 
 
+@pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize(
     ("call", "kind"),
     [
@@ -400,6 +401,7 @@ def test_an_unread_ring_buffer_delays_no_process(kernel, bell, level):
     assert is_rung(bell)
 
 
+@pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize("how", ["exit", "kill", "the leader first"])
 def test_the_end_of_a_process_with_a_context_is_reported_at_once(bell, level, client, how):
     client("retain()")
@@ -422,13 +424,14 @@ def test_the_end_of_a_process_with_a_context_is_reported_at_once(bell, level, cl
 
 
 def test_the_end_of_a_process_without_a_context_is_not_reported(bell, level, client):
-    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"create(7, {4 * MIB})")
     client.kill()
     for _ in range(1009):
         os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
     assert not is_rung(bell)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_the_end_of_a_thread_and_of_an_executing_program_is_not_reported(kernel, bell, level, client):
     client("retain()")
     client("import threading")

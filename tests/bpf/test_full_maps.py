@@ -186,6 +186,7 @@ def test_a_mapping_without_an_entry_keeps_its_memory_charged(kernel, allocations
     assert_left(level, 4 * MIB)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_context_without_an_entry_stays_charged_until_the_process_exits(allocations, counted, level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("context(0xabc)")

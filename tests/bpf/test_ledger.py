@@ -414,6 +414,7 @@ def test_host_memory_is_not_charged(level, client):
 # -- contexts
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_context_is_admitted_with_the_last_known_size(level, client):
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == ADMITTED
     assert level.used == CONTEXT
@@ -426,6 +427,7 @@ def test_a_context_is_admitted_with_the_last_known_size(level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_the_end_of_the_last_context_releases_its_allocations(kernel, level, client):
     client(f"admit(0, kind={int(HELLO)})")
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
@@ -443,6 +445,7 @@ def test_the_end_of_the_last_context_releases_its_allocations(kernel, level, cli
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_reset_ends_the_primary_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -451,6 +454,7 @@ def test_a_reset_ends_the_primary_context(level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_reset_keeps_the_references(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -464,6 +468,7 @@ def test_a_reset_keeps_the_references(level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_green_context_keeps_the_primary_context(kernel, level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -478,6 +483,7 @@ def test_a_green_context_keeps_the_primary_context(kernel, level, client):
     assert (level.used, client.entry(kernel).contexts[0]) == (0, 0)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_green_context_creates_the_primary_context_with_its_admission(kernel, level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("green(0x9001)")
@@ -489,6 +495,7 @@ def test_a_green_context_creates_the_primary_context_with_its_admission(kernel, 
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_an_untrusted_library_ends_no_green_context(kernel, level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("green(0x9001)")
@@ -497,6 +504,7 @@ def test_an_untrusted_library_ends_no_green_context(kernel, level, client):
     assert level.used == CONTEXT
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_further_references_count_on_the_device_of_the_first(kernel, level, client):
     """CUDA's ordinal 0 is the ledger's device 3. A further reference has no admission."""
     level.limit(1024 * MIB, devices=(0, 3))
@@ -510,6 +518,7 @@ def test_further_references_count_on_the_device_of_the_first(kernel, level, clie
     assert not any(client.entry(kernel).contexts)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_threads_that_retain_and_release_do_not_end_the_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -520,6 +529,7 @@ def test_threads_that_retain_and_release_do_not_end_the_context(level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_reference_retained_during_a_release_keeps_the_context(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -530,6 +540,7 @@ def test_a_reference_retained_during_a_release_keeps_the_context(level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_retain_that_fails_leaves_no_reference(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain()")
@@ -538,6 +549,7 @@ def test_a_retain_that_fails_leaves_no_reference(level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_admitted_pool_bytes_do_not_admit_a_context(kernel, level, client):
     client(f"admit({MIB}, kind={int(POOL)})")
     client("retain()")
@@ -545,18 +557,21 @@ def test_admitted_pool_bytes_do_not_admit_a_context(kernel, level, client):
     assert client.entry(kernel).flags & abi.Seen.BYPASS
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_refused_context_is_not_charged(level, client):
     level.limit(100 * MIB)
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == REFUSED
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_context_that_the_driver_refuses_is_released(level, client):
     client(f"admit(0, kind={int(CONTEXT_KIND)})")
     client("retain(code=2)")
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_pool_bytes_are_charged_at_once_and_no_other_bytes_are_released_as_pool_bytes(kernel, level, client):
     before = anomalies(kernel)["RELEASE"]
     client("retain()")
@@ -588,6 +603,7 @@ def test_every_hit_of_a_probe_is_counted(kernel, level, client):
     assert grown == {function.ALLOC: 23, function.FREE: 17, abi.HIT_ADMIT: 23, abi.HIT_GIVE_BACK: 1}
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_programs_of_two_versions_release_once(kernel, level, client):
     """During an upgrade the programs of both versions are attached to the same functions."""
     before = anomalies(kernel)["RELEASE"]
@@ -697,6 +713,7 @@ def test_overhead_is_set_and_released(kernel, level, client):
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_unused_pool_bytes_are_released_once(kernel, level, client):
     """NVML shows the context alone, so the charge of context and pool is that of the context."""
     level.limit(4096 * MIB)
@@ -713,6 +730,7 @@ def test_unused_pool_bytes_are_released_once(kernel, level, client):
     assert level.used == CONTEXT
 
 
+@pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize(("held", "pool"), [(700, 444), (200, 0)])
 def test_unused_pool_bytes_are_not_released_from_handles(kernel, level, client, held, pool):
     """The last correction found `held` MiB, 256 MiB of them in a handle."""
@@ -731,6 +749,7 @@ def test_unused_pool_bytes_are_not_released_from_handles(kernel, level, client, 
     assert level.held == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize(
     ("then", "used"),
     [
@@ -754,6 +773,7 @@ def test_a_request_that_the_last_context_released_is_charged_once(kernel, level,
     assert entry.flags == flags, "the call counts as one without an admission"
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_context_that_was_admitted_before_the_last_one_ended_is_charged(kernel, level, client):
     client("retain()")
     client(f"admit(0, kind={int(CONTEXT_KIND)})")

@@ -75,10 +75,9 @@ def test_a_name_with_three_charges_frees_the_smallest(level, client):
 
 def test_a_name_on_two_devices_frees_nothing(kernel, level, client):
     kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: 64 * MIB, 1: 64 * MIB})])
-    client(f"admit({4 * MIB}, device=1)")
-    client(f"managed(0x1000, {4 * MIB})")
-    client(f"managed(0x1000, {6 * MIB})")
-    client(f"managed(0x1000, {8 * MIB})")
+    for device, bytes_ in ((1, 4 * MIB), (0, 6 * MIB), (0, 8 * MIB)):
+        client(f"admit({bytes_}, device={device})")
+        client(f"managed(0x1000, {bytes_})")
     client("free(0x1000)")
     entry = client.entry(kernel)
     assert (entry.managed[:2], entry.bytes[:2]) == ((14 * MIB, 4 * MIB), (14 * MIB, 4 * MIB))
@@ -95,6 +94,7 @@ def test_an_exported_name_frees_nothing(level, client):
     assert_left(level, 10 * MIB)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_exported_memory_whose_name_is_reused_is_orphaned_once(level, client):
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -105,6 +105,7 @@ def test_exported_memory_whose_name_is_reused_is_orphaned_once(level, client):
     assert (level.used, level.orphaned) == (10 * MIB, 10 * MIB), "only a probe shows that memory ends with its context"
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_handle_without_an_entry_survives_the_context(kernel, level, client):
     """NVML shows nothing of a process without a context, so no comparison would correct its overhead."""
     client(f"create(7, {8 * MIB})")
@@ -148,6 +149,7 @@ def test_a_name_of_an_ended_context_can_be_reused_after_a_failed_free(kernel, le
     assert (level.used, client.entry(kernel).managed[0]) == (0, 0)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_reused_context_name_is_an_additional_context(kernel, level, client):
     for _ in range(2):
         client("context(0xabc)")

@@ -133,6 +133,7 @@ def test_a_request_for_memory_is_no_registration(level: Level, client: Client, n
     assert error_of_open(client, nodes / "c195") == DENIED
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_only_the_agent_can_exempt_a_process(kernel: Kernel, level: Level, client: Client, nodes: Path) -> None:
     """Memory that a library reports proves nothing: a tenant can have its own library."""
     level.limit(100 * MIB, LimitFlag.DENY)

@@ -27,6 +27,7 @@ POOL = int(abi.Kind.POOL)
 # -- the end of a process
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_an_orphan_records_its_process_and_the_time_of_its_end(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client(f"managed(0x2000, {6 * MIB})")
@@ -223,6 +224,7 @@ def test_an_exported_handle_is_orphaned_with_its_last_mapping(level, client):
     assert_left(level, 8 * MIB)
 
 
+@pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize("export", ["export_pointer(0x1000)", "export_range(0x1000)"])
 @pytest.mark.parametrize("how", ["exit", "free(0x1000)", "primary_release()"])
 def test_an_exported_pointer_stays_charged_to_the_level(level, client, export, how):
@@ -255,6 +257,7 @@ def test_nothing_is_released_after_an_export_without_an_entry(level, client, exp
     assert_left(level, 8 * MIB)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_pool_bytes_are_orphaned_once_a_pool_is_exported(kernel, level, client):
     client("retain()")
     client(f"admit({32 * MIB}, kind={POOL})")
@@ -328,6 +331,7 @@ def test_an_import_is_recorded(kernel, level, client):
 # -- the end of a context
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_the_last_context_releases_plain_and_managed_memory_and_keeps_handles_and_pools(kernel, level, client):
     freed = kernel.ledger.orphans.managed_freed(0)
     client("retain()")
@@ -353,6 +357,7 @@ def test_the_last_context_releases_plain_and_managed_memory_and_keeps_handles_an
     assert (level.used, level.orphaned) == (16 * MIB, 16 * MIB), "without a context, no row shows whether pools shrank"
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_the_last_context_does_not_release_memory_that_only_nvml_has_shown(kernel, level, client):
     """It may be a pool of the process, which outlives contexts: then no row of NVML shows it any more."""
     client("retain()")
@@ -361,6 +366,7 @@ def test_the_last_context_does_not_release_memory_that_only_nvml_has_shown(kerne
     assert (level.used, level.orphaned) == (8 * MIB, 8 * MIB)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_pool_bytes_that_a_process_without_a_context_releases_are_orphaned(kernel, level, client):
     client("retain()")
     client(f"admit({8 * MIB}, kind={POOL})")
@@ -369,6 +375,7 @@ def test_pool_bytes_that_a_process_without_a_context_releases_are_orphaned(kerne
     assert (level.used, level.orphaned, client.entry(kernel).pool[0]) == (8 * MIB, 8 * MIB, 0)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_the_end_of_a_context_that_is_not_the_last_is_counted_for_the_agent(kernel, level, client):
     client("retain()")
     client("context(0xabc)")

@@ -20,7 +20,7 @@ from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Shared
 from fgpu_ebpf.ledger.process_entry import Process
 from tests.bpf import model
-from tests.bpf.conftest import CONTEXT, SECONDS, Client, Kernel, Level, anomalies, entries, leave_levels, wait_until
+from tests.bpf.conftest import SECONDS, Client, Kernel, Level, anomalies, entries, leave_levels, wait_until
 from tests.bpf.model import Call, Entry, Life
 
 MOST_PROGRAMS = 2
@@ -184,7 +184,7 @@ class States(RuleBasedStateMachine):
         """Fork a child that allocates memory and exits."""
         program = self.some(which)
         child = program.client(f"fork() or ({call}(0x1000, {size}), os._exit(0))")
-        self.orphan(program, size, child, next(self.lives))
+        self.orphan(program, size + model.CONTEXT, child, next(self.lives))
         self.managed_freed += size if call == "managed" else 0
         self.left[program.tenant] += 1
 
@@ -325,6 +325,7 @@ class States(RuleBasedStateMachine):
         charged = max(program.life.take_over() or 0, size)
         program.client(f"{call}({0x1000 * (at + 1)}, {size}{', code=1' if code else ''})")
         if not code:
+            program.life.allocate()
             new = Entry(charged, program.tenant, managed=call == "managed")
             self.orphan(program, program.life.name_pointer(at, new))
 
@@ -466,10 +467,12 @@ class States(RuleBasedStateMachine):
     def end_context(self, which: int, at: int, what: str, code: int, host: bool) -> None:
         """End a context. The last one releases the bytes of an admission; a call that has them is charged again."""
         handles = sorted(self.some(which).life.context_entries.keys() - {0})
-        if what == "destroy" and not handles:
-            return
         program = self.calls(which, host)
-        if what == "destroy":
+        if what == "destroy" and not handles:
+            program.client(f"destroy({next(self.numbers)}, code={code})")
+            if host and not code:
+                program.life.end_unseen()
+        elif what == "destroy":
             self.destroy(program, handles[at % len(handles)], code, host)
         else:
             program.client(f"{what}()")
@@ -508,6 +511,22 @@ class States(RuleBasedStateMachine):
         assert done == quiet == process.quiet
         if done:
             program.life.overhead = size
+
+    @precondition(lambda self: self.programs)
+    @rule(which=programs, is_listed=st.booleans())
+    def list_contexts(self, which: int, is_listed: bool) -> None:
+        """Tell the kernel that NVML lists a program, or does not. The kernel refuses that during a call."""
+        program = self.some(which)
+        process = program.client.entry(self.kernel)
+        if not process:
+            return
+        quiet = not program.life.admitted and not program.life.late and not program.life.call
+        tell = self.kernel.ledger.context_seen if is_listed else self.kernel.ledger.context_gone
+        assert tell(program.client.pid, process.generation, 0, process.changes) == quiet
+        if quiet and is_listed:
+            program.life.show_context()
+        elif quiet:
+            program.life.hide_context()
 
     @precondition(lambda self: self.orphans)
     @rule(which=st.integers(0, 100), size=sizes)
@@ -590,11 +609,12 @@ class States(RuleBasedStateMachine):
 
 def assert_same(process: Process | None, life: Life) -> None:
     """Compare the charges of one process in the kernel with the model."""
-    modelled = life.bytes(), life.managed, life.pool, life.overhead, life.contexts, life.ended
+    modelled = life.bytes(), life.managed, life.pool, life.overhead, life.contexts, life.ended, life.unseen
     found = (0,) * len(modelled)
     if process:
         all_ = (process.bytes[0] + process.parked[0],)
         each = all_, process.managed, process.pool, process.overhead, process.contexts, process.ended
+        each = *each, (process.is_unseen(0),)
         found = tuple(numbers[0] for numbers in each)
     assert found == modelled
 
@@ -611,4 +631,4 @@ def test_the_ledger_equals_its_model(kernel: Kernel, scale: Callable[[int, int, 
     try:
         run_state_machine_as_test(lambda: States(kernel), settings=settings)
     finally:
-        kernel.ledger.set_context_bytes(0, CONTEXT)
+        kernel.ledger.set_context_bytes(0, 0)

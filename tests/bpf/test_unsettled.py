@@ -70,6 +70,7 @@ def left(client, call: str) -> None:
     client(f"meanwhile(lambda: free(0x9999, code=1)) or {call}")
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_context_whose_creation_was_not_recorded_still_counts(kernel, level, client):
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
@@ -79,6 +80,7 @@ def test_a_context_whose_creation_was_not_recorded_still_counts(kernel, level, c
     assert level.used >= 4 * MIB
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_an_unrecorded_second_retain_keeps_the_primary_context(kernel, level, client):
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")
@@ -89,6 +91,7 @@ def test_an_unrecorded_second_retain_keeps_the_primary_context(kernel, level, cl
     assert level.used == 0
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_an_unrecorded_first_retain_counts_as_a_context(kernel, level, client):
     left(client, "retain()")
     client("context(0xabc)")
@@ -97,6 +100,7 @@ def test_an_unrecorded_first_retain_counts_as_a_context(kernel, level, client):
     assert (client.entry(kernel).contexts[0], client.entry(kernel).managed[0]) == (1, 4 * MIB)
 
 
+@pytest.mark.usefixtures("context_bytes")
 def test_a_handle_whose_creation_was_not_recorded_survives_the_last_context(kernel, level, client):
     left(client, f"create(7, {4 * MIB})")
     client("retain()")

@@ -30,6 +30,7 @@ class Entry:
     pool: int = 0
     vmm: int = 0
     contexts: int = 0
+    unseen: bool = False
     ended: int = 0
     has_imported: bool = False
 
@@ -38,6 +39,7 @@ class Entry:
             self.generation, LEVELS, Seen.SHIM | Seen.CALL, self.changes, self.begun == self.changes, first(self.bytes),
             first(self.overhead), first(self.managed), first(self.pool), first(self.contexts), False, self.begun, 0,
             ZEROES, first(self.ended), first(self.peak), first(self.vmm),
+            unseen=int(self.unseen),
         )  # fmt: skip
 
     def charge(self, bytes_: int) -> None:
@@ -133,6 +135,22 @@ class Ledger:
             entry.overhead += more
             entry.changes += 1
         return bool(entry)
+
+    def context_seen(self, pid: int, generation: int, device: int, changes: int) -> bool:
+        entry = self._entry(pid, generation)
+        if not entry or entry.begun != changes or entry.changes != changes:
+            return False
+        if not entry.contexts:
+            entry.contexts, entry.unseen = 1, True
+        return True
+
+    def context_gone(self, pid: int, generation: int, device: int, changes: int) -> bool:
+        entry = self._entry(pid, generation)
+        if not entry or entry.begun != changes or entry.changes != changes:
+            return False
+        if entry.unseen:
+            entry.contexts, entry.unseen = entry.contexts - 1, False
+        return True
 
     def let_go(self, orphan: Orphan, bytes_: int) -> bool:
         key = orphan.tgid, orphan.generation

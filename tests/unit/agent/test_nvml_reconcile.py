@@ -108,6 +108,7 @@ class Books:
         self.so_far, self.swept = 1, 0
         self.orphans = Orphans()
         self.marked: list[tuple[int, int]] = []
+        self.told: list[str] = []
         self.churn = 0  # bytes that the process allocates and frees between two reads of its entry
 
     def processes(self):
@@ -134,6 +135,18 @@ class Books:
 
     def raise_overhead(self, tgid, generation, device, more):
         self._set(self.entry.overhead[0] + more)
+        return True
+
+    def context_seen(self, tgid, generation, device, changes):
+        assert (device, self.entry.contexts[0], changes) == (0, 0, self.entry.changes)
+        self.told.append("seen")
+        self.entry = replace(self.entry, contexts=one(1), unseen=1)
+        return True
+
+    def context_gone(self, tgid, generation, device, changes):
+        assert (device, self.entry.unseen, changes) == (0, 1, self.entry.changes)
+        self.told.append("gone")
+        self.entry = replace(self.entry, contexts=one(self.entry.contexts[0] - 1), unseen=0)
         return True
 
     def move(self, pid, generation, levels):
@@ -193,6 +206,44 @@ def test_managed_memory_is_not_compared_with_nvml():
     books = Books(process(900 * MIB, 512 * MIB, managed=100 * MIB))
     reconciler(books, {ME: 800 * MIB}).look()
     assert books.entry.bytes[0] == 900 * MIB
+
+
+def test_a_context_that_only_nvml_shows_is_counted_once_until_nvml_shows_it_no_longer():
+    """The entry is younger than the context: the process was adopted, or its first call of the entry is no creation."""
+    books = Books(replace(process(10 * MIB), contexts=one(0)))
+    rows = {ME: 530 * MIB}
+    reconciliation = reconciler(books, lambda: rows)
+    for _ in range(2):
+        reconciliation.look()
+        assert (books.told, books.entry.contexts[0], books.entry.overhead[0]) == (["seen"], 1, 520 * MIB)
+    rows.clear()
+    for _ in range(2):
+        reconciliation.look()
+        assert (books.told, books.entry.contexts[0], books.entry.overhead[0]) == (["seen", "gone"], 0, 0)
+
+
+def test_a_recorded_context_is_not_counted_by_a_row_of_nvml():
+    books = Books(process(10 * MIB))
+    rows = {ME: 530 * MIB}
+    reconciliation = reconciler(books, lambda: rows)
+    reconciliation.look()
+    rows.clear()
+    reconciliation.look()
+    assert (books.told, books.entry.contexts[0], books.entry.overhead[0]) == ([], 1, 520 * MIB)
+
+
+@pytest.mark.parametrize("row", [None, 530 * MIB])
+def test_no_context_is_counted_by_an_unknown_row_or_during_a_change(row):
+    books = Books(replace(process(10 * MIB, quiet=row is None), contexts=one(0)))
+    reconciler(books, {ME: row}).look()
+    assert (books.told, books.entry.contexts[0]) == ([], 0)
+
+
+def test_a_row_of_an_ended_process_shows_no_context_of_a_later_process_of_its_pid():
+    books = Books(replace(process(0), contexts=one(0)))
+    books.orphans.all.append(orphan(530 * MIB, ME))
+    reconciler(books, {ME: 530 * MIB}, 530 * MIB).look()
+    assert (books.told, books.entry.contexts[0], books.entry.overhead[0]) == ([], 0, 0)
 
 
 def test_nothing_is_corrected_during_a_change():
