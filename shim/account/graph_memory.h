@@ -46,7 +46,7 @@ HIDDEN bool fgpu_graphs_yield(CUdevice ordinal);
 
 /* -- graph_growth.c */
 HIDDEN void fgpu_graphs_follow(int ordinal);
-HIDDEN CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak);
+HIDDEN CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak, struct patience *patience);
 HIDDEN void fgpu_graphs_measure(CUdevice ordinal); /* < 0: on all devices */
 
 #endif

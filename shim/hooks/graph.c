@@ -35,11 +35,12 @@ static bool counts(int ordinal)
 static CUresult before_instantiate(CUgraph graph, unsigned long long flags, struct fgpu_graph_reading *r)
 {
     CUresult refusal = CUDA_SUCCESS;
+    struct patience patience = {0};
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
     fgpu_graph_read(r, graph);
     if (r->peak && flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD && counts(r->ordinal))
-        refusal = fgpu_graphs_ask_for(r->ordinal, r->peak);
+        refusal = fgpu_graphs_ask_for(r->ordinal, r->peak, &patience);
     fgpu_unrelax(mode);
     errno = saved;
     return refusal;
@@ -101,20 +102,59 @@ EXPORT CUresult cuGraphInstantiateWithParams_ptsz(CUgraphExec *phGraphExec, CUgr
 
 typedef CUresult run(CUgraphExec, CUstream);
 
-static CUresult place(run *driver, CUgraphExec handle, CUstream stream, uint64_t key)
+/* `launch` is NULL for an upload, which runs nothing and enters no gate. */
+static bool enters(struct fgpu_launch *launch, CUgraphExec handle, CUstream stream, bool per_thread)
 {
-    struct fgpu_graph_exec *exec = fgpu_graph_exec_of(handle);
-    int ordinal = exec ? atomic_load(&exec->ordinal) : atomic_load(&fgpu_graphs_crowded) - 1, saved = errno;
-    if (exec && atomic_load_explicit(&exec->stream, memory_order_relaxed) == key) return driver(handle, stream);
-    if (!counts(ordinal)) return driver(handle, stream);
+    if (!launch || LIKELY(!fgpu_is_gated())) return false;
+    fgpu_gate_enter(launch, stream, per_thread, handle);
+    return launch->index >= 0;
+}
+
+static CUresult leave(const struct fgpu_launch *launch, CUresult result)
+{
+    return launch ? fgpu_gate_leave(launch, result) : result;
+}
+
+static CUresult ask(int ordinal, const struct fgpu_graph_exec *exec, struct patience *patience)
+{
+    int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
-    CUresult refusal = fgpu_graphs_ask_for(ordinal, exec ? atomic_load(&exec->peak) : 0);
+    CUresult refusal = fgpu_graphs_ask_for(ordinal, exec ? atomic_load(&exec->peak) : 0, patience);
     fgpu_unrelax(mode);
     errno = saved;
-    if (refusal) return refusal;
-    CUresult result = driver(handle, stream);
-    saved = errno;
-    mode = fgpu_relax();
+    return refusal;
+}
+
+/* Request the memory before the launch reaches the gate: a launch that waits for memory must not hold a turn. While the
+ * launch waits at the gate, other calls may use or release what was admitted. So the request is repeated behind the
+ * gate, and a launch that would have to wait for memory there leaves the gate first. */
+static CUresult ask_and_enter(int ordinal, const struct fgpu_graph_exec *exec, struct fgpu_launch *launch,
+                              CUgraphExec handle, CUstream stream, bool per_thread)
+{
+    for (;;) {
+        struct patience patience = {0};
+        CUresult refusal = ask(ordinal, exec, &patience);
+        if (refusal || !enters(launch, handle, stream, per_thread)) return refusal;
+        refusal = ask(ordinal, exec, NULL);
+        if (!refusal) return CUDA_SUCCESS;
+        leave(launch, refusal);
+    }
+}
+
+static CUresult place(run *driver, CUgraphExec handle, CUstream stream, bool per_thread, struct fgpu_launch *launch)
+{
+    uint64_t key = fgpu_stream_key(stream, per_thread);
+    struct fgpu_graph_exec *exec = fgpu_graph_exec_of(handle);
+    int ordinal = exec ? atomic_load(&exec->ordinal) : atomic_load(&fgpu_graphs_crowded) - 1;
+    if ((exec && atomic_load_explicit(&exec->stream, memory_order_relaxed) == key) || !counts(ordinal)) {
+        enters(launch, handle, stream, per_thread);
+        return leave(launch, driver(handle, stream));
+    }
+    CUresult result = ask_and_enter(ordinal, exec, launch, handle, stream, per_thread);
+    if (result) return result;
+    result = leave(launch, driver(handle, stream));
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
     fgpu_graphs_follow(ordinal);
     fgpu_unrelax(mode);
     errno = saved;
@@ -134,19 +174,20 @@ EXPORT CUresult cuGraphExecDestroy(CUgraphExec hGraphExec)
 }
 
 /* Run a graph. A graph that is launched into a capture becomes a node of another graph, and allocates nothing. */
-static CUresult run_it(run *driver, CUgraphExec handle, CUstream stream, bool per_thread)
+static CUresult run_it(run *driver, CUgraphExec handle, CUstream stream, bool per_thread, struct fgpu_launch *launch)
 {
-    if (LIKELY(!atomic_load_explicit(&fgpu_graphs_allocate, memory_order_relaxed)) ||
-        fgpu_is_capturing(stream, per_thread))
-        return driver(handle, stream);
-    return place(driver, handle, stream, fgpu_stream_key(stream, per_thread));
+    if (!LIKELY(!atomic_load_explicit(&fgpu_graphs_allocate, memory_order_relaxed)) &&
+        !fgpu_is_capturing(stream, per_thread))
+        return place(driver, handle, stream, per_thread, launch);
+    enters(launch, handle, stream, per_thread);
+    return leave(launch, driver(handle, stream));
 }
 
 #define UPLOAD(name, per_thread)                                                                                       \
     EXPORT CUresult name(CUgraphExec hGraphExec, CUstream hStream)                                                     \
     {                                                                                                                  \
         run *driver = REAL(name);                                                                                      \
-        return driver ? run_it(driver, hGraphExec, hStream, per_thread) : CUDA_ERROR_NOT_SUPPORTED;                    \
+        return driver ? run_it(driver, hGraphExec, hStream, per_thread, NULL) : CUDA_ERROR_NOT_SUPPORTED;              \
     }
 UPLOAD(cuGraphUpload, false)
 UPLOAD(cuGraphUpload_ptsz, true)
@@ -155,10 +196,8 @@ UPLOAD(cuGraphUpload_ptsz, true)
     EXPORT CUresult name(CUgraphExec hGraphExec, CUstream hStream)                                                     \
     {                                                                                                                  \
         run *driver = REAL(name);                                                                                      \
-        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         struct fgpu_launch launch = {.index = -1};                                                                     \
-        if (!LIKELY(!fgpu_is_gated())) fgpu_gate_enter(&launch, hStream, per_thread, hGraphExec);                      \
-        return fgpu_gate_leave(&launch, run_it(driver, hGraphExec, hStream, per_thread));                              \
+        return driver ? run_it(driver, hGraphExec, hStream, per_thread, &launch) : CUDA_ERROR_NOT_SUPPORTED;           \
     }
 LAUNCH(cuGraphLaunch, false)
 LAUNCH(cuGraphLaunch_ptsz, true)

@@ -1,5 +1,6 @@
 """Tests of the gate with the simulated driver: which threads wait, for how long, and that only launches wait."""
 
+import select
 import time
 
 import pytest
@@ -21,6 +22,52 @@ def test_a_closed_gate_of_another_device_blocks_no_launch(simulator: Simulator) 
     shut(simulator.agent, 5, device=4)
     assert simulator.python(KIT + "f = kernel(1); out([launch(f) for _ in range(11)].count(0))") == "[11]\n"
     assert not any(page(simulator.agent, 3).values())
+
+
+GRAPH = """
+def holding(mib):
+    g, e, p = C.c_void_p(), C.c_void_p(), C.c_uint64(); need("cuStreamBeginCapture_v2", s, 0)
+    need("cuMemAllocAsync", C.byref(p), C.c_size_t(mib << 20), s); need("cuStreamEndCapture", s, C.byref(g))
+    need("cuGraphInstantiateWithFlags", C.byref(e), g, C.c_ulonglong(0)); return e
+s = stream()
+"""  # a graph that allocates memory
+
+
+@pytest.mark.parametrize("name", ["cuGraphLaunch", "cuGraphLaunch_ptsz"])
+def test_a_graph_requests_its_memory_before_it_waits_at_the_gate(simulator: Simulator, name: str) -> None:
+    """A launch that waits for memory must not count as in flight. So this graph is refused while the gate is closed."""
+    agent = simulator.agent
+    shut(agent, 4)
+    process = simulator.start(KIT + GRAPH + f"e = holding(2048); out('ready'); line(); out(L.{name}(e, s))")
+    assert said(process) == ["ready"]
+    tell(process)
+    assert select.select([process.stdout], [], [], 20)[0], page(agent)
+    assert said(process) == [2]
+    assert page(agent) == {**page(agent), "waiting": 0, "in_flight": 0}
+    end(process)
+
+
+def test_a_graph_at_a_gate_does_not_keep_memory_that_another_call_has_used_meanwhile(simulator: Simulator) -> None:
+    """A graph's memory is admitted, and the graph waits at the gate. Another thread uses that memory."""
+    agent = simulator.agent
+    shut(agent, 4)
+    process = simulator.start(
+        KIT
+        + GRAPH
+        + """
+e, p, results = holding(600), C.c_uint64(), []
+thread = threading.Thread(target=lambda: results.append(L.cuGraphLaunch(e, s)))
+out("ready"); thread.start(); line()
+need("cuMemAlloc_v2", C.byref(p), C.c_size_t(700 << 20)); out("used"); thread.join(20); out(results)"""
+    )
+    assert said(process) == ["ready"]
+    until(agent, waiting=1)
+    tell(process)
+    assert said(process) == ["used"]
+    unlock(agent, 5)
+    assert said(process) == [[2]]
+    assert page(agent) == {**page(agent), "waiting": 0, "launches": 0, "in_flight": 0}
+    end(process)
 
 
 CALLS = {
