@@ -170,6 +170,8 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuEventRecord_ptsz)                                                                                           \
     HOOK(cuEventRecordWithFlags)                                                                                       \
     HOOK(cuEventRecordWithFlags_ptsz)                                                                                  \
+    HOOK(cuEventCreate)                                                                                                \
+    HOOK(cuIpcOpenEventHandle)                                                                                         \
     HOOK(cuStreamDestroy)                                                                                              \
     HOOK(cuStreamDestroy_v2)                                                                                           \
     NEED(cuDeviceGetAttribute)                                                                                         \
@@ -200,7 +202,6 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuCtxGetCurrent)                                                                                              \
     NEED(cuCtxPushCurrent_v2)                                                                                          \
     NEED(cuCtxPopCurrent_v2)                                                                                           \
-    NEED(cuEventCreate)                                                                                                \
     NEED(cuEventDestroy_v2)                                                                                            \
     NEED(cuDeviceGetGraphMemAttribute)
 

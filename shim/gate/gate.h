@@ -25,6 +25,7 @@ HIDDEN struct fgpu_rest fgpu_rest_begin(void);
 HIDDEN void fgpu_rest_stream(struct fgpu_rest rest, CUresult result, CUstream stream, bool per_thread);
 HIDDEN void fgpu_rest_context(struct fgpu_rest rest, CUresult result, CUcontext context); /* NULL: the current one */
 HIDDEN void fgpu_rest_event(struct fgpu_rest rest, CUresult result, CUevent event);
+HIDDEN void fgpu_event_made(CUresult result, const CUevent *event);
 HIDDEN void fgpu_event_recorded(struct fgpu_rest rest, CUresult result, CUevent event, CUstream stream,
                                 bool per_thread);
 

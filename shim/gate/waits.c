@@ -20,6 +20,14 @@ static struct fgpu_recorded *entry_of(CUevent event)
 _Static_assert(FGPU_RECORDED == 64, "six bits");
 _Static_assert(sizeof fgpu_own_page == FGPU_PAGE_BYTES, "one page");
 
+/* A new event may have the handle of a destroyed event. It is done, because nothing has recorded it. */
+void fgpu_event_made(CUresult result, const CUevent *event)
+{
+    if (result != CUDA_SUCCESS || !event) return;
+    uint64_t its = (uint64_t)*event;
+    atomic_compare_exchange_strong(&entry_of(*event)->event, &its, 0);
+}
+
 /* Return the mark of the work on the stream. Every context has a legacy stream with the same handle. */
 static struct fgpu_mark mark_at(CUstream stream, bool per_thread, uint64_t until_ns)
 {

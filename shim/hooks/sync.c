@@ -1,6 +1,6 @@
 /*
- * sync.c: the calls by which a program waits for work, queries whether it is done, begins a capture or destroys a
- * stream. Owns nothing.
+ * sync.c: the calls by which a program waits for work, queries whether it is done, begins a capture, creates an event
+ * or destroys a stream. Owns nothing.
  */
 #include "account/pool.h"
 #include "gate/gate.h"
@@ -99,6 +99,24 @@ HOLD(cuDeviceGetName, (char *name, int len, CUdevice dev), name, len, dev)
 
 BOTH(RECORD, cuEventRecord, (CUevent hEvent, CUstream hStream), hEvent, hStream)
 BOTH(RECORD, cuEventRecordWithFlags, (CUevent hEvent, CUstream hStream, unsigned int flags), hEvent, hStream, flags)
+
+/* -- new events: an event that was destroyed, alone or with its context, may have had the same handle */
+
+#define MAKE(name, ...)                                                                                                \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        fgpu_event_made(result, phEvent);                                                                              \
+        return result;                                                                                                 \
+    } while (0)
+
+EXPORT CUresult cuEventCreate(CUevent *phEvent, unsigned int Flags) { MAKE(cuEventCreate, phEvent, Flags); }
+
+EXPORT CUresult cuIpcOpenEventHandle(CUevent *phEvent, CUipcEventHandle handle)
+{
+    MAKE(cuIpcOpenEventHandle, phEvent, handle);
+}
 
 #define END_STREAM(name)                                                                                               \
     EXPORT CUresult name(CUstream hStream)                                                                             \

@@ -108,6 +108,26 @@ out("done"); line()"""
     end(process)
 
 
+def test_a_new_event_with_the_handle_of_a_destroyed_one_shows_no_end_of_work(simulator: Simulator) -> None:
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s = kernel(100000000), stream()
+def event(): e = C.c_void_p(); need("cuEventCreate", C.byref(e), 2); return e
+old = [event() for _ in range(32)]; launch(f, s)
+for e in old: need("cuEventRecord", e, s)
+for e in old: need("cuEventDestroy_v2", e)
+handles = {e.value for e in old}; again = [e for e in (event() for _ in range(1000)) if e.value in handles]
+out(len(again) > 0, max(map(L.cuEventQuery, again))); line()"""
+    )
+    assert said(process) == [True, 0]
+    assert page(agent) == {**page(agent), "launches": 1, "in_flight": 1}
+    process.kill()
+    process.communicate()
+
+
 def test_a_turn_begins_with_its_first_launch_and_ends_with_its_last_kernel(simulator: Simulator) -> None:
     """The page shows the first launch and the last kernel, not when the gate opened or when the drain was read."""
     agent = simulator.agent

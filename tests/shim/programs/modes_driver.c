@@ -7,9 +7,10 @@
 #include <dlfcn.h>
 
 #define LEAVE(name)
-/* The functions that only the shim calls, and three that programs call too. */
+/* The functions that only the shim calls, and four that programs call too. */
 #define EACH(ASIDE)                                                                                                    \
     FGPU_DRIVER_TABLE(LEAVE, ASIDE)                                                                                    \
+    ASIDE(cuEventCreate)                                                                                               \
     ASIDE(cuEventQuery)                                                                                                \
     ASIDE(cuMemPoolTrimTo)                                                                                             \
     ASIDE(cuDeviceGraphMemTrim)
