@@ -56,7 +56,8 @@ def test_a_graph_at_a_gate_does_not_keep_memory_that_another_call_has_used_meanw
         + GRAPH
         + """
 e, p, results = holding(600), C.c_uint64(), []
-thread = threading.Thread(target=lambda: results.append(L.cuGraphLaunch(e, s)))
+def other(): need("cuCtxSetCurrent", c); results.append(L.cuGraphLaunch(e, s))
+thread = threading.Thread(target=other)
 out("ready"); thread.start(); line()
 need("cuMemAlloc_v2", C.byref(p), C.c_size_t(700 << 20)); out("used"); thread.join(20); out(results)"""
     )
