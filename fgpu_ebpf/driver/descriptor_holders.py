@@ -111,7 +111,7 @@ def device_files(pid: int) -> list[str]:
     """Return the driver's device files that a process has open or mapped. The result is empty for an exited process."""
     found = set(descriptors(pid, MOST_DESCRIPTORS))
     with contextlib.suppress(OSError):
-        lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
+        lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").split("\n")
         found |= {words[5] for line in lines if len(words := line.split(maxsplit=5)) > 5}
     return sorted(path for path in found if os.path.basename(path).startswith(PREFIX))
 

@@ -10,6 +10,8 @@ import os
 import time
 from pathlib import Path
 
+from fgpu_ebpf.linux import procfs
+
 
 def make_way(path: str) -> None:
     """Remove an empty folder at this path, or rename a folder with contents to `PATH.moved-TIME`.
@@ -36,5 +38,4 @@ def remove_moved(path: Path) -> None:
 
 
 def _has_mounts(folder: Path) -> bool:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return any(Path(line.split()[4]).is_relative_to(folder) for line in file)
+    return any(Path(mount.path).is_relative_to(folder) for mount in procfs.mounts())

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.linux import procmaps
 
@@ -36,6 +37,20 @@ SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, e
 _PF_EXITING = 0x4  # a flag of a task, set before the kernel reports the exit
 
 
+class Mounted(NamedTuple):
+    """A mount in /proc/PID/mountinfo, with escapes as in that file.
+
+    `device`: MAJOR:MINOR of the mounted file system. `source`: the path of the mounted folder or file in that file
+    system. `kind` and `options`: the file system's.
+    """
+
+    device: str
+    source: str
+    path: str
+    kind: str
+    options: str
+
+
 def read(path: str) -> bytes:
     """Return a small file of /proc or of the cgroup file system, at most 64 KiB. Raise OSError on failure."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -45,7 +60,8 @@ def read(path: str) -> bytes:
         os.close(fd)
 
 
-def _field(text: bytes, name: bytes) -> bytes:
+def field(text: bytes, name: bytes) -> bytes:
+    """Return the rest of the first line that begins with a name, or an empty text if there is no such line."""
     return next((line[len(name) :] for line in text.split(b"\n") if line.startswith(name)), b"")
 
 
@@ -170,7 +186,7 @@ def _identity_by_name(pidfd: int) -> tuple[int, int]:
 
 
 def _pid_of(pidfd: int) -> int:
-    pid = int(_field(read(f"/proc/self/fdinfo/{pidfd}"), b"Pid:") or -1)
+    pid = int(field(read(f"/proc/self/fdinfo/{pidfd}"), b"Pid:") or -1)
     if pid <= 0:
         raise OSError(errno.ESRCH, "the process has exited")
     return pid
@@ -197,7 +213,7 @@ def pid_names(tgid: int) -> dict[int, int]:
     """Return the pids of a process by the inodes of its pid namespaces, innermost first; empty after its exit."""
     names: dict[int, int] = {}
     try:
-        pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
+        pids = field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
         space = os.open(f"/proc/{tgid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for pid in reversed(pids):
@@ -220,7 +236,7 @@ def clock_ahead_ns(pid: int) -> int:
     try:
         if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
             return 0
-        seconds, ns = _field(read(f"/proc/{pid}/timens_offsets"), b"monotonic").split()
+        seconds, ns = field(read(f"/proc/{pid}/timens_offsets"), b"monotonic").split()
     except (OSError, ValueError):
         return 0
     return int(seconds) * 1_000_000_000 + int(ns)
@@ -260,8 +276,19 @@ def loader(pid: int) -> str:
 
 def has_mount(pid: int, path: str) -> bool:
     """Return whether a path is a mount point in a process's mount namespace. Raise OSError if the process is gone."""
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return any(line.split(" ", 5)[4] == path for line in islice(file, MOST_MOUNTS))
+    return any(mount.path == path for mount in islice(mounts(pid), MOST_MOUNTS))
+
+
+def mounts(pid: int | str = "self") -> Iterator[Mounted]:
+    """Yield the mounts in a process's mount namespace. Raise OSError if the process is gone.
+
+    The kernel escapes spaces and line feeds in paths, but no other line end or white space of Unicode. Therefore only
+    a space ends a field, and only a line feed ends a line.
+    """
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            _, _, device, source, path, _, *more = line.rstrip("\n").split(" ")
+            yield Mounted(device, source, path, kind=more[more.index("-") + 1], options=more[-1])
 
 
 def has_memory(pid: int) -> bool:
@@ -277,12 +304,7 @@ def has_memory(pid: int) -> bool:
 
 def cgroup2_root() -> Path | None:
     """Return the mount point of the cgroup v2 hierarchy, or None."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            left, _, right = line.partition(" - ")
-            if right.startswith("cgroup2 "):
-                return Path(left.split()[4])
-    return None
+    return next((Path(mount.path) for mount in mounts() if mount.kind == "cgroup2"), None)
 
 
 def cgroup_path(pid: int) -> str | None:
@@ -320,7 +342,7 @@ def cgroups(pid: int, root: Path) -> list[int]:
 
 
 def _cgroup(pid: int) -> str:
-    return os.fsdecode(_field(read(f"/proc/{pid}/cgroup"), b"0::"))
+    return os.fsdecode(field(read(f"/proc/{pid}/cgroup"), b"0::"))
 
 
 def _folders(root: Path, inside: list[str]) -> list[str]:

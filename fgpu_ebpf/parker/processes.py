@@ -76,11 +76,9 @@ def _state_and_tracer(pid: int, thread: str) -> tuple[str, int]:
     """Return the state of a thread, as in /proc, and the pid of its tracer; 0: no tracer, or the thread has exited."""
     state, tracer = "", 0
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in procfs.read(f"/proc/{pid}/task/{thread}/status").decode(errors="replace").splitlines():
-            if line.startswith("State:"):
-                state = line.split()[1]
-            if line.startswith("TracerPid:"):
-                tracer = int(line.split()[1])
+        status = procfs.read(f"/proc/{pid}/task/{thread}/status")
+        state = procfs.field(status, b"State:").split()[0].decode()
+        tracer = int(procfs.field(status, b"TracerPid:"))
     return state, tracer
 
 
@@ -101,10 +99,10 @@ def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
     """
     roots = _roots(controller)
     try:
-        lines = procfs.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").splitlines()
+        lines = procfs.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").split("\n")
     except OSError:
         raise RequestError(f"process {pid} has ended") from None
-    for line in lines:
+    for line in filter(None, lines):
         _, controllers, path = line.split(":", 2)
         root = roots.get("" if not controllers else controller if controller in controllers.split(",") else None)
         if root is None:
@@ -118,12 +116,9 @@ def cgroups(pid: int, controller: str) -> Iterator[tuple[str, Path]]:
 def _roots(controller: str) -> dict[str | None, Path]:
     """Return the mount points of the hierarchies. The key is empty for version 2, and the controller for version 1."""
     found: dict[str | None, Path] = {}
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            left, _, right = line.partition(" - ")
-            kind, _, options = right.rstrip("\n").split(" ", 2)
-            if kind == "cgroup2":
-                found.setdefault("", Path(left.split()[4]))
-            elif kind == "cgroup" and controller in options.split(","):
-                found.setdefault(controller, Path(left.split()[4]))
+    for mount in procfs.mounts():
+        if mount.kind == "cgroup2":
+            found.setdefault("", Path(mount.path))
+        elif mount.kind == "cgroup" and controller in mount.options.split(","):
+            found.setdefault(controller, Path(mount.path))
     return found

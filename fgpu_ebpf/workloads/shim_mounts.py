@@ -6,6 +6,7 @@ process that has exited has no mount. The module runs in the agent and in `fgpu 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from enum import Enum, auto
@@ -107,16 +108,10 @@ def _mounts_everywhere() -> Iterator[tuple[str, str, str]]:
 def _mounts(pid: int) -> Iterator[tuple[str, str, str]]:
     """Yield MAJOR:MINOR, source and path of each mount in a process's namespace.
 
-    MAJOR:MINOR identifies the mounted file system. The source is the path of the mounted folder or file in that file
-    system.
+    The result is empty if the process has exited.
     """
-    try:
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            for line in islice(file, procfs.MOST_MOUNTS):
-                _, _, device, source, path, _ = line.split(" ", 5)
-                yield device, source, path
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        yield from (mount[:3] for mount in islice(procfs.mounts(pid), procfs.MOST_MOUNTS))
 
 
 def _device_of(folder: Path) -> str:

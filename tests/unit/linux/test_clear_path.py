@@ -13,6 +13,8 @@ REMOVE = (
 )
 # The folder with a mount in it is kept, with the mounted files.
 MOUNTED = """
+other=$(printf "$1/c\\r\\r\\302\\205d")
+mkdir "$other" && mount -t tmpfs none "$other"
 inner=$1/a.sock.moved-3/inner
 mkdir "$inner" && mount -t tmpfs none "$inner" && touch "$inner/data"
 "$2" -c "$3" "$1/a.sock"

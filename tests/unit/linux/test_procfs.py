@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.parker import processes
-from fgpu_ebpf.parker.protocol import Named
+from fgpu_ebpf.parker.protocol import Named, RequestError
 
 
 def fail(*_: object, **__: object) -> NoReturn:
@@ -55,3 +58,23 @@ def test_a_process_that_has_exited_has_ended() -> None:
     assert (procfs.ended(child.pid), procfs.started(child.pid)) == (True, None)
     assert procfs.is_exiting(child.pid, child.pid)
     assert not processes.Process(Named(child.pid, 1)).is_there()
+
+
+def test_a_stopped_process_cannot_hide_its_state_by_a_name_with_a_line_end() -> None:
+    program = r"import os; open('/proc/self/comm', 'w').write('a\rState:'); os.kill(os.getpid(), 19)"
+    with subprocess.Popen([sys.executable, "-c", program]) as child:
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        held = processes.Process(Named(child.pid, procfs.started(child.pid) or 0))
+        try:
+            with pytest.raises(RequestError, match="is stopped"):
+                held.check_runs()
+        finally:
+            held.close()
+            child.send_signal(signal.SIGCONT)
+
+
+def test_a_cgroup_with_a_line_end_in_its_name_is_read_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_roots", lambda _: {"": Path("/mnt")})
+    monkeypatch.setattr(procfs, "read", lambda _: "0::/a\rb\x85c/d\n".encode())
+    found = [path for path, _ in processes.cgroups(1, "freezer")]
+    assert found[:2] == ["/a\rb\x85c/d", "/a\rb\x85c"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fgpu_ebpf.driver.bypass_reason import Reason, reason
+from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.shim_mounts import BESIDE, FOLDER, LIST, Mount, is_mounted, mount_of, one_of_each_namespace
 from tests.support.wait import eventually
@@ -36,6 +37,7 @@ GIVEN = f"mount --bind /mnt/agent/shim {FOLDER}\n"
 ALSO_BESIDE = f"mount --bind /mnt/agent/shim {BESIDE}\n"
 LISTED = f"mount --bind /mnt/agent/list {LIST}\n"
 OVER_RUN = "mount -t tmpfs none /run\n"
+WITH_LINE_ENDS = 'd="/mnt/$(printf "a\\r\\r\\302\\205b")"; mkdir "$d"; mount -t tmpfs none "$d"\n'
 REMOVED = "rmdir /mnt/agent/shim\n"
 
 
@@ -73,6 +75,7 @@ def program(host: Path) -> Iterator[Callable[[str], int]]:
         ("", Mount.NONE, Reason.UNUSED),
         (OVER_RUN, Mount.NONE, Reason.UNUSED),
         (GIVEN, Mount.LIVE, Reason.UNUSED),
+        (WITH_LINE_ENDS + GIVEN, Mount.LIVE, Reason.UNUSED),
         (GIVEN + REMOVED, Mount.REMOVED, Reason.STALE_MOUNT),
         (GIVEN + OVER_RUN, Mount.HIDDEN, Reason.RUN_HIDDEN),
         (f"{GIVEN}mount -t tmpfs none /run/fgpu\n", Mount.HIDDEN, Reason.RUN_HIDDEN),
@@ -106,6 +109,16 @@ def test_a_hidden_folder_counts_as_mounted(program: Callable[[str], int], host: 
     assert not is_mounted(host / "shim")
     program(ALSO_BESIDE + OVER_RUN)
     assert is_mounted(host / "shim")
+
+
+def test_a_mount_of_any_user_does_not_hide_the_lists_of_others(
+    program: Callable[[str], int], host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host / "ld.so.preload").touch()
+    pids = [program(f"{WITH_LINE_ENDS}{more}") for more in ("", f"mount --bind /mnt/agent/ld.so.preload {LIST}\n")]
+    monkeypatch.setattr(procfs, "pids", lambda: pids)
+    assert shim_mounts.mounted_lists(host) == {LIST}
+    assert [procfs.has_mount(pid, LIST) for pid in pids] == [False, True]
 
 
 @as_root
