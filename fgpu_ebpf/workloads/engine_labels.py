@@ -113,10 +113,12 @@ class Engines:
                     thread.want_again([subject for subject in known if thread.api.serves(subject)])
 
     def keep(self) -> None:
-        """Remove containers that are gone, and write changed names to the file.
+        """Remove containers that are gone, write changed names to the file, and start threads that could not start.
 
         The agent calls this method about once a second.
         """
+        for thread in self._threads:
+            thread.keep()
         with self._lock:
             self._forget_gone()
             known = {subject: entry.names for subject, entry in self._entries.items() if entry.names}

@@ -85,9 +85,19 @@ class EngineThread:
 
     def _go_on(self) -> None:
         if self._thread is None and not self._ended:
-            self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:  # the host is short of processes
+                self._note(str(error))
         self._changed.notify()
+
+    def keep(self) -> None:
+        """Start the thread if an earlier attempt has failed. The agent calls this method about once a second."""
+        with self._changed:
+            if self._wants and self._thread is None:
+                self._go_on()
 
     def ask_now(self, subject: Subject) -> None:
         """Request a queued subject immediately.
@@ -192,17 +202,21 @@ class EngineThread:
         self._answered(subject, names)
 
     def _failed(self, subject: Subject, text: str, pause: bool = True) -> None:
-        if text != self.error:
-            log.warning("%s at %s: %s", self.api.name, self.api.path, text)
+        self._note(text)
         with self._changed:
             self._counts["failed"] += 1
             if not pause:
-                self.error = text
                 self._later(subject, text)
             elif subject in self._wants:
                 self._wants[subject].due = time.monotonic()  # later than all other subjects that are due
         if pause:
             self._pause_after(text)
+
+    def _note(self, error: str) -> None:
+        """Store an error, and log an error that differs from the last error."""
+        if error != self.error:
+            log.warning("%s at %s: %s", self.api.name, self.api.path, error)
+        self.error = error
 
     def _later(self, subject: Subject, error: str = "") -> None:
         want = self._wants.get(subject)

@@ -371,6 +371,23 @@ def test_an_engine_with_a_full_backlog_is_reported_after_a_deadline(tmp_path, qu
             sock.close()
 
 
+def test_an_engine_s_thread_that_could_not_start_starts_later(docker, api, monkeypatch):
+    """A host that is short of processes for a moment must not leave containers without labels."""
+
+    def fail(_thread):
+        monkeypatch.undo()
+        raise RuntimeError("can't start new thread")
+
+    docker.containers = [container()]
+    with running(api) as found:
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        assert found.named(workload()).labels == {}
+        assert found.views()[0].fault == "can't start new thread"
+        found.keep()
+        assert asked(found, workload()).labels == {"tier": "notebook"}
+        assert found.views()[0].fault == ""
+
+
 def test_a_new_container_waits_for_no_request_about_ended_containers(tmp_path):
     """The engine starts after hundreds of containers have ended, and creates one. That container is requested first."""
     with running(DockerApi(Engine.DOCKER, str(tmp_path / "docker.sock"))) as found:
