@@ -51,7 +51,8 @@ class Agent:
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self._parts: Parts | None = None
         self.given: cdi.Parts | None = None  # the files that containers get, or None if a file could not be written
-        self._given_devices = -1  # the number of devices in these files
+        self._given_devices = -1  # the number of devices in these files; -1: a file could not be written
+        self._given_error = ""  # the error of the last attempt to write them
         self.marks: dict[str, float] = {}  # monotonic time at which each part of the start was done
         self._ended = self._reload_wanted = False
         self.failures = self.writes_refused = 0
@@ -90,12 +91,22 @@ class Agent:
         self.mark("in force")
 
     def set_up_containers(self) -> None:
-        """Write the files that containers get, at the start and after NVML has found another device."""
-        driver = self.parts.driver
-        if len(driver.nvml.devices) != self._given_devices:
-            self._given_devices = len(driver.nvml.devices)
+        """Write the files that containers get, at the start and after NVML has found another device.
+
+        After a failure, the next round tries again.
+        """
+        driver, devices = self.parts.driver, len(self.parts.driver.nvml.devices)
+        if devices == self._given_devices:
+            return
+        self.given, self._given_devices = None, -1
+        try:
             overrides = self.parts.manager.overrides
             self.given = startup.set_up_containers(self.settings, driver.shim, driver.nvml.devices, overrides)
+            self._given_devices, self._given_error = devices, ""
+        except (OSError, ValueError) as error:
+            if str(error) != self._given_error:
+                self._given_error = str(error)
+                log.error("containers cannot request shares (%s): set cdiFolder to a writable folder", error)
 
     def mark(self, part: str) -> None:
         """Record that a part of the start is done."""

@@ -5,7 +5,6 @@ This module runs in the main thread of the agent process.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,6 @@ from fgpu_ebpf.linux import capabilities, file_locks
 from fgpu_ebpf.tenancy import profiles
 from fgpu_ebpf.tenancy.overrides import Override
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
-
-log = logging.getLogger("fgpu.agent")
 
 
 class Attached(NamedTuple):
@@ -90,21 +87,17 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
 
 def set_up_containers(
     settings: Settings, shim: Path, devices: Sequence[Device], overrides: Iterable[Override]
-) -> cdi.Parts | None:
+) -> cdi.Parts:
     """Write the files that containers get at their start, and return the paths of these files.
 
-    The result is None if a file cannot be written. Limits are enforced even without the files.
+    Raise OSError or ValueError if a file cannot be written. Limits are enforced even without the files.
 
     Args:
         overrides: the running containers' shares, which stay in the files because the containers may be restarted.
     """
     used = (name for override in overrides for name in override.share_names)
-    try:
-        helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)
-        parts = injection.parts(settings.run_dir, shim, helper)
-        names = [*settings.shares, *profiles.names(settings.profiles, devices), *used]
-        injection.set_up(parts, settings.cdi_folder, names)
-    except (OSError, ValueError) as error:
-        log.error("containers cannot request shares (%s): set cdiFolder to a writable folder", error)
-        return None
+    helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)
+    parts = injection.parts(settings.run_dir, shim, helper)
+    names = [*settings.shares, *profiles.names(settings.profiles, devices), *used]
+    injection.set_up(parts, settings.cdi_folder, names)
     return parts

@@ -72,23 +72,24 @@ def publish_helper(built: Path) -> Path:
 def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
     """Write the files with which containers can request the shim and these shares.
 
-    Raise OSError or QuantityError on failure.
+    Raise OSError or QuantityError on failure. RUN/containers does not depend on the specifications, so that containers
+    of engines that were set up get the shim although no specification can be written.
 
     Args:
         of: the files of the host that containers get.
         folder: the folder of the CDI specifications.
         names: the names of the shares.
     """
-    specs = [cdi.shim_spec(of), *([cdi.share_spec(of, names)] if names else [])]
-    paths = [folder / cdi.file_name(spec) for spec in specs]
     atomic_file.write(of.preload, f"{of.shim}\n")
     if of.helper.parent == BIN:
         atomic_file.write(of.run_dir / PUBLISHED, f"{of.shim}\n")
+    atomic_file.write(of.run_dir / "containers", _setup(of))
+    specs = [cdi.shim_spec(of), *([cdi.share_spec(of, names)] if names else [])]
+    paths = [folder / cdi.file_name(spec) for spec in specs]
     _forget(of.run_dir, keep=paths)
     atomic_file.write(of.run_dir / _WRITTEN, "".join(f"{path}\n" for path in paths))
     for path, spec in zip(paths, specs, strict=True):
         cdi.write(path, spec)
-    atomic_file.write(of.run_dir / "containers", _setup(of))
 
 
 def _setup(of: Parts) -> str:

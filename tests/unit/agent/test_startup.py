@@ -50,6 +50,28 @@ def test_a_gatekeeper_starts_early_only_if_the_maps_of_this_version_are_pinned(
     assert calls.count("gatekeeper") == started
 
 
+def test_files_for_containers_that_could_not_be_written_are_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent: Any = Agent.__new__(Agent)
+    agent.settings = SimpleNamespace(
+        store=None, helper=Path("/fgpu-oci"), run_dir=tmp_path, cdi_folder=tmp_path / "cdi", shares=("4gib",),
+        profiles=(),
+    )  # fmt: skip
+    driver = SimpleNamespace(shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[]))
+    agent._parts = SimpleNamespace(driver=driver, manager=SimpleNamespace(overrides=()))
+    agent.given, agent._given_devices, agent._given_error = None, -1, ""
+    agent.settings.cdi_folder.touch()
+    agent.set_up_containers()
+    agent.set_up_containers()
+    assert len(caplog.records) == 1, "one error is logged once"
+    assert agent.given is None
+    agent.settings.cdi_folder.unlink()
+    agent.set_up_containers()
+    assert len(injection.written(tmp_path)) == 2
+    assert agent.given.shim == driver.shim
+
+
 def test_containers_can_request_shares_of_a_late_device_and_the_shares_of_running_containers(tmp_path: Path) -> None:
     """A profile that agent.yaml no longer has stays for containers that have its share, which may be restarted."""
     uuids = [f"GPU-00000000-0000-4000-8000-00000000000{n}" for n in (1, 2)]

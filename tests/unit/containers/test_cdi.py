@@ -212,6 +212,15 @@ def test_a_setup_removes_the_specifications_of_an_earlier_setup(parts, tmp_path)
     assert os.listdir(tmp_path / "new") == ["fgpu.dev-shim.json"]
 
 
+def test_containers_get_the_shim_although_no_specification_can_be_written(parts, tmp_path):
+    """Otherwise fgpu-oci would report that no agent runs here, and start containers without the shim."""
+    (tmp_path / "cdi").touch()
+    with pytest.raises(OSError, match="cdi"):
+        injection.set_up(parts, tmp_path / "cdi", ["8gib"])
+    assert injection.mounted(parts.run_dir) == {"shim": parts.shim, "preload": parts.preload, "info": parts.helper}
+    assert parts.preload.read_text() == f"{parts.shim}\n"
+
+
 @pytest.mark.parametrize(
     "text", [None, b"", bytes(range(256)), b"/\n\n.\n\0\n"], ids=["folder", "empty", "bytes", "paths"]
 )
