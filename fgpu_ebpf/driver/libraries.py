@@ -8,6 +8,7 @@ cgroups' files.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -126,8 +127,13 @@ class Libraries:
         if cgroup and not self._budget.has_time(cgroup):
             return False
         queued = self._workers.want(cgroup, job)
-        self._workers.go()
+        self._go()
         return queued
+
+    def _go(self) -> None:
+        """Start threads for the queued jobs. In a shortage of threads the jobs stay queued, and keep() tries again."""
+        with contextlib.suppress(OSError):
+            self._workers.go()
 
     def take(self) -> None:
         """Apply the results of the worker threads."""
@@ -135,7 +141,7 @@ class Libraries:
         for done in self._workers.take():
             self._budget.charge(done.owner, done.took_ns)
             self._results.append(done.result)
-        self._workers.go()
+        self._go()
         try:
             while self._results:
                 self._results.popleft()()
@@ -151,7 +157,10 @@ class Libraries:
             self.take()
 
     def keep(self) -> None:
-        """Check that files trusted by their contents are unchanged. The main loop calls this method in every round."""
+        """Check that files trusted by their contents are unchanged. The main loop calls this method in every round.
+
+        Raise OSError in a shortage of threads.
+        """
         self._budget.refill()
         for file in self.tenant_files():
             now = self._probes.of(file)

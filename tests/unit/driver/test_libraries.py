@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import shutil
@@ -362,6 +363,26 @@ def test_a_result_that_fails_does_not_prevent_the_use_of_other_results() -> None
     with pytest.raises(ZeroDivisionError):
         settled(looks, lambda: done)
     settled(looks, lambda: done == [1])
+
+
+def test_jobs_and_results_stay_for_the_next_round_in_a_shortage_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main loop must still answer the request that needs the job, and apply the results of other jobs."""
+
+    def fail(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    looks = Discovery(Stage(), {})  # type: ignore[arg-type]
+    done: list[int] = []
+    with monkeypatch.context() as short:
+        short.setattr(_thread, "start_new_thread", fail)
+        assert looks._libraries.work("/a", lambda: lambda: done.append(1))
+        looks._libraries._results.append(lambda: done.append(0))
+        looks.take()
+        assert done == [0]
+        with pytest.raises(OSError, match="can't start new thread"):
+            looks.keep()
+    looks.keep()
+    settled(looks, lambda: done == [0, 1])
 
 
 def test_workers_have_a_lower_priority_than_the_loop(cgroups: dict[int, str]) -> None:
