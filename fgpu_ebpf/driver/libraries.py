@@ -294,17 +294,24 @@ class Libraries:
             self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
 
     def _look_again(self, file: File) -> None:
-        """Let a worker check whether a file's size and times have changed."""
-        if mapped := self._mapped(file):
-            self.work(self._budget.cgroup_of(file), partial(self._stamped, file, *mapped))
+        """Let a worker check whether a file's size and times have changed.
 
-    def _stamped(self, file: File, pid: int, one: MappedFile) -> Taken:
-        return partial(self._take_stamp, file, self.examiner.stamp(pid, one))
+        Any process may have unmapped the file, so the worker opens the file through the first process that maps it.
+        """
+        its = [(pid, one) for pid, one in self._mappers.get(file, {}).items() if one]
+        if its:
+            self.work(self._budget.cgroup_of(file), partial(self._stamped, file, its))
 
-    def _take_stamp(self, file: File, stamp: Stamp | None) -> None:
-        now, mapped = self._probes.of(file), self._mapped(file)
-        if now and mapped and stamp and stamp != now.stamp:
-            self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
+    def _stamped(self, file: File, its: list[tuple[int, MappedFile]]) -> Taken:
+        found = ((pid, stamp) for pid, one in its if (stamp := self.examiner.stamp(pid, one)))
+        return partial(self._take_stamp, file, *next(found, (0, None)))
+
+    def _take_stamp(self, file: File, pid: int, stamp: Stamp | None) -> None:
+        now, its = self._probes.of(file), self._mappers.get(file, {})
+        if now and stamp and (one := its.get(pid)):
+            self._mappers[file] = {pid: its[pid]} | its  # _mapped() returns this process, which still maps the file
+            if stamp != now.stamp:
+                self._examine(pid, self._budget.cgroup_of(file), one)
 
     def views(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
         """Return the drivers that processes map, except the host's. `tenant_of` returns the tenant of a cgroup path."""

@@ -33,6 +33,9 @@ for path in sys.argv[1:]:
 print("mapped", flush=True)
 sys.stdin.read()
 """
+HOLD_AND_EXECUTE = HOLD.replace(
+    "sys.stdin.read()", "sys.stdin.readline(); os.execlp('sh', 'sh', '-c', 'echo executed; exec cat')"
+)
 Holder = Callable[..., int]
 
 
@@ -177,6 +180,36 @@ def test_a_file_trusted_by_its_contents_is_checked_in_every_round(
     assert role(stage, there) is Role.LISTED
     looks.keep()
     settled(looks, lambda: role(stage, there) is Role.UNKNOWN)
+
+
+def test_a_file_is_checked_through_any_process_that_still_maps_it(
+    tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
+) -> None:
+    """A tenant could execute another program in the first process, and change the file without a check."""
+    there = copy(library, tmp_path / "libcuda.so.1")
+    file = mapped_files.as_mapped(str(there))
+    stage = Stage()
+    looks = Discovery(stage, {}, Trust(listed=[sha256(there)]))  # type: ignore[arg-type]
+    other = holder(there)
+    with subprocess.Popen([sys.executable, "-c", HOLD_AND_EXECUTE, there], stdin=-1, stdout=-1) as first:
+        assert first.stdin
+        assert first.stdout
+        assert first.stdout.readline() == b"mapped\n"
+        for pid in (first.pid, other):
+            cgroups[pid] = "/a"
+            looks.look_at(pid)
+            settled(looks, lambda pid=pid: pid in looks._libraries._mappers.get(file, {}))
+        settled(looks, lambda: role(stage, there) is Role.LISTED)
+        quiet(looks)
+        with there.open("ab") as opened:
+            there.unlink()
+            first.stdin.write(b"go on\n")
+            first.stdin.flush()
+            assert first.stdout.readline() == b"executed\n"
+            opened.write(b"x")
+        looks.keep()
+        settled(looks, lambda: stage.files[file].role is Role.UNKNOWN)
+        first.communicate(timeout=30)
 
 
 def test_only_a_library_that_this_host_has_published_is_a_shim(
