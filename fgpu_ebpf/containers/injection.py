@@ -44,7 +44,8 @@ def publish_helper(built: Path) -> Path:
     """Copy the helper to a path that upgrades do not change, because settings and hooks name the path.
 
     Helpers that are running are not changed. The link `fgpu-info` beside the copy is the helper's other name. If no
-    copy can be written, the existing copy is kept.
+    copy can be written, the existing copy is kept. After a loss of power, the path has the whole old or new helper,
+    because engines that were set up start no container without the helper.
 
     Returns:
         The path of the copy.
@@ -56,12 +57,15 @@ def publish_helper(built: Path) -> Path:
     place = BIN / HELPER
     aside = BIN / f".{HELPER}.{os.getpid()}"
     try:
-        shutil.copyfile(built, aside)
-        aside.chmod(0o755)
-        make_way(str(place))
-        os.replace(aside, place)
+        aside.unlink(missing_ok=True)
+        content = built.read_bytes()
+        if not (place.is_file() and os.access(place, os.X_OK) and place.read_bytes() == content):
+            shim_store.write_durably(aside, content)
+            make_way(str(place))
+            os.replace(aside, place)
         aside.symlink_to(HELPER)
         os.replace(aside, BIN / Path(cdi.INFO).name)
+        atomic_file.sync_folder(BIN)
     except OSError:
         aside.unlink(missing_ok=True)
         if not place.is_file():

@@ -47,7 +47,7 @@ def stage(shim: Path, store: Path = STORE) -> Path:
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = folder / f".{FILE}.{os.getpid()}"
     try:
-        _write_durably(temporary, content)
+        write_durably(temporary, content)
         make_way(str(staged))
         os.replace(temporary, staged)
     except OSError:
@@ -219,7 +219,8 @@ def _point(link: Path, version: str) -> None:
     atomic_file.sync_folder(link.parent)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """Write an executable file, whose contents a loss of power after the return does not change."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755)
     with open(fd, "wb") as file:
         os.fchmod(fd, 0o755)  # independent of the umask: tenants' programs of any user open it

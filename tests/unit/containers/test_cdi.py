@@ -22,6 +22,7 @@ from fgpu_ebpf.containers import cdi, injection
 from fgpu_ebpf.containers.cdi import Parts
 from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.policy.units import QuantityError
+from tests.unit.disk_kit import durable, recorded
 
 SCHEMA = Path(__file__).parent / "cdi_schema"
 
@@ -248,17 +249,36 @@ def test_the_helper_replaces_a_folder_at_its_path(tmp_path, monkeypatch):
     assert (tmp_path / "bin/fgpu-info").read_text() == "helper", "fgpu-info was not replaced"
 
 
+def test_the_helper_is_on_the_disk_before_the_rename_and_the_same_helper_is_not_written_again(tmp_path, monkeypatch):
+    """Engines that were set up start no container with an empty helper, which a loss of power could leave."""
+    monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
+    built = tmp_path / "built"
+    built.write_text("helper")
+    calls, place, aside = recorded(monkeypatch), tmp_path / "bin/fgpu-oci", tmp_path / f"bin/.fgpu-oci.{os.getpid()}"
+    link = ("replace", str(tmp_path / "bin/fgpu-info"), True)
+    *written, folder = durable(aside, place)
+    injection.publish_helper(built)
+    assert calls == [*written, link, folder]
+    calls.clear()
+    injection.publish_helper(built)
+    assert calls == [link, folder]
+    place.write_text("")
+    injection.publish_helper(built)
+    assert place.read_text() == "helper"
+
+
 def test_the_earlier_helper_stays_if_no_other_can_be_published(tmp_path, monkeypatch):
     monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
     built = tmp_path / "built"
     built.write_text("helper")
     place = injection.publish_helper(built)
+    built.write_text("the next helper")
 
-    def full(_source: Path, target: Path) -> None:
+    def full(target: Path, _content: bytes) -> None:
         target.touch()
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(injection.shutil, "copyfile", full)
+    monkeypatch.setattr(injection.shim_store, "write_durably", full)
     assert injection.publish_helper(built) == place
     assert sorted(os.listdir(tmp_path / "bin")) == ["fgpu-info", "fgpu-oci"], "a half-written file was kept"
     place.unlink()

@@ -192,7 +192,7 @@ def test_a_release_uses_the_published_file_if_the_store_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shim_store, "_write_durably", full)
+    monkeypatch.setattr(shim_store, "write_durably", full)
     newer = shim_store.Release(a_shim(tmp_path), store)
     assert newer.publish() == shim_store.stable_path(store)
     assert newer.file.read_text() == "older"
