@@ -132,8 +132,8 @@ class ProcessView:
     """A process on one device. `pid`: the pid on the host. `how`: the way in which the process bypasses the shim.
 
     `how` is empty if nothing is bypassed. `why`: why the process has no shim (`driver.bypass_reason`); empty if
-    unknown, or if the process has a shim. `loader`: the path of the dynamic loader, in quotes, if the loader is the
-    reason. The process may have chosen the path. `parked_bytes`: bytes in host memory, not included in `bytes`.
+    not known yet, or if the process has a shim. `loader`: the path of the dynamic loader, in quotes, if the loader is
+    the reason. The process may have chosen the path. `parked_bytes`: bytes in host memory, not included in `bytes`.
     """
 
     pid: int

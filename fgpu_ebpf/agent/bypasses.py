@@ -67,7 +67,7 @@ class Bypasses:
     def why(self, tgid: int, process: Process, how: str) -> str:
         """Return why a bypassing process has no shim.
 
-        The result is empty if the process has a shim or the reason is unknown.
+        The result is empty if the process has a shim or the reason is not known yet.
         """
         if how not in _WITHOUT or process.flags & abi.Seen.SHIM:
             return ""

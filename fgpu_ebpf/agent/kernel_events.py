@@ -15,7 +15,7 @@ from itertools import islice
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Fate, News
 from fgpu_ebpf.driver import device_nodes
-from fgpu_ebpf.driver.bypass_reason import Reason
+from fgpu_ebpf.driver.bypass_reason import Reason, Then
 from fgpu_ebpf.ledger.event_budgets import EventBudgets
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.ring_buffer import Event, Events
@@ -49,7 +49,7 @@ class KernelEvents:
         orphaned: Callable[[int], None],
         held: Callable[[], Mapping[int, Mapping[int, int | None]]],
         began: Callable[[int], None],
-        explain: Callable[[int, Callable[[Reason | None], None]], bool],
+        explain: Callable[[int, Then], bool],
     ) -> None:
         self._events: Events = ledger.events()
         self._budgets = EventBudgets(ledger.event_budgets, manager.enforcer.places.owner)
@@ -125,9 +125,9 @@ class KernelEvents:
         """Report a refused open of a device node. A worker thread reads the process's files to find the reason."""
         add = partial(self._add_open, event)
         if not self._explain(event.tgid, add):
-            add(None)
+            add(None, "")
 
-    def _add_open(self, event: Event, why: Reason | None) -> None:
+    def _add_open(self, event: Event, why: Reason | None, _loader: str) -> None:
         node = device_nodes.name(event.bytes >> 32, event.bytes & 0xFFFFFFFF)
         words = why.words if why else "the process has exited, so that the reason is unknown"
         self._history.add(

@@ -191,7 +191,8 @@ class ControlServer:
         tenants = self._agent.fresh().tenants
         orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
         enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
-        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced, parts.chores.shortfalls.found
+        reasons, shortfalls = parts.driver.reasons, parts.chores.shortfalls.found
+        around = found.reasons(), found.standalone(), orphans, reasons, enforced, shortfalls
         parking = next(
             (parts.chores.idle_parking.explain(tenant) for tenant in parts.enforcer if tenant.path == path), ""
         )

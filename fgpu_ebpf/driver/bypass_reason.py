@@ -1,7 +1,8 @@
 """The reason why a process that uses a device has no shim or does not use its shim, and the fix.
 
-This module runs in the agent's main thread. Facts come from the kernel: no information from the process itself is used,
-and no file in its root is opened. A process that has exited has no reason.
+Workers search for reasons, because a read of a process's mappings can block on the process. The agent's main thread
+asks Reasons, which never waits. Facts come from the kernel: no information from the process itself is used, and no file
+in its root is opened. A process that has exited has no reason.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Set
 from enum import StrEnum
+from functools import partial
 
 from fgpu_ebpf.driver import cuda_mappings
 from fgpu_ebpf.ledger.process_entry import Process
@@ -80,6 +82,7 @@ class Reason(StrEnum):
     UNUSED = "unused", "the shim is loaded, but the program calls the driver without the shim"
 
 
+Then = Callable[[Reason | None, str], None]  # takes the result of search()
 _OF_MOUNT = {Mount.REMOVED: Reason.STALE_MOUNT, Mount.HIDDEN: Reason.RUN_HIDDEN}  # for processes that have the shim
 
 
@@ -121,6 +124,12 @@ def loader_of(pid: int) -> str:
     return ascii(path if len(path) <= _MOST_OF_A_PATH else f"{path[:_MOST_OF_A_PATH]}...") if path else ""
 
 
+def search(pid: int, is_shim: IsShim = lambda *_: True) -> tuple[Reason | None, str]:
+    """Return reason(), and loader_of() if the loader is the reason. Only workers may call this function."""
+    found = reason(pid, is_shim)
+    return found, loader_of(pid) if found is Reason.OTHER_LOADER else ""
+
+
 class Reasons:
     """The reasons of all processes. A reason is looked up once, because a program loads the shim at its start or never.
 
@@ -128,20 +137,32 @@ class Reasons:
     keys.
 
     Args:
-        is_shim: returns whether the file with a (dev, ino) is a published shim.
+        explain: lets a worker do search() for a process. The main thread passes the result on. The return value is
+            False if the job was not queued.
         hidden: returns the processes that execute memory that no file backs.
     """
 
-    def __init__(self, is_shim: IsShim = lambda *_: True, hidden: Callable[[], Set[int]] = frozenset) -> None:
-        self._is_shim, self._hidden = is_shim, hidden
+    def __init__(
+        self, explain: Callable[[int, Then], bool] = lambda *_: False, hidden: Callable[[], Set[int]] = frozenset
+    ) -> None:
+        self._explain, self._hidden = explain, hidden
         self._found: dict[tuple[int, int], tuple[Reason, str]] = {}
+        self._searched: set[tuple[int, int]] = set()  # the keys for which a worker searches now
 
     def of(self, pid: int, generation: int) -> Reason | None:
-        """Return why a process does not use the shim; None: unknown. If no reason was found before, search again."""
-        if (pid, generation) not in self._found and (found := reason(pid, self._is_shim)):
-            self._found[pid, generation] = found, loader_of(pid) if found is Reason.OTHER_LOADER else ""
-        known, _ = self._found.get((pid, generation), (None, ""))
+        """Return why a process does not use the shim; None: not known yet. A search is queued for an unknown reason."""
+        key = pid, generation
+        if key not in self._found and key not in self._searched:
+            self._searched.add(key)
+            if not self._explain(pid, partial(self._take, key)):
+                self._searched.discard(key)
+        known, _ = self._found.get(key, (None, ""))
         return Reason.HIDDEN if known is Reason.UNUSED and pid in self._hidden() else known
+
+    def _take(self, key: tuple[int, int], found: Reason | None, loader: str) -> None:
+        self._searched.discard(key)
+        if found:
+            self._found[key] = found, loader
 
     def loader(self, pid: int, generation: int) -> str:
         """Return loader_of() of a process whose reason is OTHER_LOADER; otherwise an empty text."""
@@ -149,5 +170,6 @@ class Reasons:
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
         """Discard the reasons of all processes except `living`."""
-        lives = {(pid, living[pid].generation) for pid, _ in self._found if pid in living}
+        lives = {(pid, living[pid].generation) for pid, _ in [*self._found, *self._searched] if pid in living}
         self._found = {life: found for life, found in self._found.items() if life in lives}
+        self._searched &= lives

@@ -19,7 +19,7 @@ from time import monotonic
 from fgpu_ebpf.abi import Seen
 from fgpu_ebpf.driver import root_scan
 from fgpu_ebpf.driver.attach import Probes
-from fgpu_ebpf.driver.bypass_reason import Reason, reason
+from fgpu_ebpf.driver.bypass_reason import Then, search
 from fgpu_ebpf.driver.file_budget import MOST_FILES
 from fgpu_ebpf.driver.libraries import Libraries, Taken, trusted
 from fgpu_ebpf.driver.library_class import Role, Trust
@@ -158,12 +158,12 @@ class Discovery:
         found = self._probes.of((dev, ino))
         return found is not None and found.role is Role.SHIM
 
-    def explain(self, pid: int, then: Callable[[Reason | None], None]) -> bool:
-        """Let a worker find the reason why a process has no shim. The main thread calls `then` with the reason.
+    def explain(self, pid: int, then: Then) -> bool:
+        """Let a worker find the reason why a process has no shim. The main thread calls `then` with the result.
 
         Return False if the job was not queued: the process's cgroup has used its time.
         """
-        return self._libraries.work(self._cgroup(pid), lambda: partial(then, reason(pid, self.is_shim)))
+        return self._libraries.work(self._cgroup(pid), lambda: partial(then, *search(pid, self.is_shim)))
 
     def hidden(self) -> frozenset[int]:
         """Return the processes that execute memory without a file.

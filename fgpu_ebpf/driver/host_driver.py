@@ -80,7 +80,7 @@ class Prepared(NamedTuple):
         discovery = Discovery.of_host(probes, self.libraries, self.release.files(), self.store, trusted, most_files)
         shim = self._publish(discovery)
         return HostDriver(
-            self.nvml, self.contexts, discovery, Reasons(discovery.is_shim, discovery.hidden),
+            self.nvml, self.contexts, discovery, Reasons(discovery.explain, discovery.hidden),
             xid_record.XidRecord(run_dir / xid_record.FILE, xid_record.lifetime()), shim, self.release.failed_checks(),
             other_layouts.take_over(self.pins, ledger),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.driver import bypass_reason
+from fgpu_ebpf.driver.bypass_reason import Reason, Reasons
 from fgpu_ebpf.ledger.compute_maps import TurnCounts
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.process_entry import Process
@@ -35,7 +35,7 @@ def explain(
     unprobed: Mapping[int, str] = MappingProxyType({}),
     standalone: Set[int] = frozenset(),
     orphans: Sequence[Mapping[str, Any]] = (),
-    is_shim: bypass_reason.IsShim = lambda *_: True,
+    reasons: Reasons | None = None,
     enforced: Mapping[int, str] = MappingProxyType({}),
     shortfalls: Mapping[tuple[int, int], Shortfall] = MappingProxyType({}),
     parking: str = "",
@@ -50,7 +50,7 @@ def explain(
         unprobed: the reasons by process, for processes with a libcuda that cannot be probed.
         standalone: processes that found no agent and enforce their image's own limit.
         orphans: the orphans of the tenant, as in a Snapshot.
-        is_shim: see `bypass_reason`.
+        reasons: the reasons why processes have no shim; None: no reason is known.
         enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
         shortfalls: the shortfalls of tenants that get less time than is due, by cgroup and device.
         parking: a text on whether the tenant is or can be parked; empty if parking is off.
@@ -79,7 +79,7 @@ def explain(
         "enforcement": _word(levels, unenforced, enforced),
         "unenforced": unenforced,
         "stronger": [
-            *_stronger(levels, manager, ledger, is_shim),
+            *_stronger(levels, manager, ledger, reasons or Reasons()),
             *_seen({pid: unprobed[pid] for pid in unseen}),
             *_joined(alone),
         ],
@@ -204,7 +204,7 @@ def _joined(alone: Sequence[int]) -> list[str]:
     return [f"pid {pid} {text}" for pid in alone[:5]]
 
 
-def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: bypass_reason.IsShim) -> list[str]:
+def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, known: Reasons) -> list[str]:
     """Return a text for each obstacle to stronger enforcement of the limits, with the fix."""
     if not levels:
         return ["no policy matches: write a policy, or use `fgpu set`"]
@@ -214,21 +214,23 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
         if level.observe
     ]
     has_levels = {level.cgroup for level in levels}
-    bypassing = [
-        pid
+    bypassing = {
+        pid: p.generation
         for pid, p in ledger.processes().items()
         if p.levels[:1] == (levels[0].cgroup,) and (p.flags & abi.Seen.BYPASS or not p.flags & abi.Seen.SHIM)
-    ]
+    }
     preexisting = [pid for pid in bypassing if pid in manager.enforcer.preexisting]
     if preexisting:
         pids = ", ".join(map(str, sorted(preexisting)[:5]))
         found.append(
             f"started before fgpu: pid {pids}: these processes are charged, neither refused nor killed; restart them"
         )
-    bypassing = [pid for pid in bypassing if pid not in preexisting]
+    bypassing = {pid: generation for pid, generation in bypassing.items() if pid not in preexisting}
     if bypassing and has_levels:
-        reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
-        pids = ", ".join(f"{pid} ({_named(pid, reason)})" if reason else str(pid) for pid, reason in reasons.items())
+        first = dict(sorted(bypassing.items())[:5])
+        reasons = {pid: known.of(pid, generation) for pid, generation in first.items()}
+        loaders = {pid: known.loader(pid, generation) for pid, generation in first.items()}
+        pids = ", ".join(f"{pid} ({_named(reason, loaders[pid])})" for pid, reason in reasons.items())
         kill = "" if any(level.kill for level in levels) else "; `onBypass: kill` would kill processes like these"
         deny = "; `onBypass: deny` would refuse the device to new processes"
         kill += "" if any(level.deny for level in levels) else deny
@@ -237,8 +239,9 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: b
     return found
 
 
-def _named(pid: int, reason: bypass_reason.Reason) -> str:
-    loader = bypass_reason.loader_of(pid) if reason is bypass_reason.Reason.OTHER_LOADER else ""
+def _named(reason: Reason | None, loader: str) -> str:
+    if reason is None:
+        return "the reason is not known yet"
     return f"{reason}: {loader}" if loader else reason
 
 

@@ -122,9 +122,7 @@ class Fuzzer:
         overrides = Overrides(run / "overrides.json")
         manager = Manager(workloads, enforcer, overrides, [Gpu()], history, GoneTenants(ledger))
         manager.reload(PolicySet(tuple(read("p.yaml", POLICY)[0])))
-        discovery = SimpleNamespace(
-            unenforced=str, unprobed=frozenset, standalone=frozenset, reasons=dict, is_shim=lambda *_: False
-        )
+        discovery = SimpleNamespace(unenforced=str, unprobed=frozenset, standalone=frozenset, reasons=dict)
         driver = SimpleNamespace(
             discovery=discovery, shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[]), reasons=None
         )

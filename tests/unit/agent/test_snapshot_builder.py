@@ -14,7 +14,7 @@ from fgpu_ebpf.agent import snapshot_builder
 from fgpu_ebpf.agent.bypasses import Bypasses
 from fgpu_ebpf.agent.nvml_reconcile import Truth
 from fgpu_ebpf.agent.turn_audit import Verdict
-from fgpu_ebpf.driver.bypass_reason import Reasons
+from fgpu_ebpf.driver.bypass_reason import Reasons, Then, search
 
 NOW = 1009.0
 
@@ -66,10 +66,15 @@ def test_each_living_process_has_its_kind_of_bypass_and_an_ended_process_has_non
     assert older.how(ended.pid, process) == ""  # type: ignore[arg-type]
 
 
+def at_once(pid: int, then: Then) -> bool:
+    then(*search(pid))
+    return True
+
+
 @pytest.mark.parametrize(
     ("how", "flags", "told"), [("no_admission", 0, True), ("no_admission", Seen.SHIM, False), ("older", 0, False)]
 )
 def test_the_reason_is_shown_for_processes_without_a_shim(how: str, flags: int, told: bool) -> None:
-    process, known = SimpleNamespace(flags=flags, generation=1), Bypasses((), (), (), (), Verdict(), Reasons())
+    process, known = SimpleNamespace(flags=flags, generation=1), Bypasses((), (), (), (), Verdict(), Reasons(at_once))
     assert bool(known.why(os.getpid(), process, how)) == told  # type: ignore[arg-type]
     assert known.why(1 << 22, process, how) == "", "an exited process has a reason"  # type: ignore[arg-type]

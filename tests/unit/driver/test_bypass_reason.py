@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,26 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf.api import health
-from fgpu_ebpf.driver.bypass_reason import LIST, NIX_LIST, Reason, Reasons, loader_of, reason
+from fgpu_ebpf.driver import bypass_reason
+from fgpu_ebpf.driver.bypass_reason import LIST, NIX_LIST, IsShim, Reason, Reasons, loader_of, reason, search
+from fgpu_ebpf.driver.discovery import Discovery
 from fgpu_ebpf.linux import mapped_files
 from tests.support import loaders
+from tests.unit.driver.discovery_kit import Stage, settled
 
 SHIM = Path(__file__).parents[3] / "build/shim/libfgpu.so"
 SOURCE = '#include <stdio.h>\nint main(void) { puts("up"); fflush(stdout); return getchar(); }\n'
 MOUNTED = f'mount -t tmpfs none /etc && touch "$1" {LIST} && mount --bind "$1" {LIST} && exec "$2"'
+
+
+def at_once(is_shim: IsShim = lambda *_: True, hidden: Callable[[], set[int]] = set) -> Reasons:
+    """Return Reasons that search in the calling thread."""
+
+    def explain(pid: int, then: bypass_reason.Then) -> bool:
+        then(*search(pid, is_shim))
+        return True
+
+    return Reasons(explain, hidden)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +127,7 @@ def test_another_loader_is_named_and_cannot_forge_a_line(program: Any, tmp_path:
     with subprocess.Popen(inside, stdin=-1, stdout=-1) as process:
         assert process.stdout
         assert process.stdout.readline() == b"up\n"
-        reasons = Reasons()
+        reasons = at_once()
         assert reasons.of(process.pid, 1) is Reason.OTHER_LOADER
         assert reasons.loader(process.pid, 1) == loader_of(process.pid) == ascii(f"{str(loader)[:160]}...")
         assert "\n" not in loader_of(process.pid)
@@ -153,9 +167,9 @@ def test_an_unknown_shim_has_the_reason_foreign_and_a_hidden_process_the_reason_
         assert process.stdout.readline() == b"up\n"
         ours = mapped_files.as_mapped(str(SHIM))
         assert reason(process.pid, lambda *file: file == ours) is Reason.FOREIGN
-        assert Reasons(lambda *file: file == mapped_files.as_mapped(str(copy))).of(process.pid, 1) is Reason.UNUSED
+        assert at_once(lambda *file: file == mapped_files.as_mapped(str(copy))).of(process.pid, 1) is Reason.UNUSED
         hidden: set[int] = set()
-        reasons = Reasons(hidden=lambda: hidden)
+        reasons = at_once(hidden=lambda: hidden)
         assert reasons.of(process.pid, 1) is Reason.UNUSED
         hidden.add(process.pid)
         assert reasons.of(process.pid, 1) is Reason.HIDDEN, "the hidden state was not detected"
@@ -170,7 +184,7 @@ def test_an_ended_process_has_no_reason() -> None:
 
 def test_a_reason_is_looked_up_once_for_each_process(program: Any) -> None:
     """The process executes another program after the first lookup: a second lookup would find another reason."""
-    reasons, ended = Reasons(), subprocess.Popen(["true"])
+    reasons, ended = at_once(), subprocess.Popen(["true"])
     shell = 'echo up; read _; exec "$1"'
     with subprocess.Popen(["sh", "-c", shell, "sh", program("gcc", "-static")], stdin=-1, stdout=-1) as process:
         assert process.stdin
@@ -190,6 +204,46 @@ def test_a_reason_is_looked_up_once_for_each_process(program: Any) -> None:
     ended.wait()
     assert reasons.of(ended.pid, 1) is None
     assert not reasons._found, "an unknown reason was kept"
+
+
+def test_a_process_that_blocks_the_search_for_its_reason_does_not_block_the_main_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tenant can make a read of its process's mappings wait. The reason is not known until the read ends."""
+    ends, searches = threading.Event(), list[int]()
+
+    def blocked(pid: int, *_: object) -> Reason:
+        searches.append(pid)
+        ends.wait(10)
+        return Reason.MUSL
+
+    monkeypatch.setattr(bypass_reason, "reason", blocked)
+    looks = Discovery(Stage(), {})  # type: ignore[arg-type]
+    reasons, me = Reasons(looks.explain, looks.hidden), os.getpid()
+    assert reasons.of(me, 1) is None, "the main thread has waited"
+    assert reasons.of(me, 1) is None
+    ends.set()
+    settled(looks, lambda: reasons.of(me, 1))
+    assert reasons.of(me, 1) is Reason.MUSL
+    assert searches == [me], "one process was searched twice"
+
+
+def test_a_search_that_is_not_queued_is_asked_for_again_and_its_late_result_belongs_to_no_other_program() -> None:
+    queued: list[Any] = []
+    is_full = [True, False, False]
+
+    def explain(_: int, then: bypass_reason.Then) -> bool:
+        queued.append(then)
+        return not is_full.pop(0)
+
+    reasons = Reasons(explain)
+    assert [reasons.of(7, 1) for _ in range(3)] == [None] * 3
+    assert len(queued) == 2, "the first search was not queued, and the second search runs"
+    reasons.forget_ended({7: SimpleNamespace(generation=2)})  # type: ignore[dict-item]
+    queued[1](Reason.STATIC, "")
+    assert reasons.of(7, 2) is None, "the reason of the previous program"
+    queued[2](Reason.MUSL, "")
+    assert reasons.of(7, 2) is Reason.MUSL
 
 
 def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 
 from fgpu_ebpf.api import control_server
 from fgpu_ebpf.control_client import RequestError
+from fgpu_ebpf.driver.bypass_reason import Reason, Reasons
 from fgpu_ebpf.policy.rules import Priority
 from fgpu_ebpf.policy.share_name import parse
 from fgpu_ebpf.tenancy import explain
@@ -191,13 +192,17 @@ def asked(**request):
     return control_server._limits(request, CLASSES)
 
 
-def explained(host, path):
-    """Return the priority, what it comes from, and the line of `fgpu explain` about compute time."""
-    nothing = SimpleNamespace(
+def nothing():
+    """Return a ledger without processes."""
+    return SimpleNamespace(
         usage=lambda *_: [], times=SimpleNamespace(turns=dict), counters=dict, processes=dict,
         opens=SimpleNamespace(of=lambda _: SimpleNamespace(denied=0)),
     )  # fmt: skip
-    found = explain.explain(path, host.manager, nothing)
+
+
+def explained(host, path):
+    """Return the priority, what it comes from, and the line of `fgpu explain` about compute time."""
+    found = explain.explain(path, host.manager, nothing())
     (time,) = found["levels"][0]["compute"]
     (line,) = (line for line in found["lines"] if "priority" in line)
     return time["priority"], time["priority_by"], line.strip().partition(": had")[0]
@@ -223,6 +228,23 @@ def test_explain_names_the_label_from_which_the_priority_comes(host, container, 
     host.manager.reload(policies(POLICY))
     line = "gpu 0: time weight 50, low priority (fgpu.dev/priority: batch)"
     assert explained(host, container) == ("low", "fgpu.dev/priority: batch", line)
+
+
+def test_explain_says_that_a_reason_is_not_known_yet_and_does_not_wait_for_it(host, container):
+    host.manager.reload(policies(POLICY))
+    process, queued = SimpleNamespace(levels=(host.enforcer.at(container).cgroup,), flags=0, generation=3), []
+    books = nothing()
+    books.processes = lambda: {7: process}
+    reasons = Reasons(lambda pid, then: queued.append(then) or True)
+
+    def stronger():
+        return explain.explain(container, host.manager, books, reasons=reasons)["stronger"]
+
+    assert "without the shim: pid 7 (the reason is not known yet): these" in stronger()[0]
+    assert len(stronger()) == 1, "the words of a reason that is not known"
+    queued[0](Reason.OTHER_LOADER, "'/opt/ld.so'")
+    assert "without the shim: pid 7 (other_loader: '/opt/ld.so'): these" in stronger()[0]
+    assert stronger()[1] == f"other_loader: {Reason.OTHER_LOADER.words}"
 
 
 def labelled(workloads, path, labels):
