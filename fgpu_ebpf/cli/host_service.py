@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from fgpu_ebpf import control_client
+from fgpu_ebpf.cli.request import say
 from fgpu_ebpf.control_client import UNIT
 
 UNITS = (UNIT, "fgpu-gatekeeper", "fgpu-parker.socket", "fgpu-parker")
@@ -54,7 +55,7 @@ def check(run_dir: Path) -> bool:
     checks = doctor.checks(Options(run_dir))
     wrong = [check for check in checks if not check.ok]
     for found in wrong:
-        click.echo(check_line(found))
+        say(check_line(found))
     if not wrong:
         click.echo(f"doctor: all {len(checks)} checks are ok")
     return not wrong

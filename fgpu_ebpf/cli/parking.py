@@ -16,7 +16,7 @@ import click
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.help_texts import examples, optional_target, target
-from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir, say
 from fgpu_ebpf.control_client import PARKED
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.tenancy import parking_text
@@ -32,7 +32,7 @@ _FIX = "`fgpu doctor` and `fgpu explain` name the fix; or end the tenant's proce
 def park(target: str) -> None:
     """Copy the device memory of TARGET to the host. The tenant wakes up at its next call of the driver."""
     done = _wait(call({"verb": "park", "target": target}))
-    click.echo(f"{done['tenant']}: parked, {_copied(done)}")
+    say(f"{done['tenant']}: parked, {_copied(done)}")
 
 
 @examples("fgpu wake alice", "fgpu wake --all")
@@ -48,10 +48,10 @@ def wake(target: str | None, is_all: bool) -> None:
         raise click.UsageError("name a TARGET or give --all")
     if is_all:
         wake_all()
-        click.echo("no tenant is parked")
+        say("no tenant is parked")
         return
     done = _wait(call({"verb": "wake", "target": target}))
-    click.echo(f"{done['tenant']}: woken, {_copied(done)}")
+    say(f"{done['tenant']}: woken, {_copied(done)}")
 
 
 def wake_all() -> None:
@@ -112,7 +112,7 @@ def _woken_by_agent(folder: Path) -> str:
         for tenant in away:
             if tenant["path"] not in asked:
                 asked.add(tenant["path"])
-                click.echo(f"fgpu: waking {tenant['tenant']}", err=True)
+                say(f"fgpu: waking {tenant['tenant']}", err=True)
                 with contextlib.suppress(control_client.RequestError):  # the tenant runs or has ended
                     control_client.call(folder, {"verb": "wake", "target": tenant["path"]})
         time.sleep(_LOOK_SECONDS)
@@ -127,7 +127,7 @@ def _wait(errand: Mapping[str, Any]) -> Mapping[str, Any]:
     while not errand["done"]:
         if errand["waits"] and errand["waits"] != said:
             said = errand["waits"]
-            click.echo(f"fgpu: {errand['tenant']} waits: {said}", err=True)
+            say(f"fgpu: {errand['tenant']} waits: {said}", err=True)
         time.sleep(_LOOK_SECONDS)
         errand = call({"verb": "errand", "errand": errand["errand"]})
     if errand["error"]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fgpu_ebpf import control_client
+from fgpu_ebpf.linux import printable
 
 RUN_DIR = Path("/run/fgpu")
 HINT_SECONDS = 1.0  # the longest wait for data that only improves a message
@@ -24,9 +25,14 @@ def run_dir() -> Path:
     return folder
 
 
+def say(text: str, err: bool = False) -> None:
+    """Print lines for a person, without control characters. `err`: print to stderr."""
+    click.echo(printable.lines(text), err=err)
+
+
 def fail(text: str, code: int) -> NoReturn:
     """Print an error and exit."""
-    click.echo(f"fgpu: {text}", err=True)
+    say(f"fgpu: {text}", err=True)
     sys.exit(code)
 
 

@@ -18,7 +18,7 @@ from fgpu_ebpf import control_client
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.cli.help_texts import examples
 from fgpu_ebpf.cli.parking import wake_all
-from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir, say
 
 STARTING_SECONDS = 30.0  # an agent that starts or exits holds its lock without a socket for less than this time
 
@@ -114,7 +114,7 @@ def doctor(as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(rows))
     else:
         for check in checks:
-            click.echo(check_line(check))
+            say(check_line(check))
     sys.exit(0 if all(c.ok for c in checks) else 1)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux import printable, procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import no_limit
 from fgpu_ebpf.tenancy import orphan_text, parking_text
@@ -54,7 +54,7 @@ def _literal(cell: str) -> Text:
     """Return a text without markup, control characters and line breaks. A tenant chooses names of its processes."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() else "?" for c in cell))
+    return Text(printable.line(cell))
 
 
 def usage(by: str, rows: Sequence[Sequence[str]]) -> str:
@@ -168,9 +168,9 @@ def _mark(said: bool) -> str:
 
 
 def event_line(event: Mapping[str, Any]) -> str:
-    """Return one event as a line that begins with the local date and time."""
+    """Return one event as a line that begins with the local date and time, without control characters."""
     when = time.strftime("%F %T", time.localtime(event["time_seconds"]))
-    return f"{when} {line_of(dict(event))}"
+    return printable.line(f"{when} {line_of(dict(event))}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import click
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.help_texts import Sections, examples, target
-from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir, say
 from fgpu_ebpf.policy.units import memory_text
 
 _RELEASE_SECONDS = 10.0  # longer than a pass of the agent's reconcile thread, unless NVML hangs
@@ -90,11 +90,11 @@ def set_limits(target: str, **limits: Any) -> None:
     from fgpu_ebpf.tenancy.enforcement import excess
 
     done = call({"verb": "put", "target": target, **limits})
-    click.echo(f"{done['tenant']}: {', '.join(_limit_text(*limit) for limit in limits.items() if limit[1])}")
+    say(f"{done['tenant']}: {', '.join(_limit_text(*limit) for limit in limits.items() if limit[1])}")
     for device in (done.get("level") or {}).get("devices", ()):
         if over := excess(device):
             held = f"holds {memory_text(device['used_bytes'])} of {memory_text(device['limit_bytes'])}"
-            click.echo(f"{done['tenant']} {held} on gpu {device['gpu']}: {over}")
+            say(f"{done['tenant']} {held} on gpu {device['gpu']}: {over}")
 
 
 @examples("fgpu unset alice", "fgpu unset 3f1a9c")
@@ -104,7 +104,7 @@ def unset(target: str) -> None:
     """Remove the limits that were set for TARGET by `fgpu set` or `fgpu run`."""
     done = call({"verb": "drop", "target": target})
     name = done.get("tenant") or done["path"]
-    click.echo(f"{name}: limits set by hand are removed; {_now(done.get('level'))}")
+    say(f"{name}: limits set by hand are removed; {_now(done.get('level'))}")
 
 
 def _now(level: Mapping[str, Any] | None) -> str:
@@ -132,7 +132,7 @@ def device() -> None:
 def clear(gpu: str) -> None:
     """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
     done = call({"verb": "clear", "device": gpu})
-    click.echo(f"gpu {done['device']}: shares are offered again")
+    say(f"gpu {done['device']}: shares are offered again")
 
 
 @examples("fgpu device release", "fgpu device release --for 2min")
@@ -149,7 +149,7 @@ def release(duration: str) -> None:
     if not answer["done"]:
         still = ", ".join(answer["open"]) or "NVML has not answered yet"
         fail(f"devices not released after {_RELEASE_SECONDS:.0f} s ({still}): `fgpu device take` ends the attempt", 1)
-    click.echo(f"released until {answer['until']}, or until `fgpu device take`")
+    say(f"released until {answer['until']}, or until `fgpu device take`")
 
 
 @examples("fgpu device take", "fgpu device take && fgpu doctor")

@@ -16,7 +16,8 @@ import click
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS, also, examples, lines, target
-from fgpu_ebpf.cli.request import NO_TARGET, call, did_you_mean, fail, no_answer, run_dir
+from fgpu_ebpf.cli.request import NO_TARGET, call, did_you_mean, fail, no_answer, run_dir, say
+from fgpu_ebpf.linux import printable
 
 FOLLOW_SECONDS = 0.3
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -89,7 +90,11 @@ def explain_target(target: str, as_json: bool) -> None:
     """Explain the limits of TARGET: the policy that decides, the limits in force, and stronger enforcement."""
     answer = call({"verb": "explain", "target": target})
     lines = answer.pop("lines")
-    click.echo(json.dumps(answer) if as_json else "\n".join(lines))
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    for line in lines:
+        click.echo(printable.line(line))
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
@@ -130,7 +135,7 @@ def events(follow: bool, since: float | None, tenant: str, as_json: bool) -> Non
         if not follow:
             return
         time.sleep(FOLLOW_SECONDS)
-        found = feed.more(lambda said: click.echo(f"fgpu: {said}", err=True))
+        found = feed.more(lambda said: say(f"fgpu: {said}", err=True))
 
 
 def _check_name(tenant: str) -> None:

@@ -12,6 +12,8 @@ import os
 import select
 import time
 
+from fgpu_ebpf.linux import printable
+
 MOST_LINES = 10
 
 
@@ -29,7 +31,7 @@ class LogLines:
         with contextlib.suppress(OSError, ValueError):  # logging must not wait for the reader of a pipe
             if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:
                 when = "" if self._is_journal else time.strftime("%F %T ")
-                os.write(2, f"{when}{self._name}: {line}\n".encode())
+                os.write(2, f"{when}{self._name}: {printable.line(line)}\n".encode())
 
     def renew(self) -> None:
         """Report how many lines were omitted, and allow MOST_LINES again.

@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from fgpu_ebpf.linux import printable
+
 JOURNAL = "/run/systemd/journal/socket"
 MOST_LINE_BYTES = 4096  # a write of up to this size to a pipe is atomic
 MOST_LINES, WINDOW_SECONDS = 10, 10.0
@@ -104,8 +106,8 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(name)s: %(message)s", "%F %T")
 
     def encode(self, record: logging.LogRecord) -> bytes:
-        """Return the line with its newline, at most MOST_LINE_BYTES long."""
-        return _cut(self.format(record).encode(errors="replace")) + b"\n"
+        """Return the line without control characters, with its newline, at most MOST_LINE_BYTES long."""
+        return _cut(printable.lines(self.format(record)).encode(errors="replace")) + b"\n"
 
 
 class Json(Text):

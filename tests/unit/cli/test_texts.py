@@ -129,6 +129,30 @@ def test_tables_show_names_that_tenants_choose_literally_and_on_one_line(name: s
         assert "\x1b" not in heading + line
 
 
+FORGED = "/user.slice/x\x1b[2J\x1b[H\x9b2J"
+SHOWN = "/user.slice/x?[2J?[H?2J"
+
+
+def test_no_command_prints_control_characters_of_a_cgroup_s_name(tmp_path: Path) -> None:
+    """The kernel permits them in the name of a cgroup, which a tenant may choose."""
+    event = {"time_seconds": 1.0, "what": "no room", "tenant": FORGED, "pid": 0, "gpu": None, "operation": "",
+             "bytes": 0, "reason": "", "text": f"in {FORGED}", "more": 0}  # fmt: skip
+    answers: dict[str, Any] = {
+        "explain": {"path": FORGED, "lines": [FORGED, f"  note: {FORGED}"]},
+        "events": {"events": [event], "last": 1, "forgotten": 0},
+        "drop": {"tenant": None, "path": FORGED, "level": None},
+        "put": {"error": f"'x' is ambiguous ({FORGED}): name\none of these cgroups", "code": 4},
+        "snapshot": tenants(),
+    }
+    with agent(tmp_path, **answers):
+        assert fgpu(tmp_path, "explain", "x").stdout == f"{SHOWN}\n  note: {SHOWN}\n"
+        assert f" no room {SHOWN} in {SHOWN}\n" in fgpu(tmp_path, "events").stdout
+        assert fgpu(tmp_path, "unset", "x").stdout.startswith(f"{SHOWN}: limits set by hand are removed")
+        refused = f"fgpu: 'x' is ambiguous ({SHOWN}): name\none of these cgroups"
+        assert fgpu(tmp_path, "set", "x", "--memory", "1GiB").stderr.startswith(refused)
+        assert json.loads(fgpu(tmp_path, "explain", "x", "--json").stdout) == {"path": FORGED}
+
+
 def test_a_program_that_is_run_gets_all_of_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr("fgpu_ebpf.containers.run.run", lambda _, command: ran.append(command) or 0)

@@ -18,6 +18,11 @@ def test_a_line_begins_with_the_local_time_as_the_agent_s_lines_do(
     assert capfd.readouterr().err == "<%F %T >fgpu gatekeeper: listening\n"
 
 
+def test_a_line_has_no_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
+    LogLines("fgpu gatekeeper").say("a\x1b[2J\nb")
+    assert capfd.readouterr().err.endswith("fgpu gatekeeper: a?[2J?b\n")
+
+
 def test_a_line_for_the_journal_has_no_time(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     there = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{there.st_dev}:{there.st_ino}")

@@ -58,6 +58,8 @@ def test_text_lines_have_the_local_time_and_no_fields(log, tmp_path) -> None:
     log.info("limit of %s on %s", 23, "/a", extra={"tenant": "a"})
     line = os.read(reader, 4096).decode()
     assert untimed(line) == "fgpu.test: limit of 23 on /a\n"
+    log.info("limit on %s:\n%s", "/a\x1b[2J", "a second line")
+    assert os.read(reader, 4096).decode().endswith("fgpu.test: limit on /a?[2J:\na second line\n"), "a name of a tenant"
     assert int(before) <= time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")) <= time.time()
 
 
