@@ -185,13 +185,14 @@ class Writer:
 
     def _run(self) -> None:
         for amounts in iter(self._given.get, None):
-            for place, used in amounts.items():
-                self._left[place] = self._left.get(place, Used()).plus(used)
             try:
+                for place, used in amounts.items():
+                    self._left[place] = self._left.get(place, Used()).plus(used)
                 add(self._file, self._left)
                 self._left, self.fault = {}, ""
-            except (sqlite3.Error, OSError) as error:
-                fault = f"measured use cannot be written to {self._file} and is kept in memory: {error}"
+            except Exception as error:  # any exception, for example of malloc, because no other thread writes amounts
+                why = str(error) or type(error).__name__
+                fault = f"measured use cannot be written to {self._file} and is kept in memory: {why}"
                 if fault != self.fault:
                     log.error("%s", fault)
                 self.fault = fault
@@ -204,7 +205,7 @@ class Writer:
 
 
 def add(file: Path, amounts: Amounts) -> None:
-    """Add amounts to the file, in one transaction. After a sqlite3.Error or OSError, nothing was added.
+    """Add amounts to the file, in one transaction. After an exception, nothing was added.
 
     A damaged file is renamed, and the amounts are added to a new file.
     """

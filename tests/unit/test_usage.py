@@ -237,6 +237,23 @@ def test_amounts_that_cannot_be_written_are_written_later(tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
+def test_amounts_are_written_after_a_shortage_of_memory(tmp_path, monkeypatch, caplog):
+    file, add = tmp_path / "usage.db", usage_store.add
+    shortages = [MemoryError()]
+    monkeypatch.setattr(usage_store, "add", lambda *of: add(*of) if not shortages else fail(shortages.pop()))
+    writer = Writer(file)
+    writer.give(used())
+    writer.give(used(seconds=2.0))
+    writer.stop()
+    assert f"measured use cannot be written to {file} and is kept in memory: MemoryError" in caplog.text
+    assert writer.fault == ""
+    assert usage_store.grouped(usage_store.read(0, file), "tenant")["alice"]["turns"].run == 3.0
+
+
+def fail(error):
+    raise error
+
+
 def test_a_file_whose_mode_cannot_be_set_gets_no_amounts(tmp_path, monkeypatch):
     """The writer adds the same amounts again later, so a call that fails must not have added them."""
     file = tmp_path / "usage.db"
