@@ -1,9 +1,9 @@
 """Measure each tenant's use of each device: the device's time, memory times seconds, idle and waiting time.
 
-This module runs in the agent's main loop, once a second, and measures tenants that have processes with memory. The
-gatekeeper measures the device's time of a gated tenant (source `turns`). For other tenants NVML samples the time of
-their processes (source `nvml`). If NVML does not report this time, time and idleness are not measured (source `none`).
-Every half minute the amounts are written to the store on disk.
+This module runs in the agent's main loop, once a second, and measures tenants that have processes with memory,
+according to the ledger. The gatekeeper measures the device's time of a gated tenant (source `turns`). For other tenants
+NVML samples the time of their processes (source `nvml`). If NVML does not report this time, time and idleness are not
+measured (source `none`). Every half minute the amounts are written to the store on disk.
 
 The last turns of a tenant are added by the first measurement after the exit of the tenant's last process. The
 gatekeeper publishes turns every half second. If the tenant's cgroup is removed before its last turns are published, up
@@ -71,7 +71,7 @@ class UsageMeter:
         self._sampled_seconds = max(0.0, min(MOST_SECONDS, truth.sampled - self._sampled_at))  # each sample counts once
         self._sampled_at = max(self._sampled_at, truth.sampled)
         by_level: defaultdict[int, dict[int, Process]] = defaultdict(dict)
-        for pid, process in truth.processes.items():
+        for pid, process in self._ledger.processes().items():  # NVML may not answer for hours
             for level in process.levels:
                 by_level[level][pid] = process
         measured = {level: tenant for level in by_level if (tenant := self._enforcer.get(level))}

@@ -37,17 +37,19 @@ class Host:
             metric_labels={"team": "vision"},
         )
         self.processes = {71: SimpleNamespace(levels=(7, 1), bytes=(2 * GIB, 0))}
+        self.of_nvml = self.processes
         self.tenants, self.ended = {7: tenant}, {}
         self.is_stale, self.sampled = False, self.now
 
         def truth():
             self.sampled = self.sampled if self.is_stale else self.now
-            return SimpleNamespace(processes=self.processes, percent={0: self.percent}, sampled=self.sampled)
+            return SimpleNamespace(processes=self.of_nvml, percent={0: self.percent}, sampled=self.sampled)
 
         ledger = SimpleNamespace(
             times=SimpleNamespace(
                 turns=lambda: {(7, 0): self.counts} if self.counts else {}, take_ended=lambda: self.ended
             ),
+            processes=lambda: self.processes,
             usage=lambda cgroup, devices: [SimpleNamespace(used=3 * GIB) for _ in devices],
         )
         around = SimpleNamespace(name="unit", path="user.slice/user-1000.slice", workload=workload, metric_labels={})
@@ -116,6 +118,15 @@ def test_the_last_turns_of_a_tenant_count(monkeypatch, removed):
 
 def test_time_and_idleness_are_unknown_without_figures_of_nvml(monkeypatch):
     assert Host(monkeypatch, None).looks(2) == {"none": pytest.approx(Used(0.0, 6 * GIB, 2.0, 0.0, 0.0))}
+
+
+def test_memory_and_held_time_are_measured_without_answers_of_nvml(monkeypatch):
+    """NVML answers for no device, for example because the device is released: its last list of processes is old."""
+    host = Host(monkeypatch, None)
+    host.of_nvml = {}
+    assert host.looks(2) == {"none": pytest.approx(Used(0.0, 6 * GIB, 2.0, 0.0, 0.0))}
+    host.of_nvml, host.processes = host.processes, {}
+    assert host.looks(3)["none"].held == 2.0, "an ended process has no memory"
 
 
 def test_a_pause_of_the_agent_adds_a_bounded_time_of_use(monkeypatch):
