@@ -243,9 +243,13 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self._hang_up(slow)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a request in a new thread."""
+        """Answer a request in a new thread. Without a thread, close the connection and raise RuntimeError."""
         self._in_threads[request] = time.monotonic()
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self.shutdown_request(request)
+            raise
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection, whether its request was answered or not."""

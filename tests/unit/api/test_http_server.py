@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,6 +54,20 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> Iterator[HttpServer]:
     with serving(HttpServer("127.0.0.1", 0, app)) as one:
         yield one
+
+
+def test_a_request_that_gets_no_thread_is_closed_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = HttpServer("127.0.0.1", 0, app)
+    with contextlib.closing(one.socket), socket.create_connection(one.server_address[:2], timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+            with pytest.raises(RuntimeError, match="new thread"):
+                eventually(lambda: one.handle_request() or one.heads, 10, "the request")
+        assert not one.heads
+        assert not one._in_threads
+        assert client.recv(1) == b""
+        one.server_close()
 
 
 def ask(server: HttpServer) -> bytes:
