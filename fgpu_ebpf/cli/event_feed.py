@@ -1,7 +1,8 @@
 """The events of `fgpu events`, across restarts of the agent.
 
-This module runs in the process of the command. Each agent numbers its events from 1. After a failed request, another
-agent may answer the next request. All events in the other agent's log that are later than the last known event are new.
+This module runs in the process of the command. Each agent numbers its events from 1. The next request may be answered
+by another agent, whose log has another id. All events in the other agent's log that are later than the last known event
+are new.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class EventFeed:
         self._run_dir = run_dir
         self._after_seconds = after_seconds
         self._number = 0  # the number of the last event of this agent
+        self._log: str | None = None  # the id of this agent's log
+        self._forgotten = 0  # the events that the last answer no longer contains
         self._is_lost = False  # the last request failed
 
     def begin(self) -> list[Event]:
@@ -30,9 +33,11 @@ class EventFeed:
         Raise ConnectionError or RequestError on failure.
         """
         answer = control_client.call(self._run_dir, {"verb": "events", "since": self._number})
-        if answer["last"] < self._number:  # a new agent has answered, and no request failed in between
+        log, self._log = self._log, answer.get("log")  # an agent of an earlier version reports no id
+        if self._number and (self._log != log or answer["last"] < self._number):  # a new agent has answered
             self._number = 0
             return self.begin()
+        self._forgotten = answer.get("forgotten", 0)
         found: list[Event] = answer["events"]
         if self._number == 0:  # only for a new agent, because the clock may be set back while an agent runs
             found = [event for event in found if event["time_seconds"] > self._after_seconds]
@@ -44,7 +49,7 @@ class EventFeed:
     def more(self, report: Callable[[str], object]) -> list[Event]:
         """Return the events since the last call, or an empty list if no agent answers.
 
-        The first failed call in a row passes the reason to `report`.
+        `report` gets the reason of the first failed call in a row, and the number of events that were lost.
         """
         try:
             found = self.begin()
@@ -54,4 +59,6 @@ class EventFeed:
             self._is_lost, self._number = True, 0
             return []
         self._is_lost = False
+        if self._forgotten:
+            report(f"{self._forgotten} events are missing here: the agent no longer keeps them")
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,7 @@ class EventLog:
 
     def __init__(self) -> None:
         self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON, which is one object in the heap instead of ten
+        self._id = os.urandom(8).hex()  # the next agent numbers its events from 1 too
         self._number = 0
         self._told: dict[_Kind, tuple[float, int]] = {}  # by kind: last time, omitted events
         self._room = FEW_KINDS  # old entries are removed when _told has this many entries
@@ -90,11 +92,15 @@ class EventLog:
         self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
 
     def since(self, number: int) -> dict[str, Any]:
-        """Return the events after `number`, the count of events no longer kept, and the number of the last event."""
+        """Return the events after `number`, and the count of these events that are no longer kept.
+
+        The answer also has the number of the last event, and the log's id, which no other agent's log has.
+        """
         first = self._number + 1 - len(self._last)
         seen = min(max(0, number + 1 - first), len(self._last))
         found = [json.loads(kept) for kept in islice(self._last, seen, None)]
-        return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
+        forgotten = max(0, first - number - 1)
+        return {"events": found, "last": self._number, "forgotten": forgotten, "log": self._id}
 
 
 def _remembered(untold: int) -> float:

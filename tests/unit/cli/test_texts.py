@@ -19,6 +19,7 @@ from fgpu_ebpf.cli.event_feed import EventFeed
 from fgpu_ebpf.cli.help_texts import Sections
 from fgpu_ebpf.cli.main import Main, main
 from fgpu_ebpf.snapshot import PoliciesView, Snapshot, plain
+from fgpu_ebpf.tenancy.event_log import MOST, EventLog
 from tests.unit.cli.cli_kit import agent, fgpu
 
 GIB = 1 << 30
@@ -216,7 +217,7 @@ def test_help_lists_every_command_in_one_section_and_cuts_no_line(tmp_path: Path
 # -- events
 
 
-def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def log(*events: tuple[int, float, str], of: str | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return a function that answers as an agent with these events: (number, seconds before now, tenant)."""
     fields = {"pid": 0, "gpu": None, "operation": "", "reason": "", "bytes": 0, "text": "", "more": 0}
     rows = [
@@ -224,7 +225,7 @@ def log(*events: tuple[int, float, str]) -> Callable[[dict[str, Any]], dict[str,
         for number, ago, tenant in events
     ]
     last = rows[-1]["number"] if rows else 0
-    return lambda asked: {"events": [row for row in rows if row["number"] > asked["since"]], "last": last}
+    return lambda asked: {"events": [row for row in rows if row["number"] > asked["since"]], "last": last, "log": of}
 
 
 def test_events_of_a_cgroup_with_a_name_that_is_not_utf_8_are_printed(tmp_path: Path) -> None:
@@ -263,6 +264,30 @@ def test_events_follow_continues_with_the_next_agent(tmp_path: Path) -> None:
         assert [event["tenant"] for event in feed.more(said.append)] == ["c", "d"]
     with agent(tmp_path, events=log((1, 1, "e"))):
         assert [event["tenant"] for event in feed.more(said.append)] == ["e"], "events were lost between the two agents"
+
+
+def test_events_follow_misses_no_event_of_an_agent_that_starts_between_two_requests(tmp_path: Path) -> None:
+    """No request fails, and the next agent has more events than the feed has seen."""
+    said: list[str] = []
+    feed = EventFeed(tmp_path)
+    with agent(tmp_path, events=log((1, 30, "a"), (2, 20, "b"), of="x")):
+        assert [event["tenant"] for event in feed.begin()] == ["a", "b"]
+    with agent(tmp_path, events=log((1, 15, "c"), (2, 10, "d"), (3, 5, "e"), of="y")):
+        assert [event["tenant"] for event in feed.more(said.append)] == ["c", "d", "e"]
+        assert feed.more(said.append) == said == []
+
+
+def test_events_follow_reports_events_that_the_agent_no_longer_keeps(tmp_path: Path) -> None:
+    history, said = EventLog(), list[str]()
+    feed = EventFeed(tmp_path)
+    with agent(tmp_path, events=lambda asked: history.since(asked["since"])):
+        history.add("set", tenant="a")
+        assert len(feed.begin()) == 1
+        for _ in range(MOST + 7):
+            history.add("set", tenant="a")
+        assert len(feed.more(said.append)) == MOST
+        assert feed.more(said.append) == []
+    assert said == ["7 events are missing here: the agent no longer keeps them"]
 
 
 # -- status
