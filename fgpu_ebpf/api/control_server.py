@@ -349,17 +349,21 @@ class MetricsAddress:
     def _open(self) -> None:
         agent, listen = self._agent, self._agent.settings.listen
         host, _, port = listen.rpartition(":")
+        web = None
         try:
-            self._web = HttpServer(host.strip("[]"), int(port), by_path(_paths(agent)), agent.settings.listen_names)
+            web = HttpServer(host.strip("[]"), int(port), by_path(_paths(agent)), agent.settings.listen_names)
+            agent.selector.register(web, selectors.EVENT_READ, self._take_in)
         except (OSError, ValueError, OverflowError) as error:
             if "metrics" not in agent.failed_checks:
                 log.error("cannot listen at %s: %s; limits are enforced without metrics", listen, error)
             fix = "stop the program at this address, or set another address: listen in agent.yaml, as 127.0.0.1:9423"
             agent.failed_checks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
+            if web:  # the kernel has refused its entry in epoll
+                web.server_close()
             return
+        self._web = web
         if agent.failed_checks.pop("metrics", None):
             log.info("web page and /metrics at http://%s/", listen)
-        agent.selector.register(self._web, selectors.EVENT_READ, self._take_in)
 
     def _keep(self) -> None:
         if self._web:

@@ -1,0 +1,40 @@
+"""Tests of the address of the web page and the metrics: the agent listens at it as soon as that is possible."""
+
+from __future__ import annotations
+
+import errno
+import selectors
+import socket
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from fgpu_ebpf.api.control_server import MetricsAddress
+from fgpu_ebpf.snapshot import Snapshot
+
+
+def test_an_address_that_the_kernel_refuses_to_watch_is_a_failed_check_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = "127.0.0.1:{1}".format(*free.getsockname())
+    agent: Any = SimpleNamespace(
+        settings=SimpleNamespace(listen=listen, listen_names=()), selector=selectors.DefaultSelector(), chores=[],
+        failed_checks={}, snapshot=Snapshot(1.0), fresh=lambda: None,
+    )  # fmt: skip
+    with monkeypatch.context() as short:
+        short.setattr(agent.selector, "register", Mock(side_effect=OSError(errno.ENOMEM, "no memory for epoll")))
+        address = MetricsAddress(agent)
+    assert "no memory for epoll" in agent.failed_checks["metrics"].found
+    (keep,) = agent.chores
+    keep()
+    assert not agent.failed_checks
+    with socket.create_connection(("127.0.0.1", int(listen.partition(":")[2])), timeout=10) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        for key, _ in agent.selector.select(10):
+            key.data()
+        assert client.recv(12) == b"HTTP/1.0 200"
+    address.close()
+    agent.selector.close()
