@@ -20,6 +20,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.linux.wakeup import Wakeup
 
 MOST_CLIENTS = 8  # requests that are answered at the same time
@@ -176,7 +177,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         return any(waiting.is_whole for waiting in self._waiting)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             for _ in range(AT_ONCE):
                 sock, address = self.socket.accept()
                 sock.setblocking(False)
@@ -187,6 +188,11 @@ class HttpServer(ThreadingMixIn, WSGIServer):
                 self._waiting[waiting] = None
                 self._selector.register(sock, selectors.EVENT_READ, lambda waiting=waiting: self._receive(waiting))
                 self._receive(waiting)  # most clients have sent the whole request by now
+        except BlockingIOError:  # no other connection waits
+            pass
+        except OSError as error:
+            if error.errno in procfs.SHORTAGES:  # the socket stays readable: do not watch it until expire()
+                self._selector.unregister(self.socket)
 
     def _evict(self) -> bool:
         """Close the oldest connection without a complete request. Return False if every request is complete."""
@@ -259,12 +265,14 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._ended.wake()
 
     def expire(self) -> None:
-        """Close connections after their timeout, and start threads for waiting requests."""
+        """Close connections after their timeout, accept connections again, and start threads for waiting requests."""
         now = time.monotonic()
         for waiting in [waiting for waiting in self._waiting if waiting.until < now]:
             self._drop(waiting)
         for request in [request for request, begun in list(self._in_threads.items()) if begun + CLIENT_SECONDS < now]:
             self._hang_up(request)
+        if self.socket not in self._selector.get_map():
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
         self.answer()
 
     def _hang_up(self, request: Any) -> None:

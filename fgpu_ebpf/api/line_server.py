@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from fgpu_ebpf.linux import procfs
+
 MOST_PEERS = 64
 MOST_LINE_BYTES = 1 << 16
 LINE_SECONDS, ANSWER_SECONDS = 2.0, 10.0
@@ -35,6 +37,7 @@ class LineServer:
     def __init__(self, selector: selectors.BaseSelector, answer: Callable[[socket.socket, bytes], bytes]) -> None:
         self._selector, self._answer = selector, answer
         self._peers: dict[_Peer, None] = {}
+        self._paused: list[selectors.SelectorKey] = []  # listeners that are not watched until expire()
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -42,9 +45,10 @@ class LineServer:
     def accept(self, listener: socket.socket) -> None:
         """Accept up to AT_ONCE connections.
 
-        If there are more than MOST_PEERS connections, close the oldest connection.
+        If there are more than MOST_PEERS connections, close the oldest connection. During a shortage of descriptors or
+        memory, the listener is not watched until expire(), because it stays readable.
         """
-        with contextlib.suppress(OSError):
+        try:
             for _ in range(AT_ONCE):
                 sock, _ = listener.accept()
                 sock.setblocking(False)
@@ -54,12 +58,24 @@ class LineServer:
                 self._receive(peer)  # most clients have sent the whole line by now
                 if len(self._peers) > MOST_PEERS:
                     self._drop(next(iter(self._peers)))
+        except BlockingIOError:  # no other connection waits
+            pass
+        except OSError as error:
+            if error.errno in procfs.SHORTAGES:
+                self._paused.append(self._selector.unregister(listener))
 
     def expire(self) -> None:
-        """Close connections that have not sent a line, or not read the reply, before their timeout."""
+        """Close connections that have not sent a line, or not read the reply, before their timeout.
+
+        Then watch listeners that were paused.
+        """
         now = time.monotonic()
         for peer in [peer for peer in self._peers if peer.until < now]:
             self._drop(peer)
+        while self._paused:
+            listener, _, events, data = self._paused[-1]
+            self._selector.register(listener, events, data)  # after an error, the next call tries again
+            self._paused.pop()
 
     def close(self) -> None:
         """Close all connections."""

@@ -33,7 +33,7 @@ _INFO_PID_AND_CGROUP = 0b101
 _UNKNOWN_TO_PIDFDS = (errno.ENOTTY, errno.EINVAL)
 _TRIES = 10
 # Errors of a host that is short of memory or files. EFAULT means that the kernel had no page for a result (cgroup v1).
-SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.EFAULT})
+SHORTAGES = frozenset({errno.ENOMEM, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.ENOBUFS, errno.EFAULT})
 _PF_EXITING = 0x4  # a flag of a task, set before the kernel reports the exit
 
 

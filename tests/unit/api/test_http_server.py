@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import selectors
 import socket
 import threading
 import time
@@ -67,6 +69,25 @@ def test_a_request_that_gets_no_thread_is_closed_and_keeps_nothing(monkeypatch: 
         assert not one.heads
         assert not one._in_threads
         assert client.recv(1) == b""
+        one.server_close()
+
+
+def test_the_address_is_not_watched_during_a_shortage_until_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The socket stays readable, so that the agent's loop would turn without a pause."""
+    one, selector = HttpServer("127.0.0.1", 0, app), selectors.DefaultSelector()
+    selector.register(one, selectors.EVENT_READ)
+    with contextlib.closing(one.socket), socket.create_connection(one.server_address[:2], timeout=10) as client:
+        with monkeypatch.context() as short:
+            short.setattr(socket.socket, "accept", Mock(side_effect=OSError(errno.EMFILE, "too many open files")))
+            assert selector.select(10)
+            assert not one.receive()
+            assert selector.select(0) == []
+        one.expire()
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        eventually(lambda: selector.select(10) and one.receive(), 10, "the request")
+        one.answer()
+        assert client.recv(12) == b"HTTP/1.0 200"
+        selector.close()
         one.server_close()
 
 

@@ -98,6 +98,26 @@ def test_a_connection_without_kernel_memory_for_its_entry_is_closed(
     assert other.recv(9) == b"4"
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_a_listener_is_not_watched_during_a_shortage_until_the_next_round(
+    host: Host, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The listener stays readable, so that the loop would turn without a pause."""
+    with monkeypatch.context() as short:
+        short.setattr(socket.socket, "accept", Mock(side_effect=OSError(number, "a shortage")))
+        sock = host.call(b"abc\n")
+        for key, _ in host.selector.select(5):
+            key.data()
+        assert host.selector.select(0) == []
+        host.peers.expire()
+        for key, _ in host.selector.select(5):
+            key.data()
+        assert host.selector.select(0) == []
+    host.peers.expire()
+    host.turn(2)
+    assert sock.recv(9) == b"4"
+
+
 @pytest.mark.timed
 def test_a_silent_peer_is_closed_and_delays_no_other_peer(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = host.call(b"one byte at a ti")
