@@ -149,20 +149,29 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._waiting: dict[_Waiting, None] = {}  # oldest first
         self._in_threads: dict[Any, float] = {}  # by request, oldest first: the start of the thread's answer
         self.heads: dict[Any, bytes] = {}
+        self._selector = selectors.EpollSelector()  # the base class may call server_close()
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
         self._ended = Wakeup()  # wakes the loop when a thread has ended, so that another request gets a thread
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
         self.set_app(only_by_name(names, app) if names or is_loopback else app)
         self.socket.setblocking(False)  # accept() must not wait if the client has already closed the connection
-        self._selector = selectors.EpollSelector()
-        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
+        try:
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
+        except OSError:
+            self.server_close()  # otherwise the address stays in use
+            raise
 
     def server_bind(self) -> None:
         """Bind like the base class, but without the base class's reverse lookup of the host name, which can block."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+
+    def server_close(self) -> None:
+        """Stop listening."""
+        super().server_close()
+        self._selector.close()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when receive() has work to do."""

@@ -60,7 +60,7 @@ def server() -> Iterator[HttpServer]:
 
 def test_a_request_that_gets_no_thread_is_closed_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one = HttpServer("127.0.0.1", 0, app)
-    with contextlib.closing(one.socket), socket.create_connection(one.server_address[:2], timeout=10) as client:
+    with socket.create_connection(one.server_address[:2], timeout=10) as client:
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         with monkeypatch.context() as short:
             short.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
@@ -72,11 +72,23 @@ def test_a_request_that_gets_no_thread_is_closed_and_keeps_nothing(monkeypatch: 
         one.server_close()
 
 
+def test_an_address_that_cannot_be_watched_does_not_stay_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    refused = Mock(side_effect=OSError(errno.ENOMEM, "epoll_ctl"))
+    with monkeypatch.context() as short:
+        short.setattr(selectors.EpollSelector, "register", refused)
+        with pytest.raises(OSError, match="epoll_ctl") as found:
+            HttpServer("127.0.0.1", port, app)
+    HttpServer("127.0.0.1", port, app).server_close()
+    assert found.value.errno == errno.ENOMEM
+
+
 def test_the_address_is_not_watched_during_a_shortage_until_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """The socket stays readable, so that the agent's loop would turn without a pause."""
     one, selector = HttpServer("127.0.0.1", 0, app), selectors.DefaultSelector()
     selector.register(one, selectors.EVENT_READ)
-    with contextlib.closing(one.socket), socket.create_connection(one.server_address[:2], timeout=10) as client:
+    with socket.create_connection(one.server_address[:2], timeout=10) as client:
         with monkeypatch.context() as short:
             short.setattr(socket.socket, "accept", Mock(side_effect=OSError(errno.EMFILE, "too many open files")))
             assert selector.select(10)
