@@ -116,17 +116,21 @@ class Connections:
         """Take a connection from a process that may not connect. The process has both ends; `descriptor` is one end.
 
         The process may have closed the descriptor, and the number may belong to another file. Therefore nothing is read
-        unless the kernel has recorded this process as the peer, and the first message is a hello.
+        unless the kernel has recorded this process as the peer, and the first message is a hello. A file that is not a
+        socket is not copied, because the close of the copy is a request to the file system, which may not answer.
         """
         began_ns = thread_time_ns()
         try:
+            if not os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("socket:["):
+                self._counts["malformed"] += 1
+                return
             copy = copy_descriptor(pid, descriptor)
         except OSError:  # the process has exited, or has closed the descriptor
             self._counts["gone"] += 1
             return
         try:
             sock = socket.socket(fileno=copy)
-        except OSError:  # not a socket
+        except OSError:  # the process has replaced the socket by another file
             os.close(copy)
             self._counts["malformed"] += 1
             return

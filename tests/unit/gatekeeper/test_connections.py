@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Hello
+from fgpu_ebpf.gatekeeper import connections
 from fgpu_ebpf.gatekeeper.connections import HELLO_BYTES, Connection, Connections
 from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
 
@@ -129,6 +131,19 @@ def test_other_files_and_closed_descriptors_are_left_alone(fixture: Fixture) -> 
     fixture.take(5000)  # no low number: the gatekeeper's own pidfd may have it, and this process is its own peer here
     fixture.take(0xFFFFFFFF)
     assert (fixture.seen, fixture.counts["gone"]) == ([], 2)
+
+
+@pytest.mark.parametrize("name", ["file", "socket:[1]"])
+def test_no_copy_is_made_of_a_file_that_is_not_a_socket(
+    fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The close of a copy is a request to the file's file system, which can block without end."""
+    copied: list[int] = []
+    copy = connections.copy_descriptor
+    monkeypatch.setattr(connections, "copy_descriptor", lambda pid, fd: copied.append(fd) or copy(pid, fd))
+    with (tmp_path / name).open("wb") as file:
+        fixture.take(file.fileno())
+    assert (fixture.seen, fixture.counts["malformed"], copied) == ([], 1, [])
 
 
 def test_a_socket_of_another_process_does_not_speak_for_it(fixture: Fixture) -> None:
