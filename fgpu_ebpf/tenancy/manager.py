@@ -156,6 +156,7 @@ class Manager:
         lacking = {path: cgroup for path, cgroup in found.items() if self.enforcer.get(cgroup) is None}
         for path in wanted.keys() & {*self.enforcer.answered.refused} - lacking.keys():
             self.enforcer.answered.admit(path, self.workloads.cgroup(path) is None)
+        self.enforcer.answered.refuse_unmanaged(lacking, self.workloads, self.enforcer.places.owner)
         return lacking
 
     def _groups(self, path: str) -> list[str]:

@@ -8,9 +8,11 @@ kernel's map raise OSError.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
 
 from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.resolutions import Resolution
+from fgpu_ebpf.workloads.bound_owner import Owner
 from fgpu_ebpf.workloads.cgroups import Workloads
 from fgpu_ebpf.workloads.workload import Workload
 
@@ -57,6 +59,34 @@ class UnmanagedCgroups:
         self._ledger.refuse(cgroup)
         self._refused[path] = cgroup
         self._enter(owner, cgroup)
+
+    def refuse_unmanaged(self, lacking: Mapping[str, int], workloads: Workloads, owner: Callable[[str], Owner]) -> None:
+        """Refuse the cgroups without room for a limit in which programs run without a limit, by an earlier decision.
+
+        These programs register again. A program without a decision is reported by the gatekeeper, and is refused then.
+
+        Args:
+            lacking: the cgroups that should have a limit and for which the kernel has no free slot, by path.
+            workloads: the cgroups of the host.
+            owner: returns the bound owner of a cgroup.
+
+        Raises:
+            OSError: the kernel refuses a write.
+        """
+        for path, cgroup in lacking.items():
+            if self._refused.get(path) == cgroup:
+                continue
+            inside = {c for c in map(workloads.cgroup, (path, *workloads.walk(path))) if c and self._is_free(c)}
+            if inside:
+                self._earlier -= inside
+                for decided in inside:
+                    self._ledger.forget(decided)
+                self.refuse(owner(path).cgroup, cgroup, path)
+                self._ledger.new_epoch()
+
+    def _is_free(self, cgroup: int) -> bool:
+        found = self._ledger.resolution(cgroup)
+        return found is Resolution.UNMANAGED or (found is None and cgroup in self._earlier)
 
     def _enter(self, owner: int, cgroup: int) -> None:
         known = self._owners.setdefault(owner, {})

@@ -246,9 +246,9 @@ static enum fgpu_outcome receive(int socket, struct answer *answer)
     if (head->code == FGPU_CODE_MANAGED && head->levels && head->levels <= FGPU_LEVELS &&
         answer->count == 2 + head->levels)
         return FGPU_IS_HELD;
-    if (head->code == FGPU_CODE_REFUSED)
-        fgpu_silence = "fgpu: a limit of this program is not in force: device memory is refused\n";
-    return FGPU_IS_SILENT;
+    if (head->code != FGPU_CODE_REFUSED) return FGPU_IS_SILENT;
+    fgpu_silence = "fgpu: a limit of this program is not in force: device memory is refused\n";
+    return FGPU_IS_REFUSED;
 }
 
 /* Map a page of a reply. The first read of a file that is too short would kill the program by SIGBUS. A BPF map reports

@@ -5,7 +5,15 @@
 #include "base/own.h"
 #include "link/link.h"
 
-enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
+enum fgpu_outcome {
+    FGPU_IS_SILENT,
+    FGPU_IS_ABSENT,
+    FGPU_IS_EMPTY,
+    FGPU_IS_FREE,
+    FGPU_IS_HELD,
+    FGPU_IS_RETRY,
+    FGPU_IS_REFUSED
+};
 
 HIDDEN void fgpu_say(const char *text);
 extern HIDDEN const char *_Atomic fgpu_silence; /* why no agent could be reached, as a message; NULL: the reason is

@@ -26,12 +26,14 @@
 /*
  * FRESH -> OPEN       There is no socket directory: this host has no agent. Unless the image has a limit, registers
  *                     again only in fgpu_arrive(): an agent may have started.
- *       -> CLOSED     The directory exists, and no reply came in time; or it is hidden, and the agent's probes are in
- *                     the shim. Admissions are refused. Registers again every second.
+ *       -> CLOSED     The directory exists, and no reply came in time; or the reply refuses memory; or the directory
+ *                     is hidden, and the agent's probes are in the shim. Admissions are refused. Registers again every
+ *                     second.
  *       -> UNMANAGED  The reply says that this process is not managed. Its control page shows when that may have
  *                     changed.
  *       -> HELD       The reply had pages, and the kernel confirmed them.
  * UNMANAGED, HELD: register again when the page's writer is silent or requests it; without a reply the state stays.
+ * OPEN, UNMANAGED -> CLOSED: the reply refuses memory, because a limit is not in force.
  * HELD -> OPEN: the probes and the directory were removed (`fgpu detach`).
  * If the image has a limit, OPEN and UNMANAGED have the flag COOPERATIVE: callers get a HELD link, with pages that are
  * made from the standalone ledger of this container. That state is checked once a second. When an agent responds, it
@@ -143,6 +145,8 @@ static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now
     /* While this process has pages, the kernel enforces with or without a gatekeeper, and an upgrade may be in
      * progress. A process that began without an agent is not stopped by one that does not answer. */
     bool keeps = link_of(word) >= FGPU_UNMANAGED || word == FGPU_OPEN;
+    /* Without a limit, nothing but this state refuses memory. In HELD, the kernel enforces the outer limits. */
+    if (outcome == FGPU_IS_REFUSED && link_of(word) != FGPU_HELD) return FGPU_CLOSED;
     if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return without_agent(FGPU_OPEN);
     if (word & COOPERATIVE && fgpu_standalone_join() >= FGPU_STANDALONE_ALONE) return word;
     /* EMPTY: no gatekeeper has ever responded there, so the image's limit applies. A gatekeeper that has responded, and

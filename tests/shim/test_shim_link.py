@@ -304,6 +304,21 @@ def test_a_bad_second_answer_leaves_the_pages_in_use(held: Agent, answer: str) -
     assert held.do("look")["hellos"] == 2
 
 
+def test_a_refusal_ends_the_memory_of_an_unmanaged_process_until_the_next_answer(agent: Agent) -> None:
+    agent.do("set", answer="unmanaged")
+    agent.do("start")
+    script = "for _ in range(3): out(alloc(1)); sys.stdin.readline(); time.sleep(1.05)"
+    process = agent.start_python(script)
+    assert process.stdout.readline() == "[0]\n"
+    agent.do("set", answer="refused")
+    agent.do("bump", epoch=8)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == f"[{OOM}]\n"
+    agent.do("set", answer="unmanaged")
+    assert process.communicate("\n", timeout=10)[0] == "[0]\n"
+
+
 def test_a_removed_directory_does_not_lift_a_limit_of_the_kernel(held: Agent) -> None:
     held.do("set", beats=False)
     script = "out(alloc(1)); sys.stdin.readline(); time.sleep(2.1); out(alloc(2 << 30), info()[2])"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from fgpu_ebpf.ledger.resolutions import Resolution
+
 CONTEXT_BYTES = 500 << 20
 
 
@@ -47,6 +49,13 @@ class Books:
 
     def resolve(self, cgroup, managed):
         self.decided[cgroup] = managed
+
+    def refuse(self, cgroup):
+        self.decided[cgroup] = None
+
+    def resolution(self, cgroup):
+        names = {True: Resolution.MANAGED, False: Resolution.UNMANAGED, None: Resolution.REFUSED}
+        return names[self.decided[cgroup]] if cgroup in self.decided else None
 
     def unresolve(self, cgroups):
         for cgroup in cgroups:

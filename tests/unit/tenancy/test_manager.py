@@ -15,6 +15,8 @@ import pytest
 from fgpu_ebpf.api import control_server
 from fgpu_ebpf.control_client import RequestError
 from fgpu_ebpf.driver.bypass_reason import Reason, Reasons
+from fgpu_ebpf.ledger.owner_bounds import Bounds
+from fgpu_ebpf.ledger.resolutions import Resolution
 from fgpu_ebpf.policy.rules import Priority
 from fgpu_ebpf.policy.share_name import parse
 from fgpu_ebpf.tenancy import explain
@@ -94,6 +96,35 @@ def test_a_policy_admits_the_tenants_that_fit_and_the_rest_once_the_kernel_has_r
     host.books.room = 7
     host.manager.consider_all()
     assert len(host.enforcer) == len(host.books.limits) == 7
+
+
+@pytest.mark.parametrize("is_earlier", [False, True], ids=["this agent", "an earlier agent"])
+@pytest.mark.parametrize("place", ["c", "c/inside"])
+def test_programs_without_a_limit_are_refused_if_a_new_limit_finds_no_room(host, place, is_earlier):
+    (host.root / "c/inside").mkdir(parents=True)
+    (host.root / "other").mkdir()
+    cgroup, inside, other = (host.manager.workloads.cgroup(path) for path in ("/c", f"/{place}", "/other"))
+    for decided in (inside, other):
+        host.enforcer.answered.unmanaged(decided, decided)
+    if is_earlier:
+        host.enforcer.answered.forget_earlier()
+    host.enforcer.places.bounds, epoch = Bounds(levels=0), host.books.epoch
+    for _ in range(2):
+        host.manager.reload(policies("{selector: {cgroup: ['c']}, memory: {limit: 1GiB}}"))
+        assert host.books.resolution(cgroup) is Resolution.REFUSED
+        assert host.books.resolved(inside) is None
+        assert host.books.resolved(other) is (None if is_earlier else False)
+        assert host.books.epoch == epoch + 1  # the shims register again
+    host.enforcer.places.bounds = Bounds()
+    host.manager.consider_all()
+    assert (host.books.resolution(cgroup), {*host.books.limits}) == (None, {cgroup})
+
+
+def test_a_cgroup_without_programs_takes_no_decision_if_its_limit_finds_no_room(host):
+    (host.root / "c").mkdir()
+    host.enforcer.places.bounds = Bounds(levels=0)
+    host.manager.reload(policies("{selector: {cgroup: ['c']}, memory: {limit: 1GiB}}"))
+    assert (host.books.decided, host.books.epoch) == ({}, 0)
 
 
 # -- settings that a call of `fgpu set` omits stay unchanged
