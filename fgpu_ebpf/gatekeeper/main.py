@@ -244,7 +244,6 @@ class Gatekeeper:
 
     def _answer_refused(self, connection: Connection) -> None:
         """Answer that the process gets no memory, because a limit of its cgroup could not be put in force."""
-        self._sessions.release(connection.pid)
         self._answer(connection, Code.REFUSED, Grant(PageHeader(), ()), [])
 
     def _answer_managed(self, connection: Connection, grant: Grant) -> None:

@@ -456,3 +456,28 @@ def test_a_share_closes_the_gate_of_a_running_process_until_the_share_is_removed
         return seen
 
     assert in_cgroup(place, watch) == [2, 2]
+
+
+def test_a_refusal_leaves_the_gates_of_a_process_with_pages_closed(
+    start: Callable[..., Keeper], ledger: Ledger, tenant: Make, cgroup: Make
+) -> None:
+    """A limit of an inner cgroup finds no room, and a process with compute time moves there."""
+    keeper, place = start(), tenant()
+    inner = cgroup(place)
+    ledger.times.set_shares({place.stat().st_ino: {0: Share(limit_millionths=500_000)}})
+    ledger.refuse(inner.stat().st_ino)
+
+    def move() -> list[Any]:
+        first = hello(keeper.run)
+        assert first
+        page = first.page(0)
+        before = page.gates[0] & abi.Gate.GATED
+        (inner / "cgroup.procs").write_text(str(os.getpid()))
+        again = hello(keeper.run)
+        assert again
+        beat = page.heartbeat_ns
+        until(lambda: page.heartbeat_ns > beat)
+        return [before, again.answer.code, page.gates[0] & abi.Gate.GATED]
+
+    gated = int(abi.Gate.GATED)
+    assert in_cgroup(place, move) == [gated, int(abi.Code.REFUSED), gated]
