@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from time import monotonic_ns
 
-from fgpu_ebpf.linux import pidfd, procfs, statx
+from fgpu_ebpf.linux import pidfd, procfs, statx, threads
 
 LOOK_SECONDS = 0.1
 OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every search for this time after a change; then this period
@@ -64,15 +64,18 @@ class Guardian:
             pid: the client's pid.
             client: the client's pidfd, which is duplicated.
             owner: the workload for which the copies count.
+
+        Raises:
+            OSError: no descriptor or no thread is available. A later call for the same client starts the thread.
         """
         with self._lock:
             if known := self._clients.get(key):  # the client may have executed another program
                 known.changed_ns = monotonic_ns()
-                return
-            self._clients[key] = _Client(pid, os.dup(client), owner)
+            else:
+                self._clients[key] = _Client(pid, os.dup(client), owner)
             if not self._runs:
+                threads.start(self._serve)
                 self._runs = True
-                _thread.start_new_thread(self._serve, ())
 
     def end(self, key: int, busy_until_ns: int) -> None:
         """Record that a client exits. The copies are closed after `busy_until_ns`, when the kernels should be done."""

@@ -26,7 +26,7 @@ from fgpu_ebpf.gatekeeper.sessions import Session
 from fgpu_ebpf.gatekeeper.turn_rows import UnitRows, counts_of
 from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.linux import futex
+from fgpu_ebpf.linux import futex, threads
 from fgpu_ebpf.scheduling import fair_queue, nested_shares
 from fgpu_ebpf.scheduling.counters import BUCKETS_NS
 from fgpu_ebpf.scheduling.fair_queue import Share
@@ -133,8 +133,8 @@ class TimeSlicer:
 
     def _start(self) -> None:
         if not self._started:
+            threads.start(self._serve)
             self._started = True
-            _thread.start_new_thread(self._serve, ())
         self._words.wake()
 
     def _add(self, session: Session, gates: ProcessGates | None = None) -> None:

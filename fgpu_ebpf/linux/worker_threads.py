@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import errno
 import os
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from time import monotonic_ns, thread_time_ns
 from typing import Generic, TypeVar
+
+from fgpu_ebpf.linux import threads
 
 MOST_THREADS, MORE_THREADS, MOST_AT_ONCE, MOST_WANTED, MOST_WANTED_ALL = 64, 8, 16, 1024, 1 << 16
 STALLED_NS, WAKE_NS = 2_000_000, 1_000_000
@@ -112,10 +113,7 @@ class Workers(Generic[Owner, Job, Result]):
         self._moved_ns = monotonic_ns()
         more = min(MORE_THREADS, len(self._jobs), MOST_THREADS - self._active) if self._active >= self._few else 1
         for _ in range(more):
-            try:
-                _thread.start_new_thread(self._run, ())  # threading.Thread.start() would wait until the thread runs
-            except RuntimeError as error:
-                raise OSError(errno.EAGAIN, str(error)) from error
+            threads.start(self._run)
             self._active += 1
 
     def take(self) -> list[Done[Owner, Job, Result]]:

@@ -201,6 +201,17 @@ def test_a_client_that_ends_during_a_search_is_not_searched(watched, client, mon
     assert len(searched) == 1
 
 
+def test_a_thread_that_could_not_be_started_is_started_when_the_client_registers_again(client, node, no_thread_once):
+    guard, pidfd = Guardian(), os.pidfd_open(client.pid)
+    with pytest.raises(OSError, match="can't start new thread"):
+        guard.watch(KEY, client.pid, pidfd, OWNER)
+    guard.watch(KEY, client.pid, pidfd, OWNER)
+    os.close(pidfd)
+    opened(client)
+    eventually(lambda: copies(node) == 2)
+    guard.end(KEY, 0)
+
+
 def test_the_thread_ends_with_the_last_client_and_starts_again(watched, client, node):
     watched.end(KEY, 0)
     eventually(lambda: not watched._runs)

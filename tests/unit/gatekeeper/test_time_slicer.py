@@ -387,6 +387,15 @@ def test_a_ledger_that_cannot_be_read_is_read_again(world):
     it.until(lambda: programs[0].word() >> 2 > (word >> 2) + 2)
 
 
+def test_a_thread_that_could_not_be_started_is_started_at_the_next_registration(world, no_thread_once):
+    it = world(t7=Share(), t8=Share())
+    with pytest.raises(OSError, match="can't start new thread"):
+        it.greet(1, 7)
+    programs = [it.programs[0], it.greet(2, 8)]
+    programs[0].thread.start()
+    it.until(lambda: all(p.status.devices[0].launches for p in programs))
+
+
 @pytest.mark.parametrize("part", ["_look", "_turns._look"])
 def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkeypatch, part):
     it = world(t7=Share(), t8=Share(), t9=Share())
