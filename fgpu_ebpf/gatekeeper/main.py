@@ -304,15 +304,16 @@ class Gatekeeper:
     # -- periodic work
 
     def _again(self) -> None:
-        if self._ledger is None:
-            self._ledger = self._open_ledger()
-            if self._ledger:
-                self._slicer.use(self._ledger)
-                self._scanner.check = self._ledger.file_check
-                self._listen(self._ledger)
-                self._log.say("opened the ledger, the kernel's record of charged memory")
-                self._beat()
-                self._show()
+        if self._ledger is None and (ledger := self._open_ledger()):
+            with contextlib.ExitStack() as undo:
+                undo.callback(ledger.close)
+                self._slicer.use(ledger)
+                self._listen(ledger)
+                undo.pop_all()
+            self._ledger, self._scanner.check = ledger, ledger.file_check
+            self._log.say("opened the ledger, the kernel's record of charged memory")
+            self._beat()
+            self._show()
         self._connections.turn()
 
     def _listen(self, ledger: Ledger) -> None:
