@@ -67,6 +67,7 @@ class Workers(Generic[Owner, Job, Result]):
         self._ended: deque[None] = deque()  # one entry for each thread that has ended
         self._active = 0
         self._moved_ns = 0  # when a thread was last started, or take() last returned a job
+        self._retry_ns = 0  # when a thread may be started again after a failure
 
     # -- in the loop
 
@@ -103,7 +104,7 @@ class Workers(Generic[Owner, Job, Result]):
         """Return when go() should be called, in nanoseconds of CLOCK_MONOTONIC; None: go() has nothing to do."""
         if not self._jobs or self._active >= MOST_THREADS:
             return None
-        return self._moved_ns + STALLED_NS if self._active >= self._few else 0
+        return self._moved_ns + STALLED_NS if self._active >= self._few else self._retry_ns
 
     def go(self) -> None:
         """Start a thread if fewer than `few` threads run, or several threads if jobs hang. Raise OSError on failure."""
@@ -113,7 +114,11 @@ class Workers(Generic[Owner, Job, Result]):
         self._moved_ns = monotonic_ns()
         more = min(MORE_THREADS, len(self._jobs), MOST_THREADS - self._active) if self._active >= self._few else 1
         for _ in range(more):
-            threads.start(self._run)
+            try:
+                threads.start(self._run)
+            except OSError:
+                self._retry_ns = monotonic_ns() + STALLED_NS
+                raise
             self._active += 1
 
     def take(self) -> list[Done[Owner, Job, Result]]:

@@ -1,0 +1,30 @@
+"""Tests of worker threads on a host without room for another thread."""
+
+from __future__ import annotations
+
+import _thread
+import time
+
+import pytest
+
+from fgpu_ebpf.linux.worker_threads import STALLED_NS, Workers
+
+
+def test_a_thread_that_cannot_be_started_is_due_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    workers: Workers[int, int, int] = Workers(lambda job: job, lambda _: True, lambda: None)
+    workers.want(1, 1)
+    assert workers.due_ns() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", fail)
+        before_ns = time.monotonic_ns()
+        with pytest.raises(OSError, match="can't start new thread"):
+            workers.go()
+    due_ns = workers.due_ns()
+    assert due_ns is not None
+    assert due_ns >= before_ns + STALLED_NS
+    while not (done := workers.take()):
+        workers.go()
+    assert [one.result for one in done] == [1]
