@@ -144,13 +144,13 @@ class TimeSlicer:
                 gates.open_all()
             self._without[id(session)] = session  # its page was made with open gates
             return
-        self._without.pop(id(session), None)
         tenant, *around = levels
         self._turns.nest(tenant, around, monotonic_ns())
         gates = gates or ProcessGates(session)
         gates.last_value = -1
         gated = self._gated[tenant] = frozenset().union(*(self._shares[level] for level in levels))
         gates.set_shared(gated)
+        self._without.pop(id(session), None)
         self._by_session[id(session)] = tenant, gates
         self._gates.setdefault(tenant, []).append(gates)
         self._is_watching = False
@@ -168,23 +168,23 @@ class TimeSlicer:
         self._shares_ns = min(self._shares_ns, monotonic_ns() + SHARES_NS)
 
     def _read_shares(self, ledger: Ledger) -> None:
-        epoch, self._is_read_owed = ledger.times.epoch(), False
+        epoch = ledger.times.epoch()
         if epoch == self._epoch:
             return
         found: dict[int, dict[int, Share]] = {}
         for (level, device), share in ledger.times.shares().items():
             found.setdefault(level, {})[device] = share
-        self._epoch, self._shares, self._read_ns = epoch, found, monotonic_ns()
+        self._shares, self._read_ns = found, monotonic_ns()
         shares = {level: by[min(by)] for level, by in found.items()}
         self._turns.share_out(shares, monotonic_ns(), ledger.times.concurrent())
         with_gates = [*((gates.session, gates) for _, gates in self._by_session.values())]
-        others = [*self._without.values()]
         self._to_look_at |= self._gates.keys()
-        self._gates, self._by_session, self._without, self._gated, self._used = {}, {}, {}, {}, {}
+        self._gates, self._by_session, self._gated, self._used = {}, {}, {}, {}
         for session, gates in with_gates:
             self._add(session, gates)
-        for session in others:
+        for session in [*self._without.values()]:
             self._add(session)
+        self._epoch, self._is_read_owed = epoch, False  # after an error, the shares are read again
 
     # -- the thread
 

@@ -387,6 +387,24 @@ def test_a_ledger_that_cannot_be_read_is_read_again(world):
     it.until(lambda: programs[0].word() >> 2 > (word >> 2) + 2)
 
 
+def test_processes_get_their_gates_after_a_page_could_not_be_mapped(world, monkeypatch):
+    it = world()
+    programs = [it.greet(n, n, start=False) for n in (7, 8, 9)]
+    made, failed = time_slicer.ProcessGates, []
+
+    def gates(session):
+        if not failed:
+            failed.append(session)
+            raise OSError("no memory")
+        return made(session)
+
+    monkeypatch.setattr(time_slicer, "ProcessGates", gates)
+    ledger = it.slicer.ledger
+    ledger.given, ledger.version = {(n, 0): Share() for n in (7, 8, 9)}, 2
+    it.until(lambda: all(p.word() & Gate.GATED for p in programs))
+    assert failed
+
+
 def test_a_thread_that_could_not_be_started_is_started_at_the_next_registration(world, no_thread_once):
     it = world(t7=Share(), t8=Share())
     with pytest.raises(OSError, match="can't start new thread"):
