@@ -115,8 +115,15 @@ static CUresult leave(const struct fgpu_launch *launch, CUresult result)
     return launch ? fgpu_gate_leave(launch, result) : result;
 }
 
-static CUresult ask(int ordinal, const struct fgpu_graph_exec *exec, struct patience *patience)
+/* Return whether the graph runs without a request: its memory was admitted for this stream, or is not charged. */
+static bool has_memory(int ordinal, const struct fgpu_graph_exec *exec, uint64_t key)
 {
+    return (exec && atomic_load_explicit(&exec->stream, memory_order_relaxed) == key) || !counts(ordinal);
+}
+
+static CUresult ask(int ordinal, const struct fgpu_graph_exec *exec, uint64_t key, struct patience *patience)
+{
+    if (has_memory(ordinal, exec, key)) return CUDA_SUCCESS;
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
     CUresult refusal = fgpu_graphs_ask_for(ordinal, exec ? atomic_load(&exec->peak) : 0, patience);
@@ -126,18 +133,20 @@ static CUresult ask(int ordinal, const struct fgpu_graph_exec *exec, struct pati
 }
 
 /* Request the memory before the launch reaches the gate: a launch that waits for memory must not hold a turn. While the
- * launch waits at the gate, other calls may use or release what was admitted. So the request is repeated behind the
- * gate, and a launch that would have to wait for memory there leaves the gate first. */
+ * launch waits at the gate, other calls may use or release what was admitted, also for an earlier launch. So the
+ * request is repeated behind the gate, and a launch that would have to wait for memory there leaves the gate first. */
 static CUresult ask_and_enter(int ordinal, const struct fgpu_graph_exec *exec, struct fgpu_launch *launch,
                               CUgraphExec handle, CUstream stream, bool per_thread)
 {
+    uint64_t key = fgpu_stream_key(stream, per_thread);
     for (;;) {
         struct patience patience = {0};
-        CUresult refusal = ask(ordinal, exec, &patience);
+        CUresult refusal = ask(ordinal, exec, key, &patience);
         if (refusal || !enters(launch, handle, stream, per_thread)) return refusal;
-        refusal = ask(ordinal, exec, NULL);
+        refusal = ask(ordinal, exec, key, NULL);
         if (!refusal) return CUDA_SUCCESS;
         leave(launch, refusal);
+        launch->index = -1; /* the next round may find no gate */
     }
 }
 
@@ -146,13 +155,11 @@ static CUresult place(run *driver, CUgraphExec handle, CUstream stream, bool per
     uint64_t key = fgpu_stream_key(stream, per_thread);
     struct fgpu_graph_exec *exec = fgpu_graph_exec_of(handle);
     int ordinal = exec ? atomic_load(&exec->ordinal) : atomic_load(&fgpu_graphs_crowded) - 1;
-    if ((exec && atomic_load_explicit(&exec->stream, memory_order_relaxed) == key) || !counts(ordinal)) {
-        enters(launch, handle, stream, per_thread);
-        return leave(launch, driver(handle, stream));
-    }
     CUresult result = ask_and_enter(ordinal, exec, launch, handle, stream, per_thread);
     if (result) return result;
+    bool is_placed = has_memory(ordinal, exec, key);
     result = leave(launch, driver(handle, stream));
+    if (is_placed) return result;
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
     fgpu_graphs_follow(ordinal);

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.shim.gate_kit import KIT, end, page, said, shut, tell, unlock, until
+from tests.shim.orphans_kit import GIB, MIB
 from tests.shim.shim_kit import Simulator
 from tests.support.wait import Deadline, eventually
 
@@ -28,7 +29,12 @@ GRAPH = """
 def holding(mib):
     g, e, p = C.c_void_p(), C.c_void_p(), C.c_uint64(); need("cuStreamBeginCapture_v2", s, 0)
     need("cuMemAllocAsync", C.byref(p), C.c_size_t(mib << 20), s); need("cuStreamEndCapture", s, C.byref(g))
-    need("cuGraphInstantiateWithFlags", C.byref(e), g, C.c_ulonglong(0)); return e
+    need("cuGraphInstantiateWithFlags", C.byref(e), g, C.c_ulonglong(0)); return e, p
+def run_at_the_gate(e):
+    results = []
+    def other(): need("cuCtxSetCurrent", c); results.append(L.cuGraphLaunch(e, s))
+    thread = threading.Thread(target=other); thread.start(); line()
+    need("cuMemAlloc_v2", C.byref(C.c_uint64()), C.c_size_t(700 << 20)); out("used"); thread.join(20); return results
 s = stream()
 """  # a graph that allocates memory
 
@@ -38,7 +44,7 @@ def test_a_graph_requests_its_memory_before_it_waits_at_the_gate(simulator: Simu
     """A launch that waits for memory must not count as in flight. So this graph is refused while the gate is closed."""
     agent = simulator.agent
     shut(agent, 4)
-    process = simulator.start(KIT + GRAPH + f"e = holding(2048); out('ready'); line(); out(L.{name}(e, s))")
+    process = simulator.start(KIT + GRAPH + f"e, p = holding(2048); out('ready'); line(); out(L.{name}(e, s))")
     assert said(process) == ["ready"]
     tell(process)
     assert select.select([process.stdout], [], [], 20)[0], page(agent)
@@ -47,27 +53,56 @@ def test_a_graph_requests_its_memory_before_it_waits_at_the_gate(simulator: Simu
     end(process)
 
 
-def test_a_graph_at_a_gate_does_not_keep_memory_that_another_call_has_used_meanwhile(simulator: Simulator) -> None:
-    """A graph's memory is admitted, and the graph waits at the gate. Another thread uses that memory."""
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_graph_at_a_gate_does_not_keep_memory_that_another_call_has_used_meanwhile(
+    simulator: Simulator, before: int
+) -> None:
+    """A graph's memory is admitted, now or at an earlier launch. While the graph waits, a thread uses that memory."""
     agent = simulator.agent
-    shut(agent, 4)
+    unlock(agent, 4)
     process = simulator.start(
         KIT
         + GRAPH
-        + """
-e, p, results = holding(600), C.c_uint64(), []
-def other(): need("cuCtxSetCurrent", c); results.append(L.cuGraphLaunch(e, s))
-thread = threading.Thread(target=other)
-out("ready"); thread.start(); line()
-need("cuMemAlloc_v2", C.byref(p), C.c_size_t(700 << 20)); out("used"); thread.join(20); out(results)"""
+        + f"""
+e, p = holding(600)
+for _ in range({before}):
+    need("cuGraphLaunch", e, s); need("cuStreamSynchronize", s)
+    need("cuMemFreeAsync", p, s); need("cuStreamSynchronize", s)
+out("ready"); line(); out(run_at_the_gate(e))"""
     )
     assert said(process) == ["ready"]
+    shut(agent, 4)
+    tell(process)
     until(agent, waiting=1)
     tell(process)
     assert said(process) == ["used"]
     unlock(agent, 5)
     assert said(process) == [[2]]
-    assert page(agent) == {**page(agent), "waiting": 0, "launches": 0, "in_flight": 0}
+    assert page(agent) == {**page(agent), "waiting": 0, "launches": before, "in_flight": 0}
+    end(process)
+
+
+def test_a_graph_that_has_left_the_gate_for_memory_is_not_counted_if_the_gate_is_gone(simulator: Simulator) -> None:
+    """The graph waits for orphaned memory. Meanwhile the other tenants of the device end, so there are no turns."""
+    agent = simulator.agent
+    shut(agent, 4)
+    process = simulator.start(
+        KIT
+        + GRAPH
+        + "e, p = holding(600); out('ready'); r = run_at_the_gate(e); need('cuCtxSynchronize'); out(r); line()"
+    )
+    assert said(process) == ["ready"]
+    until(agent, waiting=1)
+    tell(process)
+    assert said(process) == ["used"]
+    agent.do("limit", limit=GIB, used=700 * MIB, orphaned=650 * MIB, age_ms=0)
+    unlock(agent, 5)
+    until(agent, waiting=0, in_flight=0)
+    agent.do("gate", word=6 << 2 | 1)  # open, not GATED
+    agent.do("limit", limit=GIB, used=50 * MIB)
+    assert said(process) == [[0]]
+    assert page(agent) == {**page(agent), "launches": 0, "in_flight": 0}
+    tell(process)
     end(process)
 
 
