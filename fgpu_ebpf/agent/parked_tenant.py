@@ -17,7 +17,7 @@ from fgpu_ebpf.agent import blocked_calls, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.ledger.ledger import Ledger
-from fgpu_ebpf.ledger.parked import Life
+from fgpu_ebpf.ledger.parked import Life, Parked
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.snapshot import ParkingView
@@ -122,7 +122,8 @@ class ParkedTenant:
     request. `failures`: the number of failed requests to the parker. `seconds`: the time of the driver's copy.
     `shall_wake`: why the tenant is to be woken after the parking; empty if the tenant is to stay parked. `reason`: why
     the tenant was parked; empty for a request of a user. `has_claim`: the tenant waits while room is being made. No
-    other tenant may use this room to wake up.
+    other tenant may use this room to wake up. `away`: the processes whose memory the device did not hold when the last
+    attempt to wake the tenant began.
     """
 
     cgroup: int
@@ -144,6 +145,7 @@ class ParkedTenant:
     shall_wake: str = ""
     reason: str = ""
     has_claim: bool = False
+    away: list[Life] = field(default_factory=list)
 
     @property
     def is_undecided(self) -> bool:
@@ -163,6 +165,10 @@ class ParkedTenant:
         self.phase, self.why = phase, why
         for errand in self.errands:
             errand.waits = why
+
+    def keep_away(self, entries: Mapping[Life, Parked]) -> None:
+        """Set `away` from the ledger's entries, before the ledger is charged for the wake-up."""
+        self.away = [life for life in self.members if life in entries and any(entries[life].bytes)]
 
     def pause(self, seconds: float) -> float:
         """Return the pause before the next attempt: these seconds, doubled after each failure."""

@@ -183,7 +183,7 @@ class Parking:
         if parked.phase is Phase.PARKED and parked.shall_wake:
             log.info("%s wakes up: %s", parked.name, parked.shall_wake)
             parked.failures = 0
-            self._wake_later(parked, "")
+            self._wake_later(parked)
 
     def _put(self, parked: ParkedTenant, then: Callable[[], None]) -> None:
         """Make the main loop call a function unless the tenant was removed. Any thread may call this method."""
@@ -237,30 +237,32 @@ class Parking:
             self._history.add(what, tenant=parked.name, bytes=parked.bytes, text=text)
             (self._settle_parked if op is Goal.PARK else self._settle_running)(parked)
             return
-        parked.failures += 1
+        parked.failures += bool(op or line.get("changed") is False)  # a running job refuses a request for the state
         self._lose_sight(parked, error or f"the parker's result is {result!r}")
         if op:
             if op is Goal.WAKE or not parked.reason:  # in the other case the errand's error is reported
                 self._history.add(f"{op} failed", tenant=parked.name, bytes=parked.bytes, text=parked.why)
-            as_before = self._settle_running if op is Goal.PARK else self._settle_parked
-            (as_before if line.get("changed") is False else self._ask_for_states)(parked)
+            if line.get("changed") is False:
+                self._release(parked.away)
+                (self._settle_running if op is Goal.PARK else self._wake_later)(parked)
+            else:
+                self._ask_for_states(parked)
 
     def _settle_parked(self, parked: ParkedTenant) -> None:
         """Release the charges of the levels around a tenant, because the device no longer holds the tenant's memory."""
         self._release(parked.members)
         parked.finish(Goal.PARK)
-        for waiting in self.tenants():
-            if waiting.has_claim:  # the room was made for the waiting tenant
-                self._wake(waiting)
+        for waiting in filter(lambda one: one.has_claim, self.tenants()):  # the room was made for this tenant
+            self._wake(waiting)
         if parked.shall_wake:
-            self._wake_later(parked, parked.why)
+            self._wake_later(parked)
             return
         parked.enter(Phase.PARKED)
         self._search_for_calls(parked)
 
-    def _wake_later(self, parked: ParkedTenant, why: str) -> None:
+    def _wake_later(self, parked: ParkedTenant) -> None:
         """Wake a tenant, immediately if no attempt has failed, or after a pause."""
-        parked.enter(Phase.WAITING, why)
+        parked.enter(Phase.WAITING, parked.why)
         pause = parked.pause(AGAIN_SECONDS) if parked.failures else 0.0
         parked.next_at = time.monotonic() + pause
         if not pause:
@@ -284,8 +286,6 @@ class Parking:
 
     def _settle_running(self, parked: ParkedTenant) -> None:
         """Charge the bytes that the device holds for a tenant that runs again."""
-        for life in parked.members:
-            self._ledger.parked.wake(life, force=True)
         self._end_entries(parked.members)
         parked.finish(Goal.WAKE)
         self._remove(parked, parked.why or "interrupted")
@@ -297,7 +297,6 @@ class Parking:
         for goal in Goal:
             parked.finish(goal, f"the driver has lost pid {pids}")
         for life in lives:
-            self._ledger.parked.wake(life, force=True)
             parked.members.pop(life)
         self._end_entries(lives)
         parked.shall_wake = parked.shall_wake or "the driver has lost another process of the tenant"
@@ -308,6 +307,7 @@ class Parking:
 
     def _end_entries(self, lives: Iterable[Life]) -> None:
         for life in lives:
+            self._ledger.parked.wake(life, force=True)
             if error := self._ledger.parked.end(life):
                 log.debug("the entry of pid %d cannot be removed: %s", life[0], os.strerror(error))
 
@@ -323,10 +323,11 @@ class Parking:
         if sock is None:
             self._wait(parked, f"the parker does not run: {parker_client.FIX}")
             return
+        parked.keep_away(self._ledger.parked.entries())
         force = bool(outdated(parked, self.parkable))  # a level that the tenant will leave cannot prevent the wake-up
         if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
-            self._release(parked.members)
+            self._release(parked.away)
             self._wait(parked, full_level(parked, self._ledger, self._enforcer) or "a surrounding group has no room")
             return
         parked.enter(Phase.WAKING)
@@ -342,11 +343,10 @@ class Parking:
 
     def _ask_for_states(self, parked: ParkedTenant) -> None:
         parked.next_at = time.monotonic() + AGAIN_SECONDS
-        sock = parker_client.connected(self._run_dir)
-        if sock is None:
+        if sock := parker_client.connected(self._run_dir):
+            self._ask(parked, sock, None)
+        else:
             parked.why = f"the parker does not run: {parker_client.FIX}"
-            return
-        self._ask(parked, sock, None)
 
     def _settle(self, parked: ParkedTenant, states: Mapping[str, str]) -> None:
         """Make the ledger agree with the driver. Wake processes in different states, or locked processes, together."""
@@ -363,7 +363,7 @@ class Parking:
         else:
             self._release([life for life in parked.members if states.get(str(life[0])) == "checkpointed"])
             parked.shall_wake = parked.shall_wake or f"interrupted: {parked.why}"
-            self._wake_later(parked, parked.why)
+            self._wake_later(parked)
 
     # -- reports
 

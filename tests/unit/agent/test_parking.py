@@ -48,6 +48,7 @@ class FakeParker:
         self.says: list[list[Line]] = []
         self.asked: list[str] = []
         self.broken = False  # as if the driver could not be used
+        self.breaks = False  # the driver cannot be used after the next answer about the state
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(folder / parker_client.SOCKET))
         self._listener.listen()
@@ -71,6 +72,7 @@ class FakeParker:
         if self.broken:
             return [{"result": protocol.UNCHANGED.get(request["op"], ""), "error": NO_DRIVER, "changed": False}]
         if request["op"] == "state":
+            self.broken = self.breaks
             return [{"states": {str(process["pid"]): self.state for process in request["processes"]}}]
         self.state = {"park": "checkpointed", "wake": "running"}[request["op"]]
         return [{"at": self.state, "seconds": 1.5}, {"result": {"park": "parked", "wake": "running"}[request["op"]]}]
@@ -456,6 +458,33 @@ def test_a_parked_tenant_is_woken_as_soon_as_the_parker_can_use_the_driver_again
     host.parker.broken = False
     host.until("running")
     assert (errand.error, host.books()) == ("", (False, 0))
+
+
+def test_memory_that_the_device_still_holds_stays_charged_if_the_parker_cannot_use_the_driver(host: Host) -> None:
+    """A parking has ended halfway, so the process is locked, and its wake-up is refused without a call."""
+    host.parker.says, host.parker.state, host.parker.breaks = [[{"at": "locked"}]], "locked", True
+    errand = host.parking.park(host.tenant)
+    host.until("waiting")
+    assert (host.books(), errand.is_done) == ((True, 0), False)
+    host.parker.broken = False
+    host.until("running")
+    assert host.books() == (False, 0)
+
+
+def test_requests_for_the_state_that_a_running_job_refuses_do_not_delay_the_next_request(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked(host)
+    monkeypatch.setattr(
+        host.parker, "_answer", lambda _: [{"result": "", "error": "process 1 has a job already"}]
+    )  # fmt: skip
+    host.start()
+    tenant, asked = host.parking._tenants[CGROUP], len(host.parker.asked)
+    while len(host.parker.asked) < asked + 4:
+        host.parking.look()
+        for key, _ in host.selector.select(0.01):
+            key.data()
+    assert (tenant.failures, host.state(), host.books()) == (0, "unknown", (True, HELD))
 
 
 def test_the_pause_between_requests_for_the_state_grows_while_the_parker_cannot_use_the_driver(
