@@ -75,8 +75,7 @@ class Gatekeeper:
         self._cache: LedgerCache | None = None
         self._ended, self._lost, self._last_word = False, False, "exiting"
         self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
-        boot = os.urandom(16)
-        self._counts = dict.fromkeys(COUNTS, 0)
+        boot, self._counts = os.urandom(16), dict.fromkeys(COUNTS, 0)
         self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
         self._written: dict[str, object] = {}
         self._log = LogLines("fgpu gatekeeper")
@@ -308,7 +307,7 @@ class Gatekeeper:
             with contextlib.ExitStack() as undo:
                 undo.callback(ledger.close)
                 self._slicer.use(ledger)
-                self._listen(ledger)
+                self._listen(ledger, undo)
                 undo.pop_all()
             self._ledger, self._scanner.check = ledger, ledger.file_check
             self._log.say("opened the ledger, the kernel's record of charged memory")
@@ -316,8 +315,9 @@ class Gatekeeper:
             self._show()
         self._connections.turn()
 
-    def _listen(self, ledger: Ledger) -> None:
+    def _listen(self, ledger: Ledger, undo: contextlib.ExitStack) -> None:
         if bell := ledger.times.bell():
+            undo.callback(bell.close)
             self._selector.register(bell, selectors.EVENT_READ, partial(self._receive, bell))
             self._slicer.is_told = True
 

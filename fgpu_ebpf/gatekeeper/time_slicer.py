@@ -92,7 +92,7 @@ class TimeSlicer:
             looks_no_more = not self.is_told and self._shares_ns == NEVER_NS
             if looks_no_more:
                 self._look_at_shares_later()
-            others = self._epoch != before and (self._by_session or self._started)
+            others = self._epoch != before if self._started else self._by_session
             if looks_no_more or others or id(session) in self._by_session:
                 self._start()
 

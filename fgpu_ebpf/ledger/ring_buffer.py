@@ -6,6 +6,7 @@ waits. The kernel counts the events that did not fit into `events`. A record of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -44,12 +45,15 @@ class Events:
 
     def __init__(self, fd: int) -> None:
         """Take ownership of `fd`, the descriptor of a ring buffer map. Raise OSError for any other map."""
-        self._fd = fd
-        size = bpf.form(fd).max_entries
-        self._mask = size - 1
-        self._consumer = mmap.mmap(fd, _PAGE)
-        self._ring = mmap.mmap(fd, _PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
-        self._at = ctypes.c_uint64.from_buffer(self._consumer)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, fd)
+            self._fd = fd
+            size = bpf.form(fd).max_entries
+            self._mask = size - 1
+            self._consumer = mmap.mmap(fd, _PAGE)
+            self._ring = mmap.mmap(fd, _PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
+            self._at = ctypes.c_uint64.from_buffer(self._consumer)
+            undo.pop_all()
 
     def fileno(self) -> int:
         """Return the descriptor, for selectors."""

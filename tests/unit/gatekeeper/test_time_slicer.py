@@ -414,6 +414,20 @@ def test_a_thread_that_could_not_be_started_is_started_at_the_next_registration(
     it.until(lambda: all(p.status.devices[0].launches for p in programs))
 
 
+def test_a_thread_that_could_not_be_started_for_new_shares_is_started_at_any_later_registration(world, no_thread_once):
+    """The gates of registered programs are closed already, and only the thread opens them."""
+    it = world()
+    it.slicer.is_told = True
+    it.greet(1, 7, start=False)
+    ledger = it.slicer.ledger
+    ledger.given, ledger.version = {(7, 0): Share(), (8, 0): Share()}, 2
+    with pytest.raises(OSError, match="can't start new thread"):
+        it.greet(2, 9, start=False)
+    assert not it.slicer._started
+    it.greet(3, 9, start=False)
+    assert it.slicer._started
+
+
 @pytest.mark.parametrize("part", ["_look", "_turns._look"])
 def test_an_internal_error_for_one_tenant_does_not_stop_the_others(world, monkeypatch, part):
     it = world(t7=Share(), t8=Share(), t9=Share())
