@@ -25,6 +25,7 @@ class UnmanagedCgroups:
         self._owners: dict[int, dict[int, None]] = {}  # cgroups by owner, from the oldest decision on
         self._refused: dict[str, int] = {}  # cgroup by path
         self._earlier: set[int] = set()  # cgroups without a limit, by a decision of an earlier agent
+        self._searched: set[int] = set()  # cgroups searched by refuse_unmanaged() since the last decision
 
     def forget_earlier(self) -> None:
         """Remove decisions of an earlier agent, which have no owner.
@@ -48,6 +49,7 @@ class UnmanagedCgroups:
 
         Raise OSError if the kernel refuses the write.
         """
+        self._searched.clear()
         self._ledger.resolve(cgroup, False)
         self._enter(owner, cgroup)
 
@@ -64,6 +66,7 @@ class UnmanagedCgroups:
         """Refuse the cgroups without room for a limit in which programs run without a limit, by an earlier decision.
 
         These programs register again. A program without a decision is reported by the gatekeeper, and is refused then.
+        Each cgroup is searched once until a program gets a decision, because a search reads all cgroups inside.
 
         Args:
             lacking: the cgroups that should have a limit and for which the kernel has no free slot, by path.
@@ -74,15 +77,16 @@ class UnmanagedCgroups:
             OSError: the kernel refuses a write.
         """
         for path, cgroup in lacking.items():
-            if self._refused.get(path) == cgroup:
+            if cgroup in self._searched or self._refused.get(path) == cgroup:
                 continue
             inside = {c for c in map(workloads.cgroup, (path, *workloads.walk(path))) if c and self._is_free(c)}
             if inside:
-                self._earlier -= inside
-                for decided in inside:
-                    self._ledger.forget(decided)
                 self.refuse(owner(path).cgroup, cgroup, path)
+                self._earlier -= inside
+                for decided in inside - {cgroup}:
+                    self._ledger.forget(decided)
                 self._ledger.new_epoch()
+            self._searched.add(cgroup)
 
     def _is_free(self, cgroup: int) -> bool:
         found = self._ledger.resolution(cgroup)
@@ -131,3 +135,4 @@ class UnmanagedCgroups:
         left = {owner: {c: None for c in known if c in live} for owner, known in self._owners.items()}
         self._owners = {owner: known for owner, known in left.items() if known}
         self._refused = {path: cgroup for path, cgroup in self._refused.items() if cgroup in live}
+        self._searched &= live

@@ -127,6 +127,21 @@ def test_a_cgroup_without_programs_takes_no_decision_if_its_limit_finds_no_room(
     assert (host.books.decided, host.books.epoch) == ({}, 0)
 
 
+def test_the_cgroups_inside_a_cgroup_without_room_are_searched_once(host, monkeypatch):
+    """A tenant may have thousands of cgroups, and a scan of the host would read all of them at each step."""
+    (host.root / "c/inside/more").mkdir(parents=True)
+    host.enforcer.places.bounds, walked, walk = Bounds(levels=0), [], host.manager.workloads.walk
+    host.manager.policies = policies("{selector: {cgroup: ['c']}, memory: {limit: 1GiB}}")
+    monkeypatch.setattr(host.manager.workloads, "walk", lambda top="": walked.append(top) or walk(top))
+    for _ in range(3):
+        host.manager.consider(["/c"])
+    assert walked == ["/c"]
+    cgroup = host.manager.workloads.cgroup("/c/inside/more")
+    host.enforcer.answered.unmanaged(cgroup, cgroup)
+    host.manager.consider(["/c"])
+    assert host.books.resolution(host.manager.workloads.cgroup("/c")) is Resolution.REFUSED
+
+
 # -- settings that a call of `fgpu set` omits stay unchanged
 
 
