@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Set
 
-from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS, Truth
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
 from fgpu_ebpf.ledger.ledger import Ledger
@@ -71,7 +71,8 @@ class UsageMeter:
         self._sampled_seconds = max(0.0, min(MOST_SECONDS, truth.sampled - self._sampled_at))  # each sample counts once
         self._sampled_at = max(self._sampled_at, truth.sampled)
         by_level: defaultdict[int, dict[int, Process]] = defaultdict(dict)
-        for pid, process in self._ledger.processes().items():  # NVML may not answer for hours
+        is_fresh = now - truth.sampled < STALE_SECONDS  # otherwise NVML does not answer, perhaps for hours
+        for pid, process in (truth.processes if is_fresh else self._ledger.processes()).items():
             for level in process.levels:
                 by_level[level][pid] = process
         measured = {level: tenant for level in by_level if (tenant := self._enforcer.get(level))}

@@ -56,7 +56,8 @@ class EventFeed:
         except (ConnectionError, control_client.RequestError) as error:
             if not self._is_lost:
                 report(f"{error}; waiting for the agent")
-            self._is_lost, self._number = True, 0
+            self._is_lost = True
+            self._number = self._number if self._log else 0  # an id shows whether the same agent answers again
             return []
         self._is_lost = False
         if self._forgotten:

@@ -54,18 +54,20 @@ def publish_helper(built: Path) -> Path:
         OSError: no copy can be written, and no copy exists.
     """
     BIN.mkdir(mode=0o755, parents=True, exist_ok=True)
-    place = BIN / HELPER
+    place, link = BIN / HELPER, BIN / Path(cdi.INFO).name
     aside = BIN / f".{HELPER}.{os.getpid()}"
     try:
         aside.unlink(missing_ok=True)
         content = built.read_bytes()
-        if not (place.is_file() and os.access(place, os.X_OK) and place.read_bytes() == content):
+        is_same = place.is_file() and os.access(place, os.X_OK) and place.read_bytes() == content
+        if not is_same:
             shim_store.write_durably(aside, content)
             make_way(str(place))
             os.replace(aside, place)
-        aside.symlink_to(HELPER)
-        os.replace(aside, BIN / Path(cdi.INFO).name)
-        atomic_file.sync_folder(BIN)
+        if not is_same or not link.is_symlink() or os.readlink(link) != HELPER:
+            aside.symlink_to(HELPER)
+            os.replace(aside, link)
+            atomic_file.sync_folder(BIN)
     except OSError:
         aside.unlink(missing_ok=True)
         if not place.is_file():

@@ -16,6 +16,11 @@ class Wakeup:
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    def __del__(self) -> None:
+        """Close the descriptor, unless __init__() got none."""
+        with contextlib.suppress(AttributeError):
+            os.close(self._fd)
+
     def fileno(self) -> int:
         """Return the descriptor, for selectors."""
         return self._fd

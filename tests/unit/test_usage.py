@@ -37,19 +37,24 @@ class Host:
             metric_labels={"team": "vision"},
         )
         self.processes = {71: SimpleNamespace(levels=(7, 1), bytes=(2 * GIB, 0))}
-        self.of_nvml = self.processes
+        self.of_nvml, self.readings = None, 0  # None: NVML lists all processes of the ledger
         self.tenants, self.ended = {7: tenant}, {}
         self.is_stale, self.sampled = False, self.now
 
         def truth():
             self.sampled = self.sampled if self.is_stale else self.now
-            return SimpleNamespace(processes=self.of_nvml, percent={0: self.percent}, sampled=self.sampled)
+            listed = self.processes if self.of_nvml is None else self.of_nvml
+            return SimpleNamespace(processes=listed, percent={0: self.percent}, sampled=self.sampled)
+
+        def processes():
+            self.readings += 1
+            return self.processes
 
         ledger = SimpleNamespace(
             times=SimpleNamespace(
                 turns=lambda: {(7, 0): self.counts} if self.counts else {}, take_ended=lambda: self.ended
             ),
-            processes=lambda: self.processes,
+            processes=processes,
             usage=lambda cgroup, devices: [SimpleNamespace(used=3 * GIB) for _ in devices],
         )
         around = SimpleNamespace(name="unit", path="user.slice/user-1000.slice", workload=workload, metric_labels={})
@@ -123,10 +128,17 @@ def test_time_and_idleness_are_unknown_without_figures_of_nvml(monkeypatch):
 def test_memory_and_held_time_are_measured_without_answers_of_nvml(monkeypatch):
     """NVML answers for no device, for example because the device is released: its last list of processes is old."""
     host = Host(monkeypatch, None)
-    host.of_nvml = {}
+    host.of_nvml, host.is_stale, host.sampled = {}, True, 0.0
     assert host.looks(2) == {"none": pytest.approx(Used(0.0, 6 * GIB, 2.0, 0.0, 0.0))}
     host.of_nvml, host.processes = host.processes, {}
     assert host.looks(3)["none"].held == 2.0, "an ended process has no memory"
+
+
+def test_the_ledger_s_processes_are_not_read_again_while_nvml_answers(monkeypatch):
+    """The main loop would wait for the reading of thousands of processes every second."""
+    host = Host(monkeypatch, {71: 100})
+    host.looks(3)
+    assert host.readings == 0
 
 
 def test_a_pause_of_the_agent_adds_a_bounded_time_of_use(monkeypatch):

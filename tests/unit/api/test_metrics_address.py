@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
+import os
 import selectors
 import socket
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
+from typing import Any, NoReturn
 
 import pytest
 
@@ -24,11 +25,21 @@ def test_an_address_that_the_kernel_refuses_to_watch_is_a_failed_check_and_is_tr
         settings=SimpleNamespace(listen=listen, listen_names=()), selector=selectors.DefaultSelector(), chores=[],
         failed_checks={}, snapshot=Snapshot(1.0), fresh=lambda: None,
     )  # fmt: skip
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOMEM, "no memory for epoll")
+
     with monkeypatch.context() as short:
-        short.setattr(agent.selector, "register", Mock(side_effect=OSError(errno.ENOMEM, "no memory for epoll")))
+        short.setattr(agent.selector, "register", refuse)
         address = MetricsAddress(agent)
+        (keep,) = agent.chores
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            keep()
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
     assert "no memory for epoll" in agent.failed_checks["metrics"].found
-    (keep,) = agent.chores
     keep()
     assert not agent.failed_checks
     with socket.create_connection(("127.0.0.1", int(listen.partition(":")[2])), timeout=10) as client:

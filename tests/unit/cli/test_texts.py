@@ -290,6 +290,21 @@ def test_events_follow_reports_events_that_the_agent_no_longer_keeps(tmp_path: P
     assert said == ["7 events are missing here: the agent no longer keeps them"]
 
 
+def test_events_follow_reports_no_loss_after_a_request_that_failed(tmp_path: Path) -> None:
+    """The agent has more events than it keeps. The feed has seen all of them, and the same agent answers again."""
+    history, said = EventLog(), list[str]()
+    feed = EventFeed(tmp_path)
+    with agent(tmp_path, events=lambda asked: history.since(asked["since"])):
+        for _ in range(MOST + 7):
+            history.add("set", tenant="a")
+        assert len(feed.begin()) == MOST
+    assert feed.more(said.append) == []
+    with agent(tmp_path, events=lambda asked: history.since(asked["since"])):
+        history.add("set", tenant="b")
+        assert [event["tenant"] for event in feed.more(said.append)] == ["b"]
+    assert [text.partition(";")[2] for text in said] == [" waiting for the agent"]
+
+
 # -- status
 
 

@@ -261,7 +261,7 @@ def test_the_helper_is_on_the_disk_before_the_rename_and_the_same_helper_is_not_
     assert calls == [*written, link, folder]
     calls.clear()
     injection.publish_helper(built)
-    assert calls == [link, folder]
+    assert calls == [], "each attempt of an agent that cannot write its CDI files would wait for the disk"
     place.write_text("")
     injection.publish_helper(built)
     assert place.read_text() == "helper"
