@@ -19,7 +19,7 @@ from fgpu_ebpf.driver import cuda_mappings, file_budget, libraries, library_clas
 from fgpu_ebpf.driver.discovery import Discovery
 from fgpu_ebpf.driver.library_class import Role, Stamp, Trust
 from fgpu_ebpf.driver.library_worker import Examiner
-from fgpu_ebpf.linux import breakpoints, mapped_files, procfs
+from fgpu_ebpf.linux import breakpoints, mapped_files, procfs, worker_threads
 from tests.support.wait import eventually
 from tests.unit.driver.discovery_kit import Stage, quiet, settled
 from tests.unit.root_kit import needs_root
@@ -408,6 +408,7 @@ def test_jobs_and_results_stay_for_the_next_round_in_a_shortage_of_threads(monke
     done: list[int] = []
     with monkeypatch.context() as short:
         short.setattr(_thread, "start_new_thread", fail)
+        short.setattr(worker_threads, "STALLED_NS", 0)  # the pause between two attempts to start a thread
         assert looks._libraries.work("/a", lambda: lambda: done.append(1))
         looks._libraries._results.append(lambda: done.append(0))
         looks.take()
