@@ -200,9 +200,11 @@ static void ask_records(CUevent event)
 
 void check_unready(void)
 {
+    CUevent event;
     section("unready");
     ask_all();
     ask_records(NULL);
+    TRY("cuEventCreate", cuEventCreate, &event, CU_EVENT_DEFAULT);
     ask_frees();
     ask_growth();
     TRY("cuEventElapsedTime", cuEventElapsedTime, NULL, NULL, NULL);
