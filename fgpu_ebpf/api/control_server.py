@@ -359,7 +359,7 @@ class MetricsAddress:
             fix = "stop the program at this address, or set another address: listen in agent.yaml, as 127.0.0.1:9423"
             agent.failed_checks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
             if web:  # the kernel has refused its entry in epoll
-                web.server_close()
+                web.discard()
             return
         self._web = web
         if agent.failed_checks.pop("metrics", None):

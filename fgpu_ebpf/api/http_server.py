@@ -159,7 +159,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
             self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
         except OSError:
-            self.server_close()  # otherwise the address stays in use
+            self.discard()  # otherwise the address stays in use
             raise
 
     def server_bind(self) -> None:
@@ -172,6 +172,11 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         """Stop listening."""
         super().server_close()
         self._selector.close()
+
+    def discard(self) -> None:
+        """Stop listening, and close all descriptors. receive() must not have been called."""
+        self.server_close()
+        self._ended.close()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when receive() has work to do."""

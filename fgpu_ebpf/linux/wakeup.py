@@ -16,14 +16,13 @@ class Wakeup:
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def __del__(self) -> None:
-        """Close the descriptor, unless __init__() got none."""
-        with contextlib.suppress(AttributeError):
-            os.close(self._fd)
-
     def fileno(self) -> int:
         """Return the descriptor, for selectors."""
         return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor. No thread may call another method afterwards."""
+        os.close(self._fd)
 
     def wake(self) -> None:
         """Make the descriptor readable. Several calls before clear() have the effect of one call."""
