@@ -103,7 +103,7 @@ class Corrections:
     def _count_context(
         self, tgid: int, process: Process, device: int, sample: Sample, ended: Mapping[int, int]
     ) -> None:
-        """Tell the ledger of a context whose creation no probe has recorded, or of the end of such a context.
+        """Tell the ledger of a context without a recorded creation, or of the end of such a context.
 
         NVML lists only processes with a context. The kernel refuses both if the process has changed since the reading.
         A row that may belong to an ended process with the same pid shows no context.

@@ -122,8 +122,8 @@ class ParkedTenant:
     request. `failures`: the number of failed requests to the parker. `seconds`: the time of the driver's copy.
     `shall_wake`: why the tenant is to be woken after the parking; empty if the tenant is to stay parked. `reason`: why
     the tenant was parked; empty for a request of a user. `has_claim`: the tenant waits while room is being made. No
-    other tenant may use this room to wake up. `away`: the processes whose memory the device did not hold when the last
-    attempt to wake the tenant began.
+    other tenant may use this room to wake up. `away`: the processes with memory in the host when the last attempt
+    to wake the tenant began.
     """
 
     cgroup: int

@@ -1,8 +1,8 @@
 """The events of `fgpu events`, across restarts of the agent.
 
 This module runs in the process of the command. Each agent numbers its events from 1. The next request may be answered
-by another agent, whose log has another id. All events in the other agent's log that are later than the last known event
-are new.
+by another agent. The log of another agent has another id. All events in that log that are later than the last known
+event are new.
 """
 
 from __future__ import annotations

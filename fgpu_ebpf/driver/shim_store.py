@@ -220,7 +220,7 @@ def _point(link: Path, version: str) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write an executable file, whose contents a loss of power after the return does not change."""
+    """Write an executable file. A loss of power after the return does not change the contents."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755)
     with open(fd, "wb") as file:
         os.fchmod(fd, 0o755)  # independent of the umask: tenants' programs of any user open it

@@ -297,7 +297,7 @@ class Ledger:
         return self._run(abi.Adjust.CONTEXT_SEEN, tgid, generation, device, changes) == 0
 
     def context_gone(self, tgid: int, generation: int, device: int, changes: int) -> bool:
-        """Stop counting a context whose creation was not recorded, because NVML does not list the process."""
+        """Stop counting a context without a recorded creation, because NVML does not list the process."""
         return self._run(abi.Adjust.CONTEXT_GONE, tgid, generation, device, changes) == 0
 
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:

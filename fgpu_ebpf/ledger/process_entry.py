@@ -29,7 +29,7 @@ class Process:
     have open. `ended`: number of contexts that were destroyed while other contexts remained. `peak`: the maximum of
     `bytes` since the agent last called Ledger.mark(). `handles`: bytes of VMM handles. `parked`: bytes of the process
     that no device holds. These bytes are not in `bytes`, but are in the other parts. `unseen`: the devices, as bits, on
-    which `contexts` counts a context whose creation no probe has recorded.
+    which `contexts` counts a context without a recorded creation.
     """
 
     generation: int
@@ -58,11 +58,11 @@ class Process:
         return bool(self.flags & abi.PARKED)
 
     def is_unseen(self, device: int) -> bool:
-        """Return whether a context on the device counts whose creation no probe has recorded."""
+        """Return whether a context without a recorded creation counts on the device."""
         return bool(self.unseen >> device & 1)
 
     def recorded_contexts(self, device: int) -> int:
-        """Return the number of contexts on the device whose creation a probe has recorded."""
+        """Return the number of contexts on the device with a recorded creation."""
         return self.contexts[device] - self.is_unseen(device)
 
     def witnessed(self, device: int) -> int:
