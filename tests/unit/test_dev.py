@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -36,11 +38,30 @@ def test_dev_refuses_a_wrong_word_before_it_builds(words: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["dev"]
 
 
+def function(name: str) -> str:
+    """Return the text of one function of `./dev`."""
+    found = re.search(rf"^{name}\(\) \{{.*?^\}}$", (ROOT / "dev").read_text(), re.M | re.S)
+    assert found
+    return found[0]
+
+
+def driver_with(node: Path) -> str:
+    """Return the driver that `./dev` chooses with `node` as nvidiactl."""
+    script = f"set -eu\n{function('kind')}\nkind".replace("/dev/nvidiactl", str(node))
+    return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_driver_is_real_only_if_its_node_can_be_opened(tmp_path: Path) -> None:
+    node = tmp_path / "nvidiactl"
+    assert driver_with(node) == "sim"
+    os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(195, 255))  # as NVIDIA's libcuda makes it where no driver is loaded
+    assert driver_with(node) == ("real" if Path("/proc/driver/nvidia/version").exists() else "sim")
+    assert driver_with(Path("/dev/null")) == "real"
+
+
 def greeting(*command: str, agent: str = "") -> str:
     """Return the text that `./dev sim COMMAND` prints before it runs the command."""
-    found = re.search(r"^greet\(\) \{.*?^\}$", (ROOT / "dev").read_text(), re.M | re.S)
-    assert found
-    script = f"set -eu; build=/b logs=/logs agent='{agent}'\n{found[0]}\ngreet {' '.join(command)}"
+    script = f"set -eu; build=/b logs=/logs agent='{agent}'\n{function('greet')}\ngreet {' '.join(command)}"
     return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stderr
 
 
