@@ -139,7 +139,7 @@ static void tell_of_knock(struct fgpu_usage_page *page, u32 tgid, u32 descriptor
     struct fgpu_owner *owner = owners.lookup(&at);
     if (!owner || !first_ones(&owner->knock_second, &owner->knock_count, KNOCKS_A_SECOND)) return;
     struct fgpu_event event = {
-        .at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_KNOCK, .tgid = tgid, .device = descriptor};
+        .at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_KNOCK, .tgid = tgid, .device = descriptor, .bytes = at};
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 

@@ -538,7 +538,7 @@ enum fgpu_news {
                             device */
     FGPU_NEWS_KNOCK,     /* in the ring buffer `bell`: a process may not connect to the gatekeeper's socket. `device` is
                             the number of the process's descriptor of one end of a socket pair, from which the
-                            gatekeeper reads the hello */
+                            gatekeeper reads the hello; `bytes` is the slot of the process's bound owner */
     FGPU_NEWS_OPEN,      /* a process without the shim may not open a device node; `bytes` is its number: major << 32 |
                             minor */
     FGPU_NEWS_LACKS,     /* a thread of the level `cgroup` waits for room on a full device, see FGPU_LACKS */

@@ -33,7 +33,6 @@ from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier
 from fgpu_ebpf.gatekeeper.sessions import take_one
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.linux.peer_credentials import pid_of
-from fgpu_ebpf.linux.pidfd import copy_descriptor
 from fgpu_ebpf.linux.procmaps import File
 
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
@@ -59,7 +58,7 @@ class Connection:
     here: bool = True  # drop() was not called yet
     has_hello: bool = False
     is_info: bool = False  # the peer is fgpu-info, which gets a text instead of pages
-    is_taken: bool = False  # the peer has both ends of the connection, and take() has copied one end
+    is_taken: bool = False  # the peer has both ends of the connection, see `gatekeeper.knocks`
     held: bool = False  # the answer waits for the agent, and this wait was counted
     told: bool = False  # a request about the process was sent to the agent
     watched: bool = False  # registered with the selector, for a hello or the end of the connection
@@ -112,32 +111,17 @@ class Connections:
                 return
             began_ns = self._admit(sock, began_ns)
 
-    def take(self, pid: int, descriptor: int) -> None:
-        """Take a connection from a process that may not connect. The process has both ends; `descriptor` is one end.
+    def enter(self, found: socket.socket | str, took_ns: int) -> None:
+        """Admit or refuse a connection that was taken from a process (`gatekeeper.knocks`), or count a failure.
 
-        The process may have closed the descriptor, and the number may belong to another file. Therefore nothing is read
-        unless the kernel has recorded this process as the peer, and the first message is a hello. A file that is not a
-        socket is not copied, because the close of the copy is a request to the file system, which may not answer.
+        Args:
+            found: the connection, or the name of the counter to increment.
+            took_ns: the processor time that was used for the connection, in nanoseconds.
         """
-        began_ns = thread_time_ns()
-        try:
-            if not os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("socket:["):
-                self._counts["malformed"] += 1
-                return
-            copy = copy_descriptor(pid, descriptor)
-        except OSError:  # the process has exited, or has closed the descriptor
-            self._counts["gone"] += 1
-            return
-        try:
-            sock = socket.socket(fileno=copy)
-        except OSError:  # the process has replaced the socket by another file
-            os.close(copy)
-            self._counts["malformed"] += 1
-            return
-        if has_hello(sock, pid):
-            self._admit(sock, began_ns, is_taken=True)
+        if isinstance(found, str):
+            self._counts[found] += 1
         else:
-            self._refuse(sock, "malformed")
+            self._admit(found, thread_time_ns() - took_ns, is_taken=True)
 
     def _admit(self, sock: socket.socket, began_ns: int, is_taken: bool = False) -> int:
         """Admit or refuse a connection. Return the thread's processor time afterwards, in nanoseconds."""
@@ -305,15 +289,6 @@ class Connections:
             os.close(connection.pidfd)
         take_one(self._load, connection.tenant)
         self._counts[count] += 1
-
-
-def has_hello(sock: socket.socket, pid: int) -> bool:
-    """Return True if this socket is of the kind that shims use, its peer is this process, and a hello comes next."""
-    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or pid_of(sock) != pid:
-        return False
-    with suppress(OSError):  # there is no message
-        return well_formed(sock.recv(HELLO_BYTES + 1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
-    return False
 
 
 def well_formed(data: bytes) -> bool:

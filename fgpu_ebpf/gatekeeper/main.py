@@ -34,6 +34,7 @@ from fgpu_ebpf.gatekeeper import info_text
 from fgpu_ebpf.gatekeeper.connections import Connection, Connections
 from fgpu_ebpf.gatekeeper.discovery_requests import DiscoveryRequests
 from fgpu_ebpf.gatekeeper.guardian import Guardian
+from fgpu_ebpf.gatekeeper.knocks import Knocks
 from fgpu_ebpf.gatekeeper.ledger_cache import Grant, LedgerCache, Lineages, ManagedState, managed_state
 from fgpu_ebpf.gatekeeper.listener import Listener
 from fgpu_ebpf.gatekeeper.mapping_scanner import MappingScanner
@@ -42,7 +43,6 @@ from fgpu_ebpf.gatekeeper.sessions import PageHeader, Session, Sessions
 from fgpu_ebpf.gatekeeper.startup import open_ledger, prepare
 from fgpu_ebpf.gatekeeper.time_slicer import TimeSlicer
 from fgpu_ebpf.ledger.ledger import PINS, Ledger
-from fgpu_ebpf.ledger.ring_buffer import Events
 from fgpu_ebpf.linux import atomic_file, file_locks, malloc, procfs, sd_notify
 from fgpu_ebpf.linux.file_locks import FileLock
 from fgpu_ebpf.linux.wakeup import Wakeup
@@ -59,10 +59,7 @@ COUNTS = (
 
 
 class Gatekeeper:
-    """The state of the gatekeeper, and its loop: one selector in one thread.
-
-    MappingScanner and TimeSlicer have threads of their own.
-    """
+    """The state of the gatekeeper, and its loop. MappingScanner, Knocks and TimeSlicer have threads of their own."""
 
     def __init__(
         self, lock: FileLock, open_ledger: Callable[[], Ledger | None], root: Path, is_stand_in: bool = False
@@ -70,8 +67,7 @@ class Gatekeeper:
         self._lock, self._open_ledger, self._is_stand_in = lock, open_ledger, is_stand_in
         self._run = lock.path.parent
         self._ledger: Ledger | None = None
-        self._requests = DiscoveryRequests(lock.path.parent)
-        self._lineages = Lineages(root)
+        self._requests, self._lineages = DiscoveryRequests(self._run), Lineages(root)
         self._cache: LedgerCache | None = None
         self._ended, self._lost, self._last_word = False, False, "exiting"
         self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
@@ -81,12 +77,11 @@ class Gatekeeper:
         self._log = LogLines("fgpu gatekeeper")
         self._wakeup = Wakeup()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wakeup, selectors.EVENT_READ, self._take_scanned)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._take_finished)
         self._connections = Connections(self._selector, self._counts, self._managed_state, self._look, self._ended_ns)
         self._sessions = Sessions(self._selector, boot)
-        self._scanner = MappingScanner(self._wakeup.wake)
-        self._watchdog, self._slicer = sd_notify.Watchdog(), TimeSlicer()
-        self._guardian = Guardian()
+        self._scanner, self._knocks = MappingScanner(self._wakeup.wake), Knocks(self._wakeup.wake)
+        self._watchdog, self._slicer, self._guardian = sd_notify.Watchdog(), TimeSlicer(), Guardian()
         self._sessions.on_end = lambda session: self._guardian.end(id(session), self._slicer.remove(session))
         self._listener = Listener(self._run)
         self._open_listener()
@@ -94,9 +89,8 @@ class Gatekeeper:
     def run(self) -> bool:
         """Serve until end() is called or the lock is lost.
 
-        With --stand-in, also end if another gatekeeper waits for the lock.
-
-        The run folder and the socket file stay. Return False if the lock was lost.
+        With --stand-in, also end if another gatekeeper waits for the lock. The run folder and the socket file stay.
+        Return False if the lock was lost.
         """
         jobs = {
             self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS,
@@ -111,7 +105,7 @@ class Gatekeeper:
                 due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # aligned, so that jobs share wake-ups
             for key, _ in self._selector.select(self._leisure_ns(due) / 1e9):
                 self._try(key.data)
-            for step in (self._connections.serve, self._ask_agent, self._scanner.go):
+            for step in (self._connections.serve, self._ask_agent, self._scanner.go, self._knocks.go):
                 self._try(step)
             self._close_cache()
         self._slicer.end()
@@ -126,8 +120,8 @@ class Gatekeeper:
         waiting = self._connections or self._ledger is None
         idle = {self._again: not waiting, self._show: not self._sessions, self._beat: self._forgotten()}
         wakes_ns = [at for job, at in due.items() if not idle.get(job)]
-        reading_ns = self._scanner.due_ns()
-        return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
+        workers_ns = [at_ns for at_ns in (self._scanner.due_ns(), self._knocks.due_ns()) if at_ns is not None]
+        return max(0, min([*wakes_ns, *workers_ns]) - monotonic_ns())
 
     def _forgotten(self) -> bool:
         """Return True if no heartbeat is needed: no process has a page, and no record is left to expire."""
@@ -223,8 +217,10 @@ class Gatekeeper:
     def _ask_agent(self) -> None:
         self._counts["discover_failed"] += not self._requests.send()
 
-    def _take_scanned(self) -> None:
+    def _take_finished(self) -> None:
         self._wakeup.clear()
+        for found in self._knocks.take():
+            self._connections.enter(*found)
         for connection, took_ns in self._scanner.take():
             self._connections.charge(connection.tenant, took_ns)
             self._connections.ready(connection)
@@ -316,18 +312,21 @@ class Gatekeeper:
         self._connections.turn()
 
     def _listen(self, ledger: Ledger, undo: contextlib.ExitStack) -> None:
-        if bell := ledger.times.bell():
-            undo.callback(bell.close)
-            self._selector.register(bell, selectors.EVENT_READ, partial(self._receive, bell))
-            self._slicer.is_told = True
+        bell = ledger.times.bell()
+        if not bell:
+            return
 
-    def _receive(self, bell: Events) -> None:
-        for event in bell.read():
-            if event.kind == News.ENDED:
-                self._sessions.end(event.tgid, event.at_ns)
-            elif event.kind == News.KNOCK:
-                self._connections.take(event.tgid, event.device)
-        self._slicer.shares_changed()
+        def receive() -> None:
+            for event in bell.read():
+                if event.kind == News.ENDED:
+                    self._sessions.end(event.tgid, event.at_ns)
+                elif event.kind == News.KNOCK:
+                    self._knocks.want(event)
+            self._slicer.shares_changed()
+
+        undo.callback(bell.close)
+        self._selector.register(bell, selectors.EVENT_READ, receive)
+        self._slicer.is_told = True
 
     def _show(self) -> None:
         if self._ledger and self._sessions:

@@ -9,6 +9,7 @@ import selectors
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.abi import Hello
-from fgpu_ebpf.gatekeeper import connections
+from fgpu_ebpf.gatekeeper import knocks
 from fgpu_ebpf.gatekeeper.connections import HELLO_BYTES, Connection, Connections
+from fgpu_ebpf.gatekeeper.knocks import Knocks
 from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
+from fgpu_ebpf.ledger.ring_buffer import Event
+from tests.support.wait import eventually
 
 HELLO = bytes(Hello(abi.MAGIC, abi.LAYOUT, HELLO_BYTES))
 OTHER = """
@@ -51,19 +55,33 @@ class Fixture:
         state = ManagedState(False, 7)
         selector = selectors.DefaultSelector()
         self.connections = Connections(selector, self.counts, lambda *_: (1, state), self._look, lambda pid: None)
+        self.knocks = Knocks(lambda: None)
 
     def _look(self, connection: Connection) -> None:
         self.seen.append(connection.pid)
         connection.sock.send(b"answer")
         self.connections.drop(connection, "answered")
 
+    def knock(self, descriptor: int, owner: int = 1, pid: int = 0) -> None:
+        """Let a process of a bound owner report a descriptor. Without `pid`, let this process report it."""
+        self.knocks.want(Event(0, abi.News.KNOCK, pid or os.getpid(), 0, owner, descriptor, 0, 0))
+
+    def serve(self) -> int:
+        """Serve the reports that worker threads have finished. Return their number."""
+        self.knocks.go()
+        taken = self.knocks.take()
+        for found in taken:
+            self.connections.enter(*found)
+        while self.connections.pending():
+            self.connections.serve()
+        return len(taken)
+
     def take(self, descriptor: int) -> None:
         """Take a descriptor of this process, and serve it. No descriptor may be left open, and this one stays open."""
         gc.collect()  # objects of earlier tests close their descriptors
         before = descriptors()
-        self.connections.take(os.getpid(), descriptor)
-        while self.connections.pending():
-            self.connections.serve()
+        self.knock(descriptor)
+        eventually(self.serve)
         own = {(fd, file) for fd, file in before if fd == str(descriptor)}
         assert own <= descriptors() <= before  # a thread of an earlier test may close another one
         assert len(self.connections) == 0
@@ -139,8 +157,8 @@ def test_no_copy_is_made_of_a_file_that_is_not_a_socket(
 ) -> None:
     """The close of a copy is a request to the file's file system, which can block without end."""
     copied: list[int] = []
-    copy = connections.copy_descriptor
-    monkeypatch.setattr(connections, "copy_descriptor", lambda pid, fd: copied.append(fd) or copy(pid, fd))
+    copy = knocks.copy_descriptor
+    monkeypatch.setattr(knocks, "copy_descriptor", lambda pid, fd: copied.append(fd) or copy(pid, fd))
     with (tmp_path / name).open("wb") as file:
         fixture.take(file.fileno())
     assert (fixture.seen, fixture.counts["malformed"], copied) == ([], 1, [])
@@ -163,5 +181,31 @@ def test_a_socket_of_another_process_does_not_speak_for_it(fixture: Fixture) -> 
 def test_a_process_that_has_exited_is_gone(fixture: Fixture) -> None:
     with subprocess.Popen(["true"]) as process:
         process.wait()
-    fixture.connections.take(process.pid, 3)
+    fixture.knock(3, pid=process.pid)
+    eventually(fixture.serve)
     assert fixture.counts["gone"] == 1
+
+
+def test_a_copy_that_blocks_delays_only_its_own_workload(
+    fixture: Fixture, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel copies no descriptor of a process that is in execve() and waits for a file system of its own."""
+    near, far = pair
+    near.send(HELLO)
+    goes_on, copy = threading.Event(), knocks.copy_descriptor
+    monkeypatch.setattr(
+        knocks, "copy_descriptor", lambda pid, fd: copy(pid, fd) if pid == os.getpid() or goes_on.wait() else -1
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs, subprocess.Popen(["cat"], stdin=theirs) as blocked:
+        fixture.knock(0, owner=1, pid=blocked.pid)
+        fixture.knock(far.fileno(), owner=1)
+        fixture.knock(far.fileno(), owner=2)
+        eventually(fixture.serve)
+        assert (near.recv(64), fixture.counts["answered"], fixture.counts["malformed"]) == (b"answer", 1, 0)
+        goes_on.set()
+        eventually(
+            lambda: fixture.serve() or fixture.counts["malformed"] == 2, what="the reports of the first workload"
+        )
+        ours.close()
+        theirs.close()
