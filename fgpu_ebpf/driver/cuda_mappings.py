@@ -6,7 +6,9 @@ can block on the process.
 
 from __future__ import annotations
 
-from fgpu_ebpf.linux import breakpoints, procmaps
+from collections.abc import Iterable
+
+from fgpu_ebpf.linux import breakpoints, procmaps, worker_threads
 from fgpu_ebpf.linux.mapped_files import MappedFile
 
 BOOKS = b"/run/fgpu/books"  # the shim's own ledger for an image with its own limit
@@ -24,6 +26,15 @@ def fgpu_mappings(pid: int) -> list[MappedFile] | None:
             return list(dict.fromkeys(map(MappedFile.of, procmaps.with_names(maps, breakpoints.CUDA_NAMES))))
     except OSError:
         return None
+
+
+def fgpu_mappings_of(pids: Iterable[int], seconds: float) -> dict[int, list[MappedFile] | None]:
+    """Return the result of fgpu_mappings() for several processes, which are read in worker threads.
+
+    A process that blocks the reading of its mappings for `seconds` is left out. Raise OSError if no thread can be
+    started.
+    """
+    return worker_threads.finished(fgpu_mappings, pids, seconds)
 
 
 def keeps_books(pid: int) -> bool:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from time import monotonic_ns, thread_time_ns
 from typing import Generic, TypeVar
 
@@ -162,3 +164,30 @@ class Workers(Generic[Owner, Job, Result]):
                 self._done.append(Done(owner, job, result, thread_time_ns() - began_ns))
         finally:
             self._finished.append(owner)
+
+
+def finished(work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: float) -> dict[Owner, Result]:
+    """Do one job for each owner, and wait for all jobs, at most `seconds`.
+
+    Returns:
+        The results of the jobs that have finished. A thread that blocks ends without another job.
+
+    Raises:
+        OSError: no thread can be started.
+    """
+    found: dict[Owner, Result] = {}
+    woken, remaining, ends_ns = threading.Event(), iter(owners), monotonic_ns() + int(seconds * 1e9)
+    workers: Workers[Owner, Owner, Result] = Workers(work, lambda _: monotonic_ns() < ends_ns, woken.set)
+    open_jobs = 0
+    while monotonic_ns() < ends_ns:
+        for owner in islice(remaining, MOST_WANTED - open_jobs):
+            open_jobs += workers.want(owner, owner)
+        if not open_jobs:
+            break
+        workers.go()
+        woken.wait(min(STALLED_NS, ends_ns - monotonic_ns()) / 1e9)
+        woken.clear()
+        done = workers.take()
+        found |= {one.owner: one.result for one in done}
+        open_jobs -= len(done)
+    return found

@@ -2,9 +2,9 @@
 
 Preexisting processes are adopted and reported, and never killed. The agent searches for preexisting processes once and
 stores the result in a file, which stays until `fgpu detach` or a reboot. Processes that start after the search do not
-count, so that no tenant can claim to be preexisting. If the file exists and cannot be read, there are no preexisting
-processes. If the file cannot be written, the agent tries again regularly. If no attempt succeeds, the next agent
-searches again. The module runs in the agent's main loop.
+count, so that no tenant can claim to be preexisting. A process that blocks the search does not count either. If the
+file exists and cannot be read, there are no preexisting processes. If the file cannot be written, the agent tries again
+regularly. If no attempt succeeds, the next agent searches again. The module runs in the agent's main loop.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fgpu_ebpf.driver import cuda_mappings
 from fgpu_ebpf.linux import atomic_file, procfs
+from fgpu_ebpf.linux.mapped_files import MappedFile
 
 log = logging.getLogger("fgpu.agent")
 _SHIM = "libfgpu.so"
+SEARCH_SECONDS = 5.0  # a start waits so long for processes that block the reading of their mappings
 
 
 class PreexistingProcesses:
@@ -35,6 +37,9 @@ class PreexistingProcesses:
             run_dir: the folder of the file.
             layout_changes: whether the layout of pages changes. If True, processes with a shim count too, because this
                 version cannot read their requests.
+
+        Raises:
+            OSError: no thread can be started for the search.
         """
         place = run_dir / cls.FILE
         if place.exists() and not layout_changes:
@@ -42,12 +47,12 @@ class PreexistingProcesses:
                 said = json.loads(place.read_text(encoding="utf-8"))
                 return cls({int(pid): int(start) for pid, start in said.items()})
             return cls()
-        known = {
-            pid: start
-            for pid in procfs.pids()
-            if _uses_the_driver(pid, layout_changes) and (start := procfs.started(pid))
-        }
-        made = cls(known, place)
+        pids = procfs.pids()
+        mapped = cuda_mappings.fgpu_mappings_of(pids, SEARCH_SECONDS)
+        if blocking := set(pids) - mapped.keys():
+            log.warning("the mappings of %d processes cannot be read: they do not count as preexisting", len(blocking))
+        using = [pid for pid, files in mapped.items() if _uses_the_driver(files or (), layout_changes)]
+        made = cls({pid: start for pid in using if (start := procfs.started(pid))}, place)
         made._store(logging.WARNING)
         return made
 
@@ -81,7 +86,7 @@ class PreexistingProcesses:
         return frozenset(above for path in paths for above in procfs.and_above(path))
 
 
-def _uses_the_driver(pid: int, with_the_shim: bool) -> bool:
-    """Return True if the process maps the driver's library. A process with a shim counts only if `with_the_shim`."""
-    names = [mapped.path.rpartition("/")[2] for mapped in cuda_mappings.fgpu_mappings(pid) or ()]
+def _uses_the_driver(files: Sequence[MappedFile], with_the_shim: bool) -> bool:
+    """Return True if the driver's library is mapped. A process with a shim counts only if `with_the_shim`."""
+    names = [file.path.rpartition("/")[2] for file in files]
     return bool(names) and (with_the_shim or not any(name.startswith(_SHIM) for name in names))

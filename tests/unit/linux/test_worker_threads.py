@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from fgpu_ebpf.linux import worker_threads
 from fgpu_ebpf.linux.worker_threads import STALLED_NS, Workers
 
 
@@ -28,3 +29,9 @@ def test_a_thread_that_cannot_be_started_is_due_again_after_a_pause(monkeypatch:
     while not (done := workers.take()):
         workers.go()
     assert [one.result for one in done] == [1]
+
+
+def test_the_results_of_more_jobs_than_a_queue_holds_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_threads, "MOST_WANTED", 4)
+    assert worker_threads.finished(lambda job: -job, range(100), seconds=60) == {job: -job for job in range(100)}
+    assert worker_threads.finished(lambda job: -job, [], seconds=60) == {}

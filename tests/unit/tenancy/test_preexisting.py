@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from fgpu_ebpf.driver import cuda_mappings
 from fgpu_ebpf.linux import mapped_files, procfs
+from fgpu_ebpf.tenancy import preexisting
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 
 ME = os.getpid()
@@ -36,6 +38,23 @@ def test_preexisting_processes_are_found_once(tmp_path: Path, monkeypatch: pytes
     assert list(PreexistingProcesses.found(tmp_path)) == [ME]
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
     assert list(PreexistingProcesses.found(tmp_path)) == [ME], "a later process counts as preexisting"
+
+
+def test_a_process_that_blocks_the_search_delays_the_start_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that is in mmap() of a file of its own file system holds the lock of its mappings."""
+    goes_on = threading.Event()
+    maps(monkeypatch, {other.pid: ["/usr/lib/libcuda.so.1"], ME: ["/usr/lib/libcuda.so.1"]})
+    read = cuda_mappings.fgpu_mappings
+    monkeypatch.setattr(cuda_mappings, "fgpu_mappings", lambda pid: read(pid) if pid == ME or goes_on.wait() else None)
+    monkeypatch.setattr(preexisting, "SEARCH_SECONDS", 0.2)
+    try:
+        assert list(PreexistingProcesses.found(tmp_path)) == [ME]
+    finally:
+        goes_on.set()
+    assert list(PreexistingProcesses.found(tmp_path)) == [ME]
+    assert caplog.messages == ["the mappings of 1 processes cannot be read: they do not count as preexisting"]
 
 
 def test_a_list_that_could_not_be_written_is_written_later(
