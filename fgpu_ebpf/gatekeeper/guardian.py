@@ -5,9 +5,10 @@ frees the client's memory, these kernels fault, and the fault terminates all oth
 when the last descriptor of the driver's files is closed. The guardian holds copies of each client's descriptors and
 closes the copies only after the client's kernels should have ended.
 
-The gatekeeper's main thread calls the methods. A thread, which starts with the first client, searches for new
-descriptors, which a client opens when it creates a context. Errors of single clients are ignored, because a client can
-exit at any moment.
+The gatekeeper's main thread calls the methods. A thread, which starts with the first client, lets worker threads search
+for new descriptors, which a client opens when it creates a context. A client that blocks a search, for example in
+execve(), blocks only the searches of its owner. Errors of single clients are ignored, because a client can exit at any
+moment.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from time import monotonic_ns
 
 from fgpu_ebpf.linux import pidfd, procfs, statx, threads
+from fgpu_ebpf.linux.worker_threads import Workers
 
 LOOK_SECONDS = 0.1
 OFTEN_NS, RARELY_NS = 2_000_000_000, 1_000_000_000  # every search for this time after a change; then this period
@@ -35,7 +37,8 @@ NODES = "/dev/nvidia"
 class _Client:
     """A client of the MPS server.
 
-    `copies`: by the number of the descriptor in the client. `closes_ns`: 0 while the client is alive.
+    `copies`: by the number of the descriptor in the client. `closes_ns`: 0 while the client is alive. `bound`: how many
+    copies the client may have after the current search; None: no search is running.
     """
 
     pid: int
@@ -45,6 +48,7 @@ class _Client:
     changed_ns: int = field(default_factory=monotonic_ns)
     looked_ns: int = 0
     closes_ns: int = 0
+    bound: int | None = None
 
 
 class Guardian:
@@ -53,6 +57,7 @@ class Guardian:
     def __init__(self) -> None:
         self._clients: dict[int, _Client] = {}  # by the id of the client's session
         self._ended: list[_Client] = []
+        self._workers: Workers[int, _Client, None] = Workers(_search, lambda _: True, lambda: None)
         self._lock = _thread.allocate_lock()
         self._runs = False
 
@@ -93,39 +98,53 @@ class Guardian:
         while True:
             time.sleep(LOOK_SECONDS)
             now_ns = monotonic_ns()
+            for done in self._workers.take():
+                done.job.bound = None
             with self._lock:
-                over = [client for client in self._ended if client.closes_ns <= now_ns]
-                self._ended = [client for client in self._ended if client.closes_ns > now_ns]
+                over = [client for client in self._ended if client.closes_ns <= now_ns and client.bound is None]
+                self._ended = [client for client in self._ended if client not in over]
                 clients = list(self._clients.values())
                 taken = Counter[int]()  # by owner: number of copies
                 for client in (*clients, *self._ended):
-                    taken[client.owner] += len(client.copies)
+                    taken[client.owner] += max(client.bound or 0, len(client.copies))
                 if not clients and not self._ended and not over:
                     self._runs = False
                     return
             for client in over:
                 _close(client)
             for client in clients:
-                if client.closes_ns:  # end() was called during this search
-                    continue
-                if now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS:
+                is_due = now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS
+                if is_due and client.bound is None:
                     left = min(MOST - taken.total(), MOST_OF_OWNER - taken[client.owner])
-                    taken[client.owner] += _copy(client, min(left, MOST_OF_CLIENT - len(client.copies)), now_ns)
+                    more = max(0, min(left, MOST_OF_CLIENT - len(client.copies)))
+                    client.bound = len(client.copies) + more
+                    if self._workers.want(client.owner, client):
+                        taken[client.owner] += more
+                    else:
+                        client.bound = None
+            with contextlib.suppress(OSError):  # no thread can be started: again in LOOK_SECONDS
+                self._workers.go()
 
 
-def _copy(client: _Client, most: int, now_ns: int) -> int:
-    """Copy a client's new descriptors, and close copies of closed descriptors. Return the new copies.
+def _search(client: _Client) -> None:
+    if not client.closes_ns:  # otherwise end() was called since the search was queued
+        _copy(client)
 
-    At most `most` descriptors are copied, and the first MOST_SCANNED are examined.
+
+def _copy(client: _Client) -> None:
+    """Copy a client's new descriptors, up to the client's bound, and close copies of closed descriptors.
+
+    The first MOST_SCANNED descriptors are examined.
     """
-    client.looked_ns, count = now_ns, 0
+    bound = client.bound or 0
+    now_ns = client.looked_ns = monotonic_ns()
     try:
         with os.scandir(f"/proc/{client.pid}/fd") as entries:
             names = {int(entry.name): entry.path for entry in itertools.islice(entries, MOST_SCANNED)}
     except OSError:
-        return 0  # the client has exited
+        return  # the client has exited
     if procfs.is_exiting(client.pid, client.pid):
-        return 0  # the list may be empty or cut off, and the other threads may still use all descriptors
+        return  # the list may be empty or cut off, and the other threads may still use all descriptors
     if len(names) < MOST_SCANNED:
         for number in set(client.copies) - set(names):
             _close_one(client.copies.pop(number))
@@ -134,13 +153,12 @@ def _copy(client: _Client, most: int, now_ns: int) -> int:
             # A file of a user's own file system may have such a path. The type is read without a request to that file
             # system.
             is_node = os.readlink(names[number]).startswith(NODES) and statx.is_character_device(names[number])
-            if count >= most or not is_node:
+            if len(client.copies) >= bound or not is_node:
                 continue
             client.copies[number] = pidfd.copy_from(client.pidfd, number)
         except OSError:
             continue
-        client.changed_ns, count = now_ns, count + 1
-    return count
+        client.changed_ns = now_ns
 
 
 def _close(client: _Client) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,16 +190,41 @@ def test_a_client_that_ends_during_a_search_is_not_searched(watched, client, mon
     os.close(pidfd)
     searched = []
 
-    def search(found, most, now_ns):
+    def search(found):
         if found.pid == client.pid:  # the guardians of other tests may still search
             searched.append(found)
             watched.end(KEY, 0)
             watched.end(2, 0)
-        return 0
 
     monkeypatch.setattr(guardian, "_copy", search)
     eventually(lambda: not watched._runs, 5)
     assert len(searched) == 1
+
+
+def test_a_client_that_blocks_a_search_delays_only_the_searches_of_its_owner(client, node, monkeypatch):
+    """The kernel copies no descriptor of a process that is in execve() and waits for a file system of its own."""
+    guard, goes_on, copy, blocked = Guardian(), threading.Event(), guardian._copy, []
+
+    def search(found):
+        if found.owner != OWNER:
+            blocked.append(found)
+            goes_on.wait()
+        copy(found)
+
+    monkeypatch.setattr(guardian, "_copy", search)
+    pidfd = os.pidfd_open(client.pid)
+    guard.watch(2, client.pid, pidfd, OWNER + 1)
+    eventually(lambda: blocked)
+    guard.watch(KEY, client.pid, pidfd, OWNER)
+    os.close(pidfd)
+    opened(client)
+    eventually(lambda: copies(node) == 2)
+    guard.end(KEY, 0)
+    guard.end(2, 0)
+    eventually(lambda: copies(node) == 0)
+    assert guard._runs, "the blocked thread may still use the pidfd"
+    goes_on.set()
+    eventually(lambda: not guard._runs)
 
 
 def test_a_thread_that_could_not_be_started_is_started_when_the_client_registers_again(client, node, no_thread_once):
