@@ -2,10 +2,10 @@
 
 If bounds applied to each cgroup, a workload could multiply its bounds by making cgroups inside its own cgroup.
 Therefore a bound applies to the outermost cgroup that is one workload. Such a cgroup is a container or pod (by its
-name), a systemd unit, a cgroup of `fgpu run`, a cgroup of a user other than root, or a cgroup that has a limit and is
-not a folder for several workloads. The owner is the outermost such cgroup on the path from the root. Names further
-inside do not count, because the workload may choose these names. If the path has no such cgroup, the owner is the
-outermost folder with a limit, or else the cgroup itself.
+name), a job of Slurm, a systemd unit, a cgroup of `fgpu run`, a cgroup of a user other than root, or a cgroup that has
+a limit and is not a folder for several workloads. The owner is the outermost such cgroup on the path from the root.
+Names further inside do not count, because the workload may choose these names. If the path has no such cgroup, the
+owner is the outermost folder with a limit, or else the cgroup itself.
 
 The functions have no state and run in any thread of the agent and the gatekeeper. If a cgroup is gone, only its name is
 used.
@@ -29,6 +29,7 @@ class Why(StrEnum):
     CONTAINER = "container"
     POD = "pod"
     UNIT = "unit"
+    JOB = "job of Slurm"
     RUN = "fgpu run"
     USER = "belongs to a user other than root"
     LEVEL = "has a limit of its own"
@@ -88,6 +89,8 @@ def _why(parts: list[str], uid: int) -> Why | None:
         return Why.CONTAINER
     if cgroup_names.is_pod(name):
         return Why.POD
+    if cgroup_names.is_job(above):
+        return Why.JOB
     if cgroup_names.is_unit(name):
         return Why.UNIT
     if parts[:-1] == [cgroup_names.RUN_FOLDER]:

@@ -84,10 +84,12 @@ _POD = re.compile(
 UNIT_SUFFIXES = (".service", ".scope")
 # The folders that contain several workloads: slices of systemd (see is_folder), folders of engines and of kubelet.
 # _ENGINE_UNITS has systemd units of engines. Containers are inside the unit if the cgroup driver is not systemd.
+# _SLURM is the scope with all jobs of a node; some packages, such as Debian's, put the node's name into this name.
 _FOLDERS = frozenset({*_BARE_PARENTS, "kubepods", "burstable", "besteffort", RUN_FOLDER, "lxc", "machine"})
 _ENGINE_UNITS = re.compile(
     r"(?:docker|containerd|crio|cri-docker|podman|buildkit|nerdctl|k3s|k3s-agent|rke2-server|rke2-agent|k0s.*)\.service"
 )
+_SLURM = re.compile(r"(?:.+_)?slurmstepd\.scope")
 
 # The units of systemd-nspawn and of systemd-machined. The init of such a container makes the units inside these units.
 _MACHINE = re.compile(r"systemd-nspawn@.*\.service|machine-.*\.scope")
@@ -159,15 +161,20 @@ def is_pod(part: str) -> bool:
     return _pod_uid(part) is not None
 
 
+def is_job(above: str) -> bool:
+    """Return whether a folder is the cgroup of a job of Slurm. `above` is the name of the folder around that folder."""
+    return _SLURM.fullmatch(above) is not None
+
+
 def is_unit(part: str) -> bool:
-    """Return whether the folder is a service or scope of systemd, except units that contain an engine's containers."""
-    return part.endswith(UNIT_SUFFIXES) and not _ENGINE_UNITS.fullmatch(part)
+    """Return whether the folder is a service or scope of systemd, except units that contain several workloads."""
+    return part.endswith(UNIT_SUFFIXES) and not is_folder(part)
 
 
 def is_folder(part: str) -> bool:
     """Return whether a cgroup of this name contains several workloads, so that its limit is a group's limit."""
     is_slice = part.endswith(".slice") and not is_pod(part)
-    return is_slice or part in _FOLDERS or _ENGINE_UNITS.fullmatch(part) is not None
+    return is_slice or part in _FOLDERS or any(unit.fullmatch(part) for unit in (_ENGINE_UNITS, _SLURM))
 
 
 def _pod_uid(part: str) -> str | None:

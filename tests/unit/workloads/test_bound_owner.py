@@ -17,6 +17,7 @@ as_root = needs_root("only folders that belong to root count as cgroups of the h
 
 ID = "0123456789ab" * 5 + "0123"
 POD = "kubepods-burstable-pod12345678_1234_1234_1234_123456789abc.slice"
+JOBS = "/system.slice/n1_slurmstepd.scope"
 USER = "/user.slice/user-1000.slice/user@1000.service"
 KIND = f"/system.slice/docker-{ID}.scope"
 
@@ -47,6 +48,11 @@ def host(tmp_path: Path) -> Callable[..., Owner]:
         (f"{USER}/user.slice/libpod-{ID}.scope/container", USER, Why.UNIT),
         ("/system.slice/jupyter-alice.service/x", "/system.slice/jupyter-alice.service", Why.UNIT),
         (f"/system.slice/containerd.service/{POD}:cri-containerd:{ID}", "", Why.CONTAINER),
+        (f"{JOBS}/job_7/step_0/user/task_0", f"{JOBS}/job_7", Why.JOB),
+        (f"{JOBS}/sEKNKTV3WPV500/step_0/docker-{ID}.scope", f"{JOBS}/sEKNKTV3WPV500", Why.JOB),
+        ("/system.slice/slurmstepd.scope/job_7/a", "/system.slice/slurmstepd.scope/job_7", Why.JOB),
+        (JOBS, JOBS, Why.ITSELF),
+        (f"{USER}/slurmstepd.scope/job_7", USER, Why.UNIT),
         ("/fgpu/run-1/a", "/fgpu/run-1", Why.RUN),
         ("/lxc.payload.one/a", "/lxc.payload.one", Why.CONTAINER),
         ("/plain/a", "/plain/a", Why.ITSELF),
@@ -77,10 +83,11 @@ def test_a_slice_with_a_limit_owns_only_cgroups_without_an_owner_inside_the_slic
     assert host(f"/kubepods.slice/{POD}/a", levels=levels).path == f"/kubepods.slice/{POD}"
     assert host("/work.slice/plain/a", levels=("/work.slice", "/work.slice/plain")).path == "/work.slice/plain"
     assert host("/work.slice/a", levels=("/work.slice",)).path == "/work.slice"
+    assert host(f"{JOBS}/job_7/step_0", levels=(JOBS, f"{JOBS}/job_7/step_0")).path == f"{JOBS}/job_7"
 
 
 NAMES = st.sampled_from(
-    ["a", "x.slice", "x.scope", "x.service", f"docker-{ID}.scope", ID, "docker", POD, "kubepods", "fgpu"]
+    ["a", "x.slice", "x.scope", "x.service", JOBS[14:], f"docker-{ID}.scope", ID, "docker", POD, "kubepods", "fgpu"]
 )
 
 
