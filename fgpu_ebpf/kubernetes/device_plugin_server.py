@@ -61,6 +61,11 @@ def stamp(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
+def is_at(path: Path, own: tuple[int, int] | None) -> bool:
+    """Return whether the path has the file with this stamp. A path without a file never has the file."""
+    return own is not None and stamp(path) == own
+
+
 class Endpoint:
     """The server of one profile, which may be closed and opened again."""
 
@@ -79,7 +84,7 @@ class Endpoint:
     @property
     def is_open(self) -> bool:
         """True if the socket exists and belongs to this server. kubelet empties the folder when kubelet starts."""
-        return self._server is not None and stamp(self.path) == self._stamp
+        return self._server is not None and is_at(self.path, self._stamp)
 
     def registered_with(self, kubelet: tuple[int, int]) -> None:
         """Record that kubelet has accepted the registration. kubelet should then open a stream within DEAF_SECONDS."""
@@ -109,7 +114,7 @@ class Endpoint:
         if self._server is None:
             return
         server, self._server = self._server, None
-        is_ours = stamp(self.path) == self._stamp
+        is_ours = is_at(self.path, self._stamp)
         await server.stop(0)
         if is_ours:
             self.path.unlink(missing_ok=True)

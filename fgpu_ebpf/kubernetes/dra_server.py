@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fgpu_ebpf.kubernetes.claims import DRIVER
-from fgpu_ebpf.kubernetes.device_plugin_server import stamp
+from fgpu_ebpf.kubernetes.device_plugin_server import is_at, stamp
 from fgpu_ebpf.kubernetes.dra_messages import DRA_SERVICE, HEALTH_SERVICE, REGISTRATION_SERVICE, TYPE, VERSION
 
 log = logging.getLogger("fgpu.kubelet")
@@ -53,7 +53,7 @@ class DraServer:
     @property
     def is_open(self) -> bool:
         """True if both sockets exist and belong to this server."""
-        return self._server is not None and [stamp(path) for path in self._paths] == self._stamps
+        return self._server is not None and all(map(is_at, self._paths, self._stamps))
 
     async def open(self) -> None:
         """Close an open server, and start a server at new sockets.
@@ -78,7 +78,7 @@ class DraServer:
         if self._server is None:
             return
         server, self._server = self._server, None
-        ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if own and stamp(path) == own]
+        ours = [path for path, own in zip(self._paths, self._stamps, strict=True) if is_at(path, own)]
         for path in reversed(ours):  # first the socket by which kubelet detects the end
             path.unlink(missing_ok=True)
         self._closing.set()

@@ -17,6 +17,7 @@ from fgpu_ebpf.containers.cdi import Parts
 from fgpu_ebpf.kubernetes import claims, dra_driver, dra_messages, resource_slices
 from fgpu_ebpf.kubernetes.claim_files import ClaimFiles
 from fgpu_ebpf.kubernetes.claims import ClaimError
+from fgpu_ebpf.kubernetes.device_plugin_server import Endpoint
 from fgpu_ebpf.kubernetes.dra_server import DraServer
 from fgpu_ebpf.kubernetes.slots import Device, Host
 from fgpu_ebpf.policy import share_name
@@ -243,14 +244,18 @@ class FakeServer:
         pass
 
 
-def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "plugins_registry").write_text("")
+@pytest.fixture
+def fake_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
     made = MagicMock()
     made.aio.server = lambda options: FakeServer()
     monkeypatch.setitem(sys.modules, "grpc", made)
     monkeypatch.setitem(sys.modules, "grpc.aio", made.aio)
+
+
+@pytest.mark.usefixtures("fake_grpc")
+@pytest.mark.parametrize("blocked", ["plugins_registry", "plugins"])
+def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(tmp_path: Path, blocked: str) -> None:
+    (tmp_path / blocked).write_text("")
 
     async def answer(_: Any) -> Any:
         raise NotImplementedError
@@ -258,13 +263,29 @@ def test_a_server_that_could_not_be_opened_is_opened_when_it_can_be(
     async def run() -> None:
         server = DraServer(tmp_path, dra_messages.classes(), answer, answer)
         for _ in range(3):
-            with pytest.raises(OSError, match="plugins_registry"):
+            with pytest.raises(OSError, match=blocked):
                 await server.open()
             assert not server.is_open
-        (tmp_path / "plugins_registry").unlink()
+        (tmp_path / blocked).unlink()
         await server.open()
         assert server.is_open
         await server.close()
         assert not server.path.exists()
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("fake_grpc")
+def test_an_endpoint_that_could_not_be_opened_is_opened_when_it_can_be(tmp_path: Path) -> None:
+    async def run() -> None:
+        endpoint = Endpoint(MagicMock(folder=tmp_path / "kubelet"), "8gib")
+        with pytest.raises(OSError, match="kubelet"):
+            await endpoint.open()
+        assert not endpoint.is_open
+        (tmp_path / "kubelet").mkdir()
+        await endpoint.open()
+        assert endpoint.is_open
+        await endpoint.close()
+        assert not endpoint.path.exists()
 
     asyncio.run(run())
