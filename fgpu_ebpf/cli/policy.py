@@ -20,7 +20,8 @@ from fgpu_ebpf.cli.help_texts import Sections, examples
 from fgpu_ebpf.cli.request import HINT_SECONDS, run_dir
 
 if TYPE_CHECKING:  # `yaml_document` imports PyYAML, which would delay other commands
-    from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
+    from fgpu_ebpf.policy.rules import Policy, PolicySet
+    from fgpu_ebpf.policy.selector import Selector
     from fgpu_ebpf.policy.units import Amount
     from fgpu_ebpf.policy.yaml_document import ConfigError
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from fgpu_ebpf.policy import requests
 from fgpu_ebpf.policy.globs import Globs
+from fgpu_ebpf.policy.selector import CUT, Selector
 from fgpu_ebpf.policy.units import MILLION, Amount, memory_text, millionths_text, shown
 from fgpu_ebpf.workloads.workload import PRIORITY_LABEL, Booking, Workload
 
@@ -39,15 +40,6 @@ class Device(Protocol):
         """The memory that all tenants together can get: the device's memory minus the driver's reserve."""
 
 
-class Operator(StrEnum):
-    """The kind of a test of a label."""
-
-    IN = "In"
-    NOT_IN = "NotIn"
-    EXISTS = "Exists"
-    DOES_NOT_EXIST = "DoesNotExist"
-
-
 class Priority(StrEnum):
     """The priority of a tenant's turns."""
 
@@ -61,62 +53,6 @@ NO_CLASSES: Classes = MappingProxyType({})
 
 
 # -- the content of a policy -----------------------------------------------------------------------------------------
-
-
-class LabelTest(NamedTuple):
-    """A test of one label. As in Kubernetes, a missing label passes every NotIn test."""
-
-    key: str
-    operator: Operator
-    values: frozenset[str] = frozenset()
-
-    def holds(self, labels: Mapping[str, str]) -> bool:
-        """Return whether these labels pass the test."""
-        match self.operator:
-            case Operator.IN:
-                return labels.get(self.key) in self.values
-            case Operator.NOT_IN:
-                return labels.get(self.key) not in self.values
-            case Operator.EXISTS:
-                return self.key in labels
-            case Operator.DOES_NOT_EXIST:
-                return self.key not in labels
-
-    def __str__(self) -> str:
-        values = f" ({', '.join(sorted(self.values))})" if self.values else ""
-        return f"{self.key} {self.operator}{values}"
-
-
-class Selector(NamedTuple):
-    """The workloads that a policy selects. A workload must match all fields that are set."""
-
-    cgroup: Globs | None = None
-    namespace: Globs | None = None
-    image: Globs | None = None
-    unit: Globs | None = None
-    labels: tuple[LabelTest, ...] = ()
-
-    def miss(self, workload: Workload) -> str:
-        """Return why a workload does not match, or an empty text if the workload matches.
-
-        A workload can create cgroups below its own cgroup. Such a cgroup has the workload's namespace, image and unit,
-        but only a selector with a path matches the cgroup.
-        """
-        if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
-            return f"the workload's cgroup matches none of {self.cgroup}"
-        if workload.inside and not self.cgroup:
-            return "the cgroup is inside the workload's own cgroup, where only selector.cgroup matches"
-        for word, globs, name in (
-            ("namespace", self.namespace, workload.namespace),
-            ("image", self.image, workload.image),
-            ("unit", self.unit, workload.unit),
-        ):
-            if globs and name is None:
-                return f"the workload has no {word}"
-            if globs and not globs.matches(name or ""):
-                return f"the workload's {word} matches none of {globs}"
-        failed = next((test for test in self.labels if not test.holds(workload.labels)), None)
-        return f"the workload's labels do not match {failed}" if failed else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +184,8 @@ class PolicySet:
     ) -> Decision:  # fmt: skip
         """Return the decision of the first policy that matches. If no policy matches, the workload is unmanaged.
 
+        A policy gives no memory if labels that were left out decide about its match, unless the policy only observes.
+
         Args:
             workload: the workload.
             devices: the host's devices.
@@ -256,9 +194,11 @@ class PolicySet:
         """
         tried: list[tuple[str, str]] = []
         for policy in self.policies:
-            miss = policy.selector.miss(workload)
+            is_unknown = policy.selector.depends_on_cut(workload)
+            miss = policy.selector.miss(workload) if not is_unknown else CUT if policy.observe else ""
             if not miss:
-                notes: list[str] = []
+                notes = [f"{CUT}: no memory"] if is_unknown else []
+                workload = replace(workload, booking=Booking("", {}, CUT)) if is_unknown else workload
                 asking = replace(
                     workload,
                     labels=requests.of_adapters(workload.labels, adapters),

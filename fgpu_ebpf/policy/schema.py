@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from fgpu_ebpf.policy import rules
+from fgpu_ebpf.policy import rules, selector
 from fgpu_ebpf.policy.fields import (
     Bytes,
     Ceiling,
@@ -255,11 +255,13 @@ def _memory(model: Memory) -> rules.Memory:
     return rules.Memory(model.limit, model.max or model.limit, model.contexts, park)
 
 
-def _selector(model: Selector) -> rules.Selector:
-    tests = [rules.LabelTest(k, rules.Operator.IN, frozenset((v,))) for k, v in (model.match_labels or {}).items()]
+def _selector(model: Selector) -> selector.Selector:
+    tests = [
+        selector.LabelTest(k, selector.Operator.IN, frozenset((v,))) for k, v in (model.match_labels or {}).items()
+    ]
     for e in model.match_expressions or ():
-        tests.append(rules.LabelTest(e.key, rules.Operator(e.operator), frozenset(e.values or ())))
-    return rules.Selector(
+        tests.append(selector.LabelTest(e.key, selector.Operator(e.operator), frozenset(e.values or ())))
+    return selector.Selector(
         cgroup=path_globs(model.cgroup) if model.cgroup else None,
         namespace=name_globs(model.namespace) if model.namespace else None,
         image=name_globs(model.image, forbidden="{}") if model.image else None,

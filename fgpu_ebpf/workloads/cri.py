@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 from fgpu_ebpf.workloads import cri_messages
 from fgpu_ebpf.workloads.cgroup_names import Engine
-from fgpu_ebpf.workloads.engine_answers import POD_UID, AnswerError, EngineError, labels_of, text_of, with_image
+from fgpu_ebpf.workloads.engine_answers import POD_UID, AnswerError, EngineError, Labels, labels_of, text_of, with_image
 from fgpu_ebpf.workloads.workload import ASKING, Names, Subject
 
 DEADLINE_SECONDS = 2.0
@@ -40,7 +39,7 @@ class CriApi:
         self.path = path
         self._channel: Any = None
         self._messages: dict[str, Any] = {}
-        self._images: OrderedDict[str, Mapping[str, str]] = OrderedDict()
+        self._images: OrderedDict[str, Labels] = OrderedDict()
 
     def serves(self, subject: Subject) -> bool:
         """Return whether an engine with this interface can have this container or pod."""
@@ -88,7 +87,7 @@ class CriApi:
 
     # -- images
 
-    def _image(self, ref: str) -> Mapping[str, str] | None:
+    def _image(self, ref: str) -> Labels | None:
         """Return the labels of an image, or None if the engine does not report these labels."""
         if ref in self._images:
             self._images.move_to_end(ref)
@@ -159,7 +158,8 @@ def _names(pod: Any, status: Any = None) -> Names:
         name = text_of(status.metadata.name)
         image = text_of(status.image.user_specified_image or status.image.image)
     meta = pod.metadata
-    return Names(name or "", text_of(meta.name), text_of(meta.namespace), image, labels_of(*labels, *notes))
+    found, is_cut = labels_of(*labels, *notes)
+    return Names(name or "", text_of(meta.name), text_of(meta.namespace), image, found, is_cut=is_cut)
 
 
 def _reason(method: str, error: Any, grpc: Any) -> str:
@@ -168,7 +168,7 @@ def _reason(method: str, error: Any, grpc: Any) -> str:
     return f"{method}: {error.code().name.lower()}: {str(error.details())[:200]}"
 
 
-def _image_labels(info: str) -> Mapping[str, str] | None:
+def _image_labels(info: str) -> Labels | None:
     """Return the labels in an image's configuration, or None if the configuration cannot be read.
 
     `info`: JSON that containerd and CRI-O return in addition to the interface's fields.

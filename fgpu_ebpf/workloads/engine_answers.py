@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from fgpu_ebpf.workloads.workload import ASKING, Names
 
@@ -19,6 +19,7 @@ MOST_ASKING_CHARACTERS = 4096  # a scheduler's annotation names every device of 
 MOST_CHARACTERS = 16384  # keys and values of all labels of one workload
 MOST_NAME_CHARACTERS = 512
 POD_NAME, POD_NAMESPACE, POD_UID = "io.kubernetes.pod.name", "io.kubernetes.pod.namespace", "io.kubernetes.pod.uid"
+_FIRST = (POD_NAME, POD_NAMESPACE, POD_UID, *ASKING)
 
 
 class EngineError(Exception):
@@ -32,25 +33,35 @@ class AnswerError(Exception):
     """
 
 
-def labels_of(*sources: object) -> dict[str, str]:
+class Labels(NamedTuple):
+    """MOST_LABELS labels with MOST_CHARACTERS characters, or fewer. `is_cut`: whether further labels were left out."""
+
+    of: Mapping[str, str]
+    is_cut: bool
+
+
+def labels_of(*sources: object) -> Labels:
     """Merge labels and annotations. If several sources have a key, the first source has precedence.
 
-    The result has at most MOST_LABELS labels and MOST_CHARACTERS characters. The keys in ASKING are added first.
+    The keys in _FIRST are added first.
     """
     found: dict[str, str] = {}
-    left = MOST_CHARACTERS
+    left, is_cut = MOST_CHARACTERS, False
     for key, value in _in_order(sources):
         size = len(key) + len(value)
-        if key in found or size > left or len(found) >= MOST_LABELS:
+        if key in found:
+            continue
+        if size > left or len(found) >= MOST_LABELS:
+            is_cut = True
             continue
         found[key] = value
         left -= size
-    return found
+    return Labels(found, is_cut)
 
 
 def _in_order(sources: tuple[object, ...]) -> Iterator[tuple[str, str]]:
     maps: list[Mapping[Any, Any]] = [source for source in sources if isinstance(source, Mapping)]
-    first = ((key, source[key]) for source in maps for key in ASKING if key in source)
+    first = ((key, source[key]) for source in maps for key in _FIRST if key in source)
     for key, value in chain(first, (item for source in maps for item in source.items())):
         if _is_label(key, value):
             yield key, value
@@ -76,20 +87,19 @@ def asks_anything(labels: Mapping[str, str]) -> bool:
     return any(key in labels for key in ASKING)
 
 
-def with_image(names: Names, image: object) -> Names:
+def with_image(names: Names, image: Labels | None) -> Names:
     """Merge the image's labels into the names, and move requests of the image to `image_asks`.
 
     Args:
         names: the names and labels of the container.
-        image: the labels of the image. If the value is not a mapping, these labels are unknown, and all requests count
-            as requests of the image.
+        image: the labels of the image. If these labels are unknown, all requests count as requests of the image.
     """
-    known = isinstance(image, Mapping)
-    own = labels_of(image) if known else names.labels
+    own = image.of if image else names.labels
     asks = {key: own[key] for key in ASKING if key in own and names.labels.get(key, own[key]) == own[key]}
-    labels = {**{k: v for k, v in own.items() if k not in ASKING}, **names.labels} if known else dict(names.labels)
+    labels = {**{k: v for k, v in own.items() if k not in ASKING}, **names.labels} if image else dict(names.labels)
     labels = {key: value for key, value in labels.items() if key not in asks}
-    return Names(names.name, names.pod, names.namespace, names.image, labels, asks)
+    is_cut = names.is_cut or (image is not None and image.is_cut)
+    return Names(names.name, names.pod, names.namespace, names.image, labels, asks, is_cut)
 
 
 # -- Docker, Podman ------------------------------------------------------------------------------------------------
@@ -109,14 +119,14 @@ def of_docker(found: object, id_: str) -> tuple[Names, str, bool] | None:
     item = fits[0]
     host = item.get("HostConfig")
     annotations = host.get("Annotations") if isinstance(host, dict) else None
-    labels = labels_of(item.get("Labels"), item.get("Annotations"), annotations)
+    labels, is_cut = labels_of(item.get("Labels"), item.get("Annotations"), annotations)
     called = item.get("Names")
     own = (
         [text for text in called if isinstance(text, str) and text.rfind("/") == 0] if isinstance(called, list) else []
     )
     name = text_of(own[0]) if own else None  # a name /A/B is an alias of this container in container A
     pod, namespace = labels.get(POD_NAME), labels.get(POD_NAMESPACE)
-    names = Names((name or "").lstrip("/"), pod, namespace, text_of(item.get("Image")), labels)
+    names = Names((name or "").lstrip("/"), pod, namespace, text_of(item.get("Image")), labels, is_cut=is_cut)
     return names, text_of(item.get("ImageID")) or "", item.get("State") == "running"
 
 
@@ -126,7 +136,7 @@ def docker_given_image(found: object) -> str | None:
     return text_of(config.get("Image")) if isinstance(config, dict) else None
 
 
-def docker_image_labels(found: object) -> Mapping[str, str] | None:
+def docker_image_labels(found: object) -> Labels:
     """Parse the answer to /images/ID/json and return the image's labels. Raise AnswerError for other answers."""
     if not isinstance(found, dict) or not isinstance(found.get("Config") or {}, dict):
         raise AnswerError("is not an image")

@@ -46,7 +46,7 @@ def _entry(entry: Any) -> tuple[Subject, Names]:
         ValueError, TypeError, KeyError, AttributeError: the entry is invalid.
     """
     names = Names(**{field.name: entry[field.name] for field in fields(Names) if field.name in entry})
-    if not isinstance(names.name, str) or not all(
+    if not (isinstance(names.name, str) and isinstance(names.is_cut, bool)) or not all(
         text is None or isinstance(text, str) for text in (names.pod, names.namespace, names.image)
     ):
         raise ValueError(f"{names!r} are not valid names")

@@ -56,6 +56,7 @@ class Names:
     """The names that an engine reports for a container or pod. A name that is not reported is empty or None.
 
     `image_asks`: the labels in ASKING that come from the image. `labels` does not contain these labels.
+    `is_cut`: whether further labels were left out, because there are too many.
     """
 
     name: str = ""
@@ -64,6 +65,7 @@ class Names:
     image: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     image_asks: Mapping[str, str] = field(default_factory=dict)
+    is_cut: bool = False
 
 
 class Booking(NamedTuple):
@@ -92,7 +94,7 @@ class Workload:
         pod, namespace, image: names that named() sets, because only an engine can report these names.
         labels: labels from the folder's attributes; named() adds the labels that an engine reports.
         inside: whether the cgroup is below the container's or unit's own folder, where the workload can make cgroups.
-        image_asks: see Names.
+        image_asks, is_cut: see Names.
         subject: the container or pod to request from an engine; None if the cgroup is no container or pod, or if a user
             other than root owns the folder around the cgroup.
         booking: the scheduler's booking for the pod, or None.
@@ -112,6 +114,7 @@ class Workload:
     image_asks: Mapping[str, str] = field(default_factory=dict)
     subject: Subject | None = None
     booking: Booking | None = None
+    is_cut: bool = False
 
     @property
     def is_pod(self) -> bool:
@@ -172,6 +175,7 @@ def named(workload: Workload, names: Names) -> Workload:
         image=names.image,
         labels={**names.labels, **workload.labels},
         image_asks=names.image_asks,
+        is_cut=names.is_cut,
     )
 
 

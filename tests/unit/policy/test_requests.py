@@ -111,8 +111,8 @@ def test_a_policy_without_memory_or_time_ignores_what_was_booked():
 
 def test_an_annotation_about_many_devices_is_kept():
     text = ("GPU-2b000000-0000-0000-0000-000000000000,NVIDIA,3072,30:" * 16 + ";") * 4
-    assert engine_answers.labels_of({HAMI: text, "other": text}) == {HAMI: text}
-    assert engine_answers.labels_of({HAMI: text * 2}) == {}
+    assert engine_answers.labels_of({HAMI: text, "other": text}) == ({HAMI: text}, False)
+    assert engine_answers.labels_of({HAMI: text * 2}) == ({}, False)
 
 
 @given(st.dictionaries(st.sampled_from(ASKING), st.text("0123456789,:;.%GiBx-", max_size=40)), st.booleans())

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.policy import schema
 from fgpu_ebpf.policy.rules import Compute, Park, PolicySet, Priority
+from fgpu_ebpf.policy.selector import CUT
 from fgpu_ebpf.tenancy.overrides import Override
 from fgpu_ebpf.tenancy.tenant import kept_tenant, tenant_of
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.workload import Subject
 from tests.unit import policy_kit as kit
 from tests.unit.policy_kit import GIB, Gpu, policies, workload
 
@@ -95,6 +98,29 @@ def test_no_limit_applies_without_a_matching_policy():
 
 
 # -- resulting limits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy", "memory"),
+    [
+        ("{selector: {matchLabels: {a: b}}, memory: {limit: 1GiB}}", "p0", 0),
+        ("{selector: {matchLabels: {a: b}}, compute: {}}", "p0", 0),
+        ("{selector: {matchExpressions: [{key: a, operator: NotIn, values: [b]}]}, memory: {limit: 1GiB}}", "p0", 0),
+        ("{selector: {matchExpressions: [{key: a, operator: DoesNotExist}]}, memory: {limit: 1GiB}}", "p0", 0),
+        ("{selector: {matchExpressions: [{key: a, operator: DoesNotExist}]}, mode: observe}", "p1", 2),
+        ("{selector: {matchLabels: {x: y}}, memory: {limit: 1GiB}}", "p0", 1),
+        ("{selector: {matchLabels: {x: z, a: b}}, memory: {limit: 1GiB}}", "p1", 2),
+        ("{selector: {cgroup: other, matchLabels: {a: b}}, memory: {limit: 1GiB}}", "p1", 2),
+    ],
+)
+def test_a_policy_that_a_left_out_label_could_select_gives_no_memory(spec, policy, memory):
+    """An observing policy limits nothing, so it is passed over, and the next policy applies."""
+    rules = policies(spec, "{selector: {cgroup: a}, memory: {limit: 2GiB}}")
+    pod = Subject("1", Engine.CRI, is_pod=True)
+    for about in (workload(labels={"x": "y"}, is_cut=True), workload(labels={"x": "y"}, is_cut=True, subject=pod)):
+        decision = rules.resolve(about, (H200,))
+        assert (decision.policy.name, decision.limits.memory) == (policy, {0: memory * GIB})
+        assert (CUT in " ".join(decision.notes)) == (memory == 0)
 
 
 def test_fields_of_a_policy_become_the_limits_of_a_workload():

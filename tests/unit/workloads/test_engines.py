@@ -19,6 +19,7 @@ from fgpu_ebpf.workloads.docker import DockerApi
 from fgpu_ebpf.workloads.engine_answers import AnswerError
 from fgpu_ebpf.workloads.workload import Names, Workload, named
 from tests.support.wait import Deadline, eventually
+from tests.unit.policy_kit import Gpu, policies
 from tests.unit.root_kit import needs_root
 from tests.unit.workloads.labels_kit import (
     ID,
@@ -416,12 +417,37 @@ def test_a_socket_that_root_does_not_own_gets_no_request(docker, api, quick):
 
 def test_labels_are_bounded_in_length_and_number_and_requests_are_kept():
     many = {f"k{n:05}": "v" * 10 for n in range(5000)}
-    labels = engine_answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
-    assert labels["fgpu.dev/memory"] == "8GiB"
+    first = {"io.kubernetes.pod.namespace": "a", "fgpu.dev/memory": "8GiB"}
+    labels, is_cut = engine_answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", **first})
+    assert labels.items() >= first.items()
     assert "long" not in labels
     assert len(labels) == engine_answers.MOST_LABELS
-    wide = engine_answers.labels_of({f"{n}": "v" * 256 for n in range(1000)})
+    assert is_cut
+    wide, is_cut = engine_answers.labels_of({f"{n}": "v" * 256 for n in range(1000)})
     assert sum(len(k) + len(v) for k, v in wide.items()) <= engine_answers.MOST_CHARACTERS
+    assert is_cut
+    some = {f"k{n}": "v" for n in range(engine_answers.MOST_LABELS)}
+    assert engine_answers.labels_of(some, some, {"long": "x" * MIB}) == (some, False)
+
+
+def test_very_many_labels_of_a_container_or_its_image_do_not_hide_the_label_that_selects_its_policy(
+    docker, api, tmp_path
+):
+    many = {f"k{n:03}": "" for n in range(engine_answers.MOST_LABELS)}
+    file = tmp_path / "labels.json"
+    rules = policies("{selector: {matchLabels: {tier: notebook}}, memory: {limit: 4GiB}}")
+    docker.containers = [container(Labels={**many, "tier": "notebook"}), container(OTHER, Labels=many)]
+    with running(api, file=file) as found:
+        whole = asked(found, workload(subject(OTHER), path="/other"))
+        assert rules.resolve(whole, [Gpu(0)]).limits is None
+        cut = asked(found, workload())
+        assert rules.resolve(cut, [Gpu(0)]).limits.memory == {0: 0}
+        found.keep()
+    with running(api, file=file) as again:
+        assert rules.resolve(again.named(workload()), [Gpu(0)]).limits.memory == {0: 0}, "the restart forgot the cut"
+    image = engine_answers.labels_of({**many, "tier": "notebook"})
+    named_by_both = named(workload(), engine_answers.with_image(Names("web", labels={"team": "ml"}), image))
+    assert rules.resolve(named_by_both, [Gpu(0)]).limits.memory == {0: 0}
 
 
 def test_known_labels_are_bounded_and_forgotten(docker, api, monkeypatch):
