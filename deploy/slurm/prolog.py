@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -33,6 +34,8 @@ LEAST, MOST = 2 << 20, 2**47  # of a limit, in bytes. The agent rounds percentag
 PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,4})?)%", re.ASCII)
 BYTES = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(?:([KMGT]i)B?|B)", re.ASCII)
 
+NO_AGENT = 3  # the code with which `fgpu` exits if no agent answers
+UNTIL = time.monotonic() + 8.0  # an agent that restarts answers again within seconds. BatchStartTimeout is 10 s.
 NO_QUALITY = ("", "(null)", "N/A")  # what squeue prints for a job without a quality of service
 Parts = dict[int, float]  # for each GPU by its index: the part of its memory, in percent
 
@@ -55,12 +58,18 @@ def refuse(why: str) -> NoReturn:
 
 
 def said(*command: str) -> str:
-    """Run a command, and return its output. A job's name and comment can have bytes that are not UTF-8."""
+    """Run a command, and return its output. A job's name and comment can have bytes that are not UTF-8.
+
+    A command of fgpu that finds no agent is repeated until UNTIL.
+    """
     more: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "timeout": 30}
     try:
         done = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, **more)
     except (OSError, subprocess.TimeoutExpired) as error:
         refuse(f"{command[0]}: {error}")
+    if done.returncode == NO_AGENT and command[0] == "fgpu" and time.monotonic() < UNTIL:
+        time.sleep(0.25)
+        return said(*command)
     if done.returncode:
         refuse(done.stderr.strip().removeprefix("fgpu: ") or f"{' '.join(command)} exited with {done.returncode}")
     return done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -267,6 +268,54 @@ def test_a_note_has_the_words_in_ascii_and_is_removed_by_the_next_prolog(
     assert len(text) < 300
     prolog.note(())
     assert not (tmp_path / "notes/7").exists()
+
+
+@pytest.fixture
+def host(prolog: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Return host(codes): an `fgpu` that exits with these codes, one for each call. The last code is repeated."""
+
+    def make(codes: str) -> Path:
+        (tmp_path / "codes").write_text("\n".join(codes) + "\n")
+        call = f"code=$(head -n1 {tmp_path}/codes); echo $code >>{tmp_path}/exits; sed -i '$!{{1d}}' {tmp_path}/codes"
+        for name, script in {"fgpu": f"{call}; echo said; exit $code", "scontrol": f"touch {tmp_path}/drained"}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setitem(prolog.ENVIRONMENT, "PATH", f"{tmp_path}:/usr/bin:/bin")
+        return tmp_path
+
+    return make
+
+
+def test_an_agent_that_restarts_is_waited_for_and_drains_no_node(
+    prolog: ModuleType, host: Callable[[str], Path]
+) -> None:
+    folder = host("330")
+    assert prolog.said("fgpu", "status", "--json") == "said\n"
+    assert (folder / "exits").read_text() == "3\n3\n0\n"
+    assert not (folder / "drained").exists()
+
+
+def test_a_node_without_an_agent_is_drained_after_a_while(
+    prolog: ModuleType, host: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, clock = host("3"), iter(range(1000))
+    monkeypatch.setattr(prolog.time, "sleep", lambda _: None)
+    monkeypatch.setattr(prolog.time, "monotonic", lambda: prolog.UNTIL - 2 + next(clock))
+    with pytest.raises(SystemExit, match="job 7 is refused"):
+        prolog.said("fgpu", "status", "--json")
+    assert (folder / "exits").read_text() == "3\n3\n3\n"
+    assert (folder / "drained").exists()
+
+
+@pytest.mark.parametrize("code", "1245")
+def test_another_failure_of_fgpu_drains_the_node_at_once(
+    prolog: ModuleType, host: Callable[[str], Path], code: str
+) -> None:
+    folder = host(code)
+    with pytest.raises(SystemExit, match="job 7 is refused"):
+        prolog.said("fgpu", "set")
+    assert (folder / "exits").read_text() == f"{code}\n"
+    assert (folder / "drained").exists()
 
 
 @pytest.mark.parametrize(
