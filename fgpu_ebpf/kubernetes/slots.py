@@ -98,6 +98,12 @@ class Host:
             if share in old.profiles
         }
 
+    def ended(self, uuid: str, share: str) -> int:
+        """Return a number that grows by one when a container with this share of this device ends."""
+        device = self.devices.get(uuid)
+        taken = device.profiles[share].taken if device and share in device.profiles else 0
+        return self.started.get(bound(share, uuid), 0) - taken
+
     @property
     def shares(self) -> list[str]:
         """The profiles of all devices, in the order of the host's settings."""
@@ -123,42 +129,67 @@ def host_of(answer: Mapping[str, Any]) -> Host:
     return Host(answer["fault"], devices, mounts, answer.get("started", {}))
 
 
+@dataclass(slots=True)
+class _Promise:
+    """Containers that are about to start in a slot, one after the other: an init container, and then another one.
+
+    `since`: the times of their allocations. `ended`: the value of Host.ended() before the start of the latest
+    container, or None if none has started.
+    """
+
+    since: list[float] = field(default_factory=list)
+    ended: int | None = None
+
+
 class Book:
     """The slots that kubelet has allocated. A part of these slots is promised, but not taken yet.
 
     kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A slot is
-    promised from its allocation until the agent counts the container, for PROMISE_SECONDS at most.
+    promised from its allocation until the agent counts the container, for PROMISE_SECONDS at most. kubelet allocates a
+    slot once for each container of a pod that uses the slot. While such a container runs, the next one needs no memory.
     """
 
     def __init__(self) -> None:
         self.host = Host("the agent has not reported its shares yet", {})
-        self._promised: dict[Slot, float] = {}
+        self._promised: dict[Slot, _Promise] = {}
         self._given: dict[Slot, None] = {}  # the latest slot last
 
     def look(self, host: Host, now: float | None = None) -> None:
         """Record an answer of the agent, and end the promises for containers that the agent counts now."""
         now = time.monotonic() if now is None else now
-        arrived = host.arrived(self.host)
-        self.host = host
-        for slot, since in list(self._promised.items()):
-            if now - since > PROMISE_SECONDS:
-                del self._promised[slot]
-            elif arrived.get((slot.uuid, slot.share), 0) > 0:
-                arrived[slot.uuid, slot.share] -= 1
-                del self._promised[slot]
+        before, self.host = self.host, host
+        for promise in self._promised.values():
+            promise.since = [since for since in promise.since if now - since <= PROMISE_SECONDS]
+        for (uuid, share), count in host.arrived(before).items():
+            for _ in range(count):
+                self._start(uuid, share, before.ended(uuid, share))
+        self._promised = {slot: promise for slot, promise in self._promised.items() if promise.since}
+
+    def _start(self, uuid: str, share: str, ended: int) -> None:
+        """End the promise for one container that has started, if possible in a slot without an earlier container."""
+        promises = [p for slot, p in self._promised.items() if (slot.uuid, slot.share) == (uuid, share) and p.since]
+        if promises:
+            promise = max(promises, key=lambda promise: (promise.ended is None, len(promise.since)))
+            promise.since.pop()  # an older one may be of a pod that never started
+            promise.ended = ended
 
     def promise(self, slots: Iterable[Slot], now: float | None = None) -> None:
         """Record that containers are about to start in these slots."""
         now = time.monotonic() if now is None else now
         for slot in slots:
-            self._promised[slot] = now
+            self._promised.setdefault(slot, _Promise()).since.append(now)
             self._given.pop(slot, None)
             self._given[slot] = None
+
+    def _held(self, uuid: str) -> list[Slot]:
+        """Return the slots of a device with memory that is promised and not taken."""
+        of = [(slot, promise) for slot, promise in self._promised.items() if slot.uuid == uuid]
+        return [slot for slot, promise in of if promise.ended != self.host.ended(uuid, slot.share)]
 
     def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
         """Return how many more shares of a profile fit on a device, in addition to promised slots not in `but`."""
         mine = set(but)
-        promised = [slot for slot in self._promised if slot.uuid == device.uuid and slot not in mine]
+        promised = [slot for slot in self._held(device.uuid) if slot not in mine]
         profile = device.profiles[share]
         if profile.fits * profile.bytes > device.free_bytes:  # overcommit is allowed
             return profile.fits
@@ -180,7 +211,7 @@ class Book:
             profile = device.profiles[share]
             own = [Slot(device.uuid, share, number) for number in range(profile.count)]
             known = [slot for slot in reversed(self._given) if slot.uuid == device.uuid and slot.share == share]
-            promised = sum(slot.uuid == device.uuid and slot.share == share for slot in self._promised)
+            promised = sum(slot.share == share for slot in self._held(device.uuid))
             many = profile.taken + promised + self.room(device, share)
             found.update([slot for slot in dict.fromkeys([*known, *own]) if slot.number < profile.count][:many])
         return found

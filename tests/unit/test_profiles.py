@@ -177,6 +177,50 @@ def test_a_promise_ends_at_its_use_although_another_share_ends_too():
     assert not book.shortage([Slot(ONE, "8gib", 0)])
 
 
+def test_a_promise_of_two_containers_in_one_slot_ends_with_the_second():
+    """Kubelet gives the slot of an init container to a container of the same pod, which starts afterwards."""
+    book, name, slot = Book(), f"8gib:{ONE}", Slot(ONE, "8gib", 0)
+    book.look(told())
+    book.promise([slot])
+    book.promise([slot])
+    assert (numbers(book.healthy("8gib")), numbers(book.healthy("4gib"))) == ([0, 1], [0, 1]), "one share is promised"
+    book.look(told(free=8, taken=1, started={name: 1}))
+    assert not book.shortage([Slot(ONE, "8gib", 1)]), "the two containers never run at the same time"
+    assert (numbers(book.healthy("8gib")), numbers(book.healthy("4gib"))) == ([0, 1], [0, 1])
+    book.look(told(started={name: 1}))
+    assert (numbers(book.healthy("8gib")), numbers(book.healthy("4gib"))) == ([0, 1], [0, 1]), (
+        "the second has not begun"
+    )
+    book.look(told(free=8, taken=1, started={name: 2}))
+    assert (numbers(book.healthy("8gib")), numbers(book.healthy("4gib"))) == ([0, 1], [0, 1])
+    book.look(told(started={name: 2}))
+    assert numbers(book.healthy("4gib")) == [0, 1, 2, 3]
+
+
+def test_an_init_container_that_ends_at_once_leaves_the_promise_of_the_next_container():
+    book, name, slot = Book(), f"8gib:{ONE}", Slot(ONE, "8gib", 0)
+    book.look(told())
+    for _ in range(2):
+        book.promise([slot])
+    book.look(told(started={name: 1}))
+    assert numbers(book.healthy("4gib")) == [0, 1]
+    book.look(told(started={name: 2}))
+    assert numbers(book.healthy("4gib")) == [0, 1, 2, 3]
+
+
+def test_containers_that_start_at_the_same_time_use_promises_of_different_slots():
+    book, name = Book(), f"8gib:{ONE}"
+    book.look(told())
+    for _ in range(2):
+        book.promise([Slot(ONE, "8gib", 0), Slot(ONE, "8gib", 1)])
+    book.look(told(free=0, taken=2, started={name: 2}))
+    book.look(told(free=8, taken=1, started={name: 2}))
+    assert not book.healthy("4gib"), "a container of each slot has not begun"
+    book.look(told(free=0, taken=2, started={name: 4}))
+    book.look(told(free=8, taken=1, started={name: 4}))
+    assert numbers(book.healthy("4gib")) == [0, 1], "a promise ends with the last container"
+
+
 def test_allocated_ids_stay_healthy():
     """Kubelet does not report which ids are in use. The id that it requested last is in use, so it stays healthy."""
     book = Book()
