@@ -21,7 +21,7 @@ from typing import Any
 from fgpu_ebpf import control_client
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.kubernetes import kubelet_messages
-from fgpu_ebpf.kubernetes.allocation import Way
+from fgpu_ebpf.kubernetes.allocation import Strategy, Way
 from fgpu_ebpf.kubernetes.device_plugin_server import PREFIX, Endpoint, place, stamp
 from fgpu_ebpf.kubernetes.kubelet_messages import PACKAGE
 from fgpu_ebpf.kubernetes.slots import MOST_SLOTS, Book, Host, Slot, host_of
@@ -105,7 +105,8 @@ class _Plugin:
     """The endpoints of all profiles, and the last answer of the agent."""
 
     def __init__(self, options: Options, messages: dict[str, Any]) -> None:
-        self.options, self.messages, self.book = options, messages, Book()
+        self.options, self.messages = options, messages
+        self.book = Book(is_counted=options.way.strategy is not Strategy.MOUNTS)
         self.folder, self.way = options.folder, options.way
         self._endpoints: dict[str, Endpoint] = {}
         self._answered_at = -SILENT_SECONDS  # when the agent last answered

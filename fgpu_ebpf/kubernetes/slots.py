@@ -149,7 +149,14 @@ class Book:
     slot once for each container of a pod that uses the slot. While such a container runs, the next one needs no memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_counted: bool = True) -> None:
+        """Make an empty book.
+
+        Args:
+            is_counted: whether the agent counts the containers that get these slots. Otherwise all slots of a device
+                without a fault are healthy, and nothing is promised.
+        """
+        self._is_counted = is_counted
         self.host = Host("the agent has not reported its shares yet", {})
         self._promised: dict[Slot, _Promise] = {}
         self._given: dict[Slot, None] = {}  # the latest slot last
@@ -174,7 +181,9 @@ class Book:
             promise.ended = ended
 
     def promise(self, slots: Iterable[Slot], now: float | None = None) -> None:
-        """Record that containers are about to start in these slots."""
+        """Record that containers are about to start in these slots, if the agent counts these containers."""
+        if not self._is_counted:
+            return
         now = time.monotonic() if now is None else now
         for slot in slots:
             self._promised.setdefault(slot, _Promise()).since.append(now)
@@ -212,7 +221,7 @@ class Book:
             own = [Slot(device.uuid, share, number) for number in range(profile.count)]
             known = [slot for slot in reversed(self._given) if slot.uuid == device.uuid and slot.share == share]
             promised = sum(slot.share == share for slot in self._held(device.uuid))
-            many = profile.taken + promised + self.room(device, share)
+            many = profile.taken + promised + self.room(device, share) if self._is_counted else profile.count
             found.update([slot for slot in dict.fromkeys([*known, *own]) if slot.number < profile.count][:many])
         return found
 

@@ -221,6 +221,22 @@ def test_containers_that_start_at_the_same_time_use_promises_of_different_slots(
     assert numbers(book.healthy("4gib")) == [0, 1], "a promise ends with the last container"
 
 
+def test_all_ids_are_healthy_if_the_agent_counts_no_container_with_a_share():
+    """Policies set the limits of the strategy `mounts`, so `taken` stays 0 while memory is committed."""
+    book, slots_ = Book(is_counted=False), [Slot(ONE, "8gib", number) for number in (0, 1)]
+    book.look(told())
+    book.promise(slots_[:1])
+    book.look(told(free=8))
+    assert numbers(book.healthy("8gib")) == [0, 1]
+    assert not book.shortage(slots_[1:])
+    book.look(told(free=4))
+    assert numbers(book.healthy("8gib")) == [0, 1]
+    assert "8GiB do not fit on" in book.shortage(slots_[1:])
+    for unfit in (told(fault="lost"), replace(told(), fault="no agent")):
+        book.look(unfit)
+        assert not book.healthy("8gib")
+
+
 def test_allocated_ids_stay_healthy():
     """Kubelet does not report which ids are in use. The id that it requested last is in use, so it stays healthy."""
     book = Book()
