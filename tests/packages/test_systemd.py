@@ -116,7 +116,8 @@ def test_a_start_enforces_limits_with_confined_units(running: fresh_host.Host) -
 
 def test_engines_start_their_containers_after_the_agent(running: fresh_host.Host) -> None:
     (before,) = running.unit(AGENT, "Before")
-    assert {f"{name}.service" for name in ("containerd", "crio", "docker", "podman-restart")} <= set(before.split())
+    engines = ("containerd", "crio", "docker", "k3s", "k3s-agent", "podman-restart", "rke2-agent", "rke2-server")
+    assert {f"{name}.service" for name in (*engines, "slurmd")} <= set(before.split())
 
 
 def test_lines_in_the_journal_have_fields(running: fresh_host.Host) -> None:
