@@ -61,7 +61,8 @@ def setup(engine: str, memory: str, is_undo: bool, is_dry: bool, file: Path | No
         raise click.UsageError("--undo cannot be combined with --memory or --dry-run")
     if engine == "slurm" and memory:
         raise click.UsageError("--memory is not for slurm: the shards of a job are its limit")
-    found = replace(ENGINES[engine], file=file) if file else ENGINES[engine]
+    # The state has the file's path, and is read by commands in other folders.
+    found = replace(ENGINES[engine], file=file.absolute()) if file else ENGINES[engine]
     to_do = []
     try:
         if is_undo:
@@ -179,15 +180,19 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
     """
     from fgpu_ebpf.cli import host_service
     from fgpu_ebpf.containers import engine_setup, first_policy
+    from fgpu_ebpf.containers.engine_config import SetupError
     from fgpu_ebpf.containers.engine_setup import STATE
     from fgpu_ebpf.policy.folder import FOLDER
 
+    there = engine_setup.where_it_is(engine, STATE / f"{name}.json").file
+    if is_named and there.resolve() != engine.file.resolve():  # the undo would remove the state of that file
+        raise SetupError(f"`fgpu setup {name}` has changed {there}, not {engine.file}: run it without --file")
     policy = first_policy.settings(name, (), "", FOLDER), STATE / f"{name}-policy.json"
     has_changed = False
     for part, state in reversed([*_settings(name, engine), policy]):
         if part is engine or state.exists():
-            there = engine if part is engine and is_named else engine_setup.where_it_is(part, state)
-            has_changed = _take_back(there, state)  # the engine's own file is the last file
+            # The engine's own file is the last file.
+            has_changed = _take_back(engine_setup.where_it_is(part, state), state)
     if has_changed and engine.reload_undone:
         click.echo(f"takes effect after: {engine.reload_undone}")
     if has_changed and name == "docker":

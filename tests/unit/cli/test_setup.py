@@ -265,6 +265,30 @@ def test_undo_reports_what_it_keeps(host):
     assert json.loads(host.daemon.read_text()) == {"debug": True}
 
 
+def test_undo_from_another_folder_restores_a_file_that_setup_was_given_by_a_relative_path(host, monkeypatch):
+    text = '{"debug":   true}'
+    host.daemon.write_text(text)
+    monkeypatch.chdir(host.path)
+    assert setup(host, "--file", "daemon.json").exit_code == 0
+    monkeypatch.chdir("/")
+    assert setup(host, "--undo").output == (
+        f"{host.daemon}: restored\ntakes effect after: systemctl restart docker\n"
+        "containers created since the setup use the removed runtime fgpu: create them again\n"
+    )
+    assert host.daemon.read_text() == text
+
+
+def test_undo_of_another_file_than_the_set_up_file_is_an_error_and_changes_nothing(host):
+    setup(host, "--memory", "8GiB")
+    before = everything(host)
+    done = setup(host, "--undo", "--file", str(host.path / "other.json"))
+    assert (done.exit_code, f"`fgpu setup docker` has changed {host.daemon}" in done.stderr) == (1, True)
+    assert everything(host) == before
+    (host.path / "link.json").symlink_to(host.daemon)
+    assert setup(host, "--undo", "--file", str(host.path / "link.json")).exit_code == 0
+    assert not host.daemon.exists()
+
+
 @pytest.mark.parametrize(
     ("policies", "tenants", "why"), [(1, [], "1 policy in force"), (0, [{"tenant": "alice"}], "alice"), (0, [], "")]
 )
