@@ -61,7 +61,12 @@ ENGINES = {
         is_drop_in=True,
         programs=("podman",),
         read=config.read_toml,
-        cgroups=("machine.slice/**/libpod-*.scope", "libpod_parent/**/libpod-*"),
+        # A container of a service has the third name (--cgroups=split, as of Quadlet).
+        cgroups=(
+            "machine.slice/**/libpod-*.scope",
+            "libpod_parent/**/libpod-*",
+            "system.slice/**/libpod-payload-*",
+        ),
         example=f"podman run --rm --device nvidia.com/gpu=all docker.io/library/{_IMAGE} nvidia-smi",
     ),
     "containerd": Engine(

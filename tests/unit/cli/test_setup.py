@@ -178,6 +178,8 @@ def test_each_of_two_engines_has_its_own_policy(host, monkeypatch):
         ("podman", f"machine.slice/libpod-{ID}.scope"),
         ("podman", f"machine.slice/machine-libpod_pod_{ID}.slice/libpod-{ID}.scope"),
         ("podman", f"libpod_parent/libpod-{ID}"),
+        ("podman", f"system.slice/web.service/libpod-payload-{ID}"),
+        ("podman", f"system.slice/system-web.slice/web@1.service/libpod-payload-{ID}"),
         ("k3s", f"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-{ID}.scope"),
         ("containerd", f"kubepods/burstable/pod1/{ID}"),
         ("rke2", f"kubepods/pod1/{ID}"),
