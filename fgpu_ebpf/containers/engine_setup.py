@@ -132,7 +132,9 @@ def unchanged(state: Path) -> Path | None:
     """Return the file of this state if set_up() was its last writer, or None if the file has changed or is missing."""
     kept = _kept(state)
     file = Path(kept["file"])
-    return file if kept["after"] is not None and _text(file) == kept["after"] else None
+    with contextlib.suppress(SetupError):  # a file that is not UTF-8 has changed
+        return file if kept["after"] is not None and _text(file) == kept["after"] else None
+    return None
 
 
 def _before(engine: Engine, now: str | None, kept: dict[str, Any]) -> str | None:

@@ -39,5 +39,5 @@ def settings(name: str, cgroups: tuple[str, ...], memory: str, folder: Path) -> 
 def others(folder: Path, states: Path) -> list[Path]:
     """Return the policy files of a folder that are not exactly as a setup has written them."""
     state = PolicyFolder(folder).state()
-    ours = {engine_setup.unchanged(path) for path in states.glob("*-policy.json")}
+    ours = {engine_setup.unchanged(path) for path in states.glob("*.json")}
     return [folder / name for name, _ in state.files if folder / name not in ours] if state else []

@@ -240,6 +240,24 @@ def test_a_changed_policy_for_slurm_is_kept(slurm):
     assert slurm.policy.read_text() == mine
 
 
+@pytest.mark.parametrize(("change", "is_ours"), [("", True), ("# mine\n", False)])
+def test_an_engine_gets_a_first_policy_beside_the_unchanged_policy_for_slurm(change, is_ours, slurm):
+    fgpu(slurm.path, "setup", "slurm")
+    slurm.policy.write_text(slurm.policy.read_text() + change)
+    setup(slurm, "--memory", "8GiB")
+    assert slurm.policy.with_name("zz-docker.yaml").exists() == is_ours
+
+
+def test_settings_of_another_engine_that_cannot_be_read_do_not_prevent_a_first_policy(slurm):
+    fgpu(slurm.path, "setup", "slurm")
+    slurm.policy.write_bytes(b"\xff")
+    slurm.policy.rename(slurm.path / "elsewhere.yaml")
+    state = engine_setup.STATE / "slurm.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "file": str(slurm.path / "elsewhere.yaml")}))
+    setup(slurm, "--memory", "8GiB")
+    assert slurm.policy.with_name("zz-docker.yaml").exists()
+
+
 def test_slurm_has_no_memory_size(slurm):
     done = fgpu(slurm.path, "setup", "slurm", "--memory", "8GiB")
     assert (done.exit_code, "shards" in done.output, slurm.policy.exists()) == (2, True, False)
