@@ -90,13 +90,7 @@ def _parts(name: str, engine: Engine, memory: str, is_named: bool) -> Parts:
     found = engine_setup.as_installed(engine)
     if name == "slurm" and not is_named:
         found = replace(found, file=_policy_folder() / found.file.name)
-    return [*_settings(name, found), *(_policy(name, found, memory) if memory else ())]
-
-
-def _settings(name: str, engine: Engine) -> Parts:
-    from fgpu_ebpf.containers.engine_setup import STATE
-
-    return [(engine, STATE / f"{name}.json"), *([(engine.more, STATE / f"{name}-more.json")] if engine.more else ())]
+    return [*engine_setup.parts(name, found, engine_setup.STATE), *(_policy(name, found, memory) if memory else ())]
 
 
 def _policy(name: str, engine: Engine, memory: str) -> Parts:
@@ -189,7 +183,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
         raise SetupError(f"`fgpu setup {name}` has changed {there}, not {engine.file}: run it without --file")
     policy = first_policy.settings(name, (), "", FOLDER), STATE / f"{name}-policy.json"
     has_changed = False
-    for part, state in reversed([*_settings(name, engine), policy]):
+    for part, state in reversed([*engine_setup.parts(name, engine, STATE), policy]):
         if part is engine or state.exists():
             # The engine's own file is the last file.
             has_changed = _take_back(engine_setup.where_it_is(part, state), state)

@@ -39,6 +39,11 @@ def program(engine: Engine) -> str:
     return next((found for name in engine.programs if (found := shutil.which(name, path=path))), "")
 
 
+def parts(name: str, engine: Engine, states: Path) -> list[tuple[Engine, Path]]:
+    """Return each settings file of an engine with the file of its state. `states`: the folder of the states."""
+    return [(engine, states / f"{name}.json"), *([(engine.more, states / f"{name}-more.json")] if engine.more else ())]
+
+
 def as_installed(engine: Engine) -> Engine:
     """Return the engine with its version, or an empty version if unknown, and with the file that the engine reads."""
     file, said = engine.file, ""
@@ -235,15 +240,16 @@ def _write(path: Path, text: str, like: Path | None = None) -> None:
 def checks(state: Path = STATE, helper: Path = injection.BIN / injection.HELPER) -> Iterator[Check]:
     """Check each engine that was set up: settings with fgpu, and no later change of other settings."""
     for name, usual in ENGINES.items():
+        files = parts(name, usual, state)
         try:
-            check = _check(name, usual, state / f"{name}.json", helper)
+            is_set_up = any(_kept(place)["after"] is not None for _, place in files)
+            found = [_check(name, part, place, helper) for part, place in files] if is_set_up else []
         except PermissionError as error:
-            check = Check(name, False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")
+            found = [Check(name, False, f"{error.filename} cannot be read by this user", "sudo fgpu doctor")]
         except (SetupError, OSError) as error:
             fix = f"then run fgpu setup {name}, or fgpu setup {name} --undo"
-            check = Check(name, False, str(error), fix)
-        if check:
-            yield check
+            found = [Check(name, False, str(error), fix)]
+        yield from sorted(found, key=lambda check: check.ok)[:1]
 
 
 def check_cdi(run_dir: Path, state: Path = STATE) -> Check | None:
@@ -268,11 +274,9 @@ def check_cdi(run_dir: Path, state: Path = STATE) -> Check | None:
     return Check("docker cdi", True, "features.cdi is set, or this version of Docker does not need this setting")
 
 
-def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check | None:
-    """Check an engine. Return None without a setup. Raise SetupError or OSError if a file cannot be read."""
+def _check(name: str, usual: Engine, state: Path, helper: Path) -> Check:
+    """Check a file of an engine that was set up. Raise SetupError or OSError if a file cannot be read."""
     kept, engine = _kept(state), where_it_is(usual, state)
-    if kept["after"] is None:
-        return None
     file, now, fix = engine.file, _text(engine.file), f"fgpu setup {name}, or fgpu setup {name} --undo"
     if now is None or (rest := engine.without(now, None)) == now:
         return Check(name, False, f"{file} no longer has fgpu's settings", fix)

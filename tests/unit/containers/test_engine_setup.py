@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import engine_setup
 from fgpu_ebpf.containers.engine_config import Engine, SetupError
 from fgpu_ebpf.containers.engine_setup import (
     as_installed,
     check_cdi,
     checks,
+    parts,
     program,
     set_up,
     unchanged,
@@ -735,6 +737,25 @@ def test_k3s_gets_a_runtime_in_front_of_nvidia_s_or_runc(version, nvidia, templa
     state.unlink()
     assert undo(found, state), "undo failed without the state file"
     assert (read(found) or "").strip() == (template or "")
+
+
+def test_doctor_reports_a_missing_default_runtime_of_k3s(tmp_path, helper, monkeypatch):
+    """The template defines the runtime, and a second file makes this runtime the default."""
+    found, states = k3s(tmp_path, MADE.format(version=2, plugin=PLUGINS[2])), tmp_path / "states"
+    more = replace(found.more, file=tmp_path / "config.yaml.d/zz.yaml")
+    found = replace(found, more=more)
+    monkeypatch.setitem(ENGINES, "k3s", found)
+    ((_, first), (_, second)) = parts("k3s", found, states)
+    assert list(checks(states, helper)) == []
+    set_up(found, helper, first)
+    wrong = Check(
+        "k3s", False, f"{more.file} no longer has fgpu's settings", "fgpu setup k3s, or fgpu setup k3s --undo"
+    )
+    assert list(checks(states, helper)) == [wrong], "an interrupted setup was not reported"
+    set_up(more, helper, second)
+    assert list(checks(states, helper)) == [Check("k3s", True, f"{found.file} has fgpu's settings")]
+    more.file.unlink()
+    assert list(checks(states, helper)) == [wrong]
 
 
 @pytest.mark.parametrize(
