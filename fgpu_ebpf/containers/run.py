@@ -28,7 +28,7 @@ PRELOADS = tuple(map(Path, shim_mounts.LISTS))
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AWAITED = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN = "restart the agent, which installs the shim again"
 
 
@@ -203,37 +203,65 @@ def run(target: LaunchTarget, command: Sequence[str]) -> int:
         _exec(command)
     _check(LIBC.unshare(_NEWPID), "unshare")
     waiting = os.pidfd_open(os.getpid())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # until signals can be forwarded
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if this signal were ignored, the kernel would not send the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _become_init(command, waiting)
+        _become_init(command, waiting, before)
     os.close(waiting)
-    for number in _FORWARDED:
-        signal.signal(number, lambda n, _: os.kill(child, n))
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    return _wait_for(child)
+
+
+def _wait_for(child: int) -> int:
+    """Forward signals to a child and reap all children until that child ends. The caller has blocked _AWAITED.
+
+    A signal of the terminal is not forwarded, because the terminal sends this signal to the program too. The exception
+    is the terminal's hangup, which the terminal reports only to the session's leader.
+
+    Returns:
+        The child's exit code, or 128 plus the number of the signal that has killed the child.
+    """
+    while True:
+        info = signal.sigwaitinfo(_AWAITED)
+        if info.si_signo == signal.SIGCHLD:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == child:
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    return code if code >= 0 else 128 - code
+        elif info.si_code <= 0 or (info.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()):
+            os.kill(child, info.si_signo)
 
 
 def _end_with(parent: int) -> None:
     """Make the kernel kill this process when its parent exits. `parent`: a pidfd of the parent.
 
-    A change of the uid resets this setting, so the call has to follow the change.
+    A change of the uid would reset this setting.
     """
     LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([parent], [], [], 0)[0]:
         os._exit(125)  # the parent exited before the setting was made
 
 
-def _become_init(command: Sequence[str], parent: int) -> NoReturn:
-    """Run the program as pid 1 of a new pid namespace. `parent`: a pidfd of the waiting process."""
+def _become_init(command: Sequence[str], parent: int, mask: set[int | signal.Signals]) -> NoReturn:
+    """Run the program as a child of this process, which is pid 1 of a new pid namespace and stays root.
+
+    The program is not pid 1, because the kernel drops signals to pid 1 that have their default action.
+
+    Args:
+        command: the program and its arguments.
+        parent: a pidfd of the waiting process.
+        mask: the signals that the program begins with as blocked signals.
+    """
     try:
-        _mount("proc", "/proc", "proc", 0)
-        _drop_to_caller()
         _end_with(parent)
+        _mount("proc", "/proc", "proc", 0)
+        if child := os.fork():
+            os._exit(_wait_for(child))
+        _drop_to_caller()
     except (LaunchError, OSError) as error:
         os.write(2, f"fgpu: {error}\n".encode())
         os._exit(125)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else Python would write a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     _exec(command)

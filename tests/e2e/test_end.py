@@ -9,6 +9,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -293,6 +294,71 @@ def test_fgpu_run_forwards_sigterm_and_returns_the_program_s_exit_code(unharmed,
     assert told.read_text() == "term\n"
 
 
+def test_fgpu_run_ends_a_program_with_the_default_action_of_sigterm(unharmed) -> None:
+    """The kernel drops such a signal for the first process of a pid namespace, so the program is not that process."""
+    command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "echo up; exec sleep 77"]
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
+        stack.callback(run.kill)
+        assert run.stdout
+        assert run.stdout.readline() == "up\n"
+        run.terminate()
+        assert run.wait(30) == 128 + signal.SIGTERM
+
+
+TELLS = """
+import signal, sys, time
+for name in ("INT", "TERM", "HUP"):
+    signal.signal(signal.Signals["SIG" + name], lambda n, _: print(n, flush=True, file=told) or n == 1 and sys.exit(5))
+with open(sys.argv[1], "w") as told:
+    print("up", flush=True, file=told)
+    while True:
+        time.sleep(60)
+"""
+
+
+def test_a_program_of_fgpu_run_gets_each_signal_of_its_terminal_once(unharmed, tmp_path: Path) -> None:
+    """The terminal signals Ctrl-C to every process, and its hangup only to `fgpu run`, the leader of the session.
+
+    The kernel delivers the signal with the lowest number first, so a second SIGINT would arrive before SIGTERM.
+    """
+    told = tmp_path / "told"
+    words = ["setsid", "--ctty", *FGPU, "run", "--pidns", "--memory", "1GiB", "--", sys.executable, "-c", TELLS, told]
+    with contextlib.ExitStack() as stack:
+        ours, its = os.openpty()
+        terminal, slave = stack.enter_context(open(ours, "wb", buffering=0)), stack.enter_context(open(its, "rb"))
+        run = subprocess.Popen(words, env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave)
+        stack.callback(run.wait, 30)
+        stack.callback(run.kill)
+        slave.close()
+
+        def says(*lines: str) -> None:
+            eventually(lambda: told.exists() and lines[-1] in told.read_text().splitlines(), 10, lines[-1])
+            assert told.read_text().splitlines() == list(lines)
+
+        says("up")
+        terminal.write(b"\x03")
+        says("up", "2")
+        run.terminate()
+        says("up", "2", "15")
+        terminal.close()
+        assert run.wait(30) == 5
+    assert told.read_text() == "up\n2\n15\n1\n"
+
+
+REAPED = """
+import os, subprocess, time
+orphan = subprocess.check_output(["sh", "-c", "sleep 0.01 >/dev/null & echo $!"], text=True).strip()
+while os.path.exists("/proc/" + orphan):
+    time.sleep(0.01)
+"""
+
+
+def test_exited_orphans_of_a_program_of_fgpu_run_are_reaped(unharmed) -> None:
+    words = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", sys.executable, "-c", REAPED]
+    assert subprocess.run(words, env=ENVIRONMENT, timeout=30, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("uid", ["0", "65534"])
 def test_a_program_ends_when_its_fgpu_run_is_killed(unharmed, uid: str) -> None:
     """The program ends even under sudo, where it runs as another user. The killed command cannot forward a signal."""
@@ -302,7 +368,8 @@ def test_a_program_ends_when_its_fgpu_run_is_killed(unharmed, uid: str) -> None:
         try:
             assert run.stdout
             assert run.stdout.readline() == "up\n"
-            (child,) = map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
+            (init,) = _children(run.pid)
+            (child,) = _children(init)
             assert Path(f"/proc/{child}").stat().st_uid == int(uid)
         finally:
             run.kill()
@@ -311,6 +378,10 @@ def test_a_program_ends_when_its_fgpu_run_is_killed(unharmed, uid: str) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _lives(pid: int) -> bool:
