@@ -223,12 +223,17 @@ def take_away(run_dir: Path, hung: bool) -> bool:
     return is_held or hung
 
 
+def is_pinned() -> bool:
+    """Return whether the kernel has maps and programs of an agent, of any version."""
+    return ledger.PINS.exists() or bool(other_layouts.folders(ledger.PINS))
+
+
 def wake_all(run_dir: Path) -> bool:
     """Wake all parked tenants while no agent runs. Return False if an agent starts or exits.
 
     Raise ParkedError on failure.
     """
-    if not ledger.PINS.exists() and not other_layouts.folders(ledger.PINS):  # leave no lock file
+    if not is_pinned():  # leave no lock file
         return True
     with _alone(run_dir) as is_held:
         if is_held:

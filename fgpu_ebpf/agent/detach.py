@@ -97,12 +97,15 @@ def _published(shim: Path, folder: Path) -> None:
     """Remove the store of this shim and the helper, unless an engine's settings or a process needs the files.
 
     The helper stays while a container has mounted the shim's folder: without it, the engine cannot stop the container.
+    The helper also stays while `fgpu setup` has a note in its folder: `--undo` removes the note after this call, and
+    without the helper the engine could start no container until it reads its restored settings.
     """
     store = shim.parent.parent
     if any(engine_setup.STATE.glob("*.json")):
         return
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
-    if shim_store.remove(store, mapped) and not shim_mounts.is_mounted(folder):
+    is_unused = not shim_mounts.is_mounted(folder) and not any(engine_setup.STATE.glob("*"))
+    if shim_store.remove(store, mapped) and is_unused:
         shutil.rmtree(injection.BIN, ignore_errors=True)
     # BESIDE exists on the host if a container has mounted a folder above, because the runtime creates the
     # mount point.

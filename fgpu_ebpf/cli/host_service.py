@@ -62,30 +62,52 @@ def check(run_dir: Path) -> bool:
 
 
 def stop(run_dir: Path, states: Path) -> None:
-    """Undo start(), unless another engine is set up, or policies or limits are in force."""
+    """Undo start(), unless another engine is set up, or policies or limits are in force.
+
+    A service that start() has started is stopped and detached. Limits of an agent that does not answer stay in force.
+    """
     note = states / _NOTE
     if not note.exists() or any(states.glob("*.json")):
         return
-    if used := _used(run_dir):
+    from fgpu_ebpf import daemon
+    from fgpu_ebpf.cli import service
+
+    try:
+        used, has_limits = _used(run_dir), False
+    except ConnectionError:
+        used, has_limits = _parked(run_dir), daemon.is_pinned()
+    if used:
         click.echo(f"{UNIT}: kept running: {used}")
         return
-    subprocess.run(["systemctl", *note.read_text("ascii").split(), *UNITS], capture_output=True, check=False)
+    undoing = note.read_text("ascii").split()
+    subprocess.run(["systemctl", *undoing, *UNITS], capture_output=True, check=False)
+    said = "disabled"
+    if "--now" in undoing and has_limits:
+        said += "; no agent answered: `fgpu detach` removes limits that the kernel may have"
+    elif "--now" in undoing:
+        service.detached()  # else programs that start in running containers would wait for an agent, and get no memory
     note.unlink()
-    click.echo(f"{UNIT}: disabled")
+    click.echo(f"{UNIT}: {said}")
+
+
+def _parked(run_dir: Path) -> str:
+    """Wake parked tenants, and return why the agent is still needed: without an agent, no other program wakes them."""
+    from fgpu_ebpf.cli.parking import still_parked
+
+    parked = still_parked(run_dir)
+    return parked and f"there are parked tenants: {parked}"
 
 
 def _used(run_dir: Path) -> str:
-    """Reload the policies, and return the reason why the agent is still needed, or an empty text."""
+    """Reload the policies, and return the reason why the agent is still needed, or an empty text.
+
+    Raise ConnectionError if no agent answers.
+    """
     try:
         policies = control_client.call(run_dir, {"verb": "reload"})["policies"]
         tenants = control_client.call(run_dir, {"verb": "snapshot"})["tenants"]
     except control_client.RequestError as error:
         return str(error)
-    except ConnectionError:
-        from fgpu_ebpf.cli.parking import still_parked
-
-        parked = still_parked(run_dir)  # only an agent would wake parked tenants later
-        return parked and f"there are parked tenants: {parked}"
     if policies:
         return f"there {'is 1 policy' if policies == 1 else f'are {policies} policies'} in force"
     names = ", ".join(tenant["tenant"] for tenant in tenants[:3])

@@ -138,13 +138,13 @@ def detach(yes: bool) -> None:
     if not yes and _is_terminal():
         _confirm()
     said = "limits, probes and set-up files of the agent are removed"
-    if tenants := _detached().get("tenants"):
+    if tenants := detached().get("tenants"):
         said = "1 tenant has lost its limit" if tenants == 1 else f"{tenants} tenants have lost their limits"
     cgroups.remove_run_folder()
     click.echo(f"detached: {said}")
 
 
-def _detached() -> dict[str, Any]:
+def detached() -> dict[str, Any]:
     """Detach by a request to the agent, or in this process if no agent runs. Return the agent's answer.
 
     An agent that starts or exits holds its lock and has no socket, so the request and the removal are repeated. After

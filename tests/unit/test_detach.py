@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from fgpu_ebpf import daemon
-from fgpu_ebpf.agent import detach, gatekeeper_process
+from fgpu_ebpf.agent import detach
 from fgpu_ebpf.containers import engine_setup, injection, run
-from fgpu_ebpf.driver import attach, other_layouts, probe_plan, programs
+from fgpu_ebpf.driver import attach, probe_plan
 from fgpu_ebpf.driver.library_class import Role
 from fgpu_ebpf.linux import breakpoints, file_locks
-from fgpu_ebpf.policy import last_good
+from tests.unit import detach_kit
 
 PLAN = probe_plan.Plan(Role.SHIM, (("admit", ((0x3A70, 0),), False), ("release", ((0x3A80, 0),), False)), 0x3A80)
 
@@ -45,11 +45,7 @@ def test_a_detach_does_not_wait_for_a_missing_or_invalid_shim(tmp_path: Path) ->
 @pytest.fixture
 def waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Restrict a detach to tmp_path. Return the list of shims for which it waits; the first one keeps its probes."""
-    nothing = ((gatekeeper_process, "end_any"), (detach, "_cgroups"), (programs, "unmount_made"))
-    for module, name in (*nothing, (run, "remove_created_preloads")):
-        monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(other_layouts, "folders", lambda _: [])
-    monkeypatch.setattr(last_good, "FILE", tmp_path / "last")
+    detach_kit.restrict(monkeypatch, tmp_path)
     monkeypatch.setattr(engine_setup, "STATE", tmp_path / "store/setup")
     monkeypatch.setattr(injection, "BIN", tmp_path / "store/bin")
     found = list[Path]()
@@ -118,7 +114,6 @@ def test_a_damaged_list_of_files_does_not_stop_a_detach(
 def test_a_detach_without_an_agent_removes_a_folder_in_the_place_of_the_agent_s_lock(
     tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon.ledger, "PINS", tmp_path / "pins")
     (tmp_path / "run/agent.lock/inside").mkdir(parents=True)
     assert daemon.take_away(tmp_path / "run", hung=False)
     assert not (tmp_path / "run").exists()
@@ -128,7 +123,6 @@ def test_a_detach_without_an_agent_removes_a_folder_in_the_place_of_the_agent_s_
 def test_while_an_agent_holds_its_lock_a_detach_removes_something_only_if_the_agent_hangs(
     tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch, hung: bool
 ) -> None:
-    monkeypatch.setattr(daemon.ledger, "PINS", tmp_path / "pins")
     run_dir = tmp_path / "run"
     (run_dir / "control.sock").touch()
     lock = file_locks.FileLock(run_dir / file_locks.AGENT)

@@ -17,9 +17,12 @@ from fgpu_ebpf.cli.setup import NAMES
 from fgpu_ebpf.containers import engine_setup, engines, injection
 from fgpu_ebpf.policy import folder
 from fgpu_ebpf.policy.globs import path_globs
+from fgpu_ebpf.workloads import shim_mounts
+from tests.unit import detach_kit
 from tests.unit.cli.cli_kit import agent, fgpu
 
 ID = "0123456789abcdef" * 4
+DISABLED = "disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"
 
 
 @pytest.fixture
@@ -44,12 +47,13 @@ case "$*" in show*) ;; *is-enabled*) [ -e {tmp_path}/enabled ] ;; *is-active*) [
     monkeypatch.setattr(engine_setup, "_FOLDERS", ())
     monkeypatch.setattr(engine_setup, "_RUN", tmp_path / "run")
     monkeypatch.setattr(engine_setup, "STATE", tmp_path / "state")
-    monkeypatch.setattr(injection, "BIN", tmp_path / "published")
+    monkeypatch.setattr(injection, "BIN", tmp_path / "beside")
     monkeypatch.setitem(engines.ENGINES, "docker", settings)
     monkeypatch.setattr(host_config, "read", lambda: (SimpleNamespace(policy_folder=tmp_path / "policy.d"), ()))
     monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
     monkeypatch.setattr(control_client, "has_unit", lambda: True)
     monkeypatch.setattr("fgpu_ebpf.driver.start_checks.package_file", lambda *_: tmp_path / "bin/runc")  # any file
+    detach_kit.restrict(monkeypatch, tmp_path)
     found = SimpleNamespace(path=tmp_path, daemon=settings.file, policy=tmp_path / "policy.d/zz-docker.yaml", checks=[])
     monkeypatch.setattr(doctor, "checks", lambda _: found.checks)
     return found
@@ -226,7 +230,7 @@ def test_slurm_gets_a_policy_and_the_missing_lines_of_slurm_conf(slurm):
     undone = fgpu(slurm.path, "setup", "slurm", "--undo")
     assert undone.output.splitlines()[0] == f"{slurm.policy}: removed"
     assert "slurm.conf" in undone.output
-    assert {name: text for name, text in everything(slurm).items() if "/published/" not in name} == before
+    assert {name: text for name, text in everything(slurm).items() if "/beside/" not in name} == before
 
 
 def test_a_changed_policy_for_slurm_is_kept(slurm):
@@ -272,8 +276,8 @@ def test_undo_reverts_everything(host):
     done = setup(host, "--undo")
     assert (done.exit_code, done.output.count(": removed\n")) == (0, 2)
     assert host.policy.parent.is_dir(), "without the folder, an agent keeps the last policies"
-    assert {k: v for k, v in everything(host).items() if "/published/" not in k} == before
-    assert asked(host)[1:] == ["disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]
+    assert {k: v for k, v in everything(host).items() if "/beside/" not in k} == before
+    assert asked(host)[1:] == [DISABLED]
     assert setup(host, "--undo").output == f"{host.daemon}: nothing to do\n"
 
 
@@ -314,9 +318,10 @@ def test_undo_of_another_file_than_the_set_up_file_is_an_error_and_changes_nothi
 )
 def test_undo_keeps_a_service_that_is_still_needed(policies, tenants, why, host):
     setup(host, "--memory", "8GiB")
-    with agent(host.path, reload={"policies": policies}, snapshot={"tenants": tenants}):
+    with agent(host.path, reload={"policies": policies}, snapshot={"tenants": tenants}, detach={"tenants": 0}) as got:
         done = setup(host, "--undo")
     assert ("kept running" in done.output, len(asked(host))) == ((True, 1) if why else (False, 2))
+    assert ("detach" in [request["verb"] for request in got]) == (not why)
     assert why in done.output
 
 
@@ -331,7 +336,7 @@ def test_undo_keeps_the_service_that_a_parked_tenant_needs(host, monkeypatch):
 @pytest.mark.parametrize(
     ("was", "words"),
     [
-        ((), ["enable --now fgpu-agent", "disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]),
+        ((), ["enable --now fgpu-agent", DISABLED]),
         (("active",), ["enable --now fgpu-agent", "disable fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]),
         (("enabled",), ["enable --now fgpu-agent"]),
         (("enabled", "active"), []),
@@ -343,6 +348,52 @@ def test_undo_restores_the_state_of_the_service(was, words, host):
     setup(host, "--memory", "8GiB")
     setup(host, "--undo")
     assert asked(host) == words
+
+
+@pytest.fixture
+def running(host, monkeypatch):
+    """Return a host with a setup, an agent that has just ended, and a container that has mounted the shim's folder."""
+    setup(host, "--memory", "8GiB")
+    (host.path / "shim").mkdir(mode=0o755)
+    store = host.path / "store"
+    (store / "1").mkdir(parents=True)
+    (store / "1/libfgpu.so").touch()
+    (store / "current").symlink_to("1")
+    (host.path / "published").write_text(f"{store}/current/libfgpu.so\n")
+    (host.path / "containers").write_text(f"shim {store}/current/libfgpu.so\n")
+    monkeypatch.setattr(shim_mounts, "is_mounted", lambda path: path == host.path / "shim")
+    return host
+
+
+def test_programs_in_a_container_do_not_wait_for_the_agent_after_an_undo(running):
+    done = setup(running, "--undo")
+    assert done.exit_code == 0
+    assert (running.path / "shim").stat().st_mode & 0o7777 == 0o1755, "a shim without a reply refuses memory"
+    assert not (running.path / "containers").exists()
+
+
+def test_an_engine_starts_containers_until_it_reads_its_settings_after_an_undo(running, monkeypatch):
+    monkeypatch.setattr(shim_mounts, "is_mounted", lambda _: False)
+    assert setup(running, "--undo").exit_code == 0
+    assert not (running.path / "shim").exists()
+    assert (injection.BIN / injection.HELPER).exists(), "the settings that the engine has read name the helper"
+
+
+def test_undo_without_an_agent_keeps_limits_of_the_kernel(running):
+    (running.path / "pins").mkdir()
+    done = setup(running, "--undo")
+    assert (done.exit_code, asked(running)[1:2]) == (0, [DISABLED])
+    assert "`fgpu detach` removes limits that the kernel may have" in done.output
+    assert (running.path / "pins").exists()
+    assert (running.path / "shim").stat().st_mode & 0o7777 == 0o755, "programs get memory without a limit"
+
+
+def test_undo_of_an_agent_that_ran_before_does_not_detach_it(host):
+    (host.path / "active").touch()
+    setup(host, "--memory", "8GiB")
+    with agent(host.path, reload={"policies": 0}, snapshot={"tenants": []}) as got:
+        assert setup(host, "--undo").exit_code == 0
+    assert "detach" not in [request["verb"] for request in got]
 
 
 def test_undo_disables_a_service_whose_start_was_interrupted(host, monkeypatch):
@@ -357,7 +408,7 @@ def test_undo_disables_a_service_whose_start_was_interrupted(host, monkeypatch):
         patch.setattr(subprocess, "run", interrupted)
         assert setup(host, "--memory", "8GiB").exit_code == 1
     setup(host, "--undo")
-    assert asked(host) == ["disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"]
+    assert asked(host) == [DISABLED]
 
 
 def test_folders_of_setup_are_open_to_all_users(host):
