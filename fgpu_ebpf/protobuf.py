@@ -7,6 +7,7 @@ versions of protobuf, and fgpu supports all versions since 3.21 (Debian 12).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,14 @@ _MESSAGE, _ONE, _REPEATED = 11, 1, 3
 # message -> field -> (number, type). The type is a scalar, MAP (of strings) or the name of a message. The type of a
 # repeated field is a list of one type.
 Table = Mapping[str, Mapping[str, tuple[int, Any]]]
+
+
+def lacks(error: ImportError) -> str:
+    """Return which package is missing for this error, and how to install the packages for this installation of fgpu."""
+    fix = "install python3-grpcio and python3-protobuf"
+    if sys.prefix != sys.base_prefix:  # a virtual environment does not have the packages of the system
+        fix = f"run `pipx inject fgpu-ebpf grpcio protobuf`, or install both packages into {sys.prefix}"
+    return f"{error.name} is not installed: {fix}"
 
 
 def classes(package: str, table: Table) -> dict[str, Any]:

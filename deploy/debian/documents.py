@@ -97,7 +97,10 @@ def manual(words: str, command: click.Command, inner: dict[str, click.Command]) 
         lines.append(".SH COMMANDS")
         for called, one in inner.items():
             lines += [".TP", rf"\fB{roff(called)}\fR", roff((one.help or "").split("\n")[0])]
-    exits = "0 done, 1 a finding or a failure, 2 wrong usage, 3 the agent does not answer, 4 no such target."
+    exits = (
+        "0 done, 1 a finding or a failure, 2 wrong usage, 3 the agent does not answer, 4 no such target, "
+        "5 a tenant is still parked."
+    )
     if words == "fgpu run":
         exits = "The status of COMMAND, or 125 if fgpu itself fails."
     lines += [".SH EXIT STATUS", roff(exits), ".SH FILES"]

@@ -31,7 +31,7 @@ def check(run_dir: Path) -> Check:
             return Check("parker", False, "this user may not send requests to the parker", "sudo fgpu doctor")
         except OSError as error:
             found = f"parking is on, and no parker listens ({error.strerror or error}): parked tenants do not wake up"
-            return Check("parker", False, found, parker_client.FIX)
+            return Check("parker", False, found, parker_client.fix())
         try:
             sock.sendall(json.dumps(asked).encode() + b"\n")
             answer: Any = json.loads(sock.makefile("rb").readline(parker_client.MOST_LINE_BYTES) or b"{}")

@@ -23,7 +23,7 @@ LOCK_SECONDS = 5.0
 DEADLINE_SECONDS = 30.0
 SECONDS_A_GIB = 1.0  # added to the deadline; the slowest measured copy took half a second
 PATIENCE_SECONDS, SLOWEST = 60.0, 128 << 20  # beyond the deadline, and bytes a second; the parker's values are smaller
-FIX = "start the parker: systemctl restart fgpu-parker.socket, or run `fgpu-parker`"
+PACKAGED = Path("/usr/lib/fgpu/fgpu-parker")  # of the .deb and the .rpm, which do not put this program into PATH
 
 Line = dict[str, Any]
 
@@ -89,7 +89,13 @@ def missing(run_dir: Path) -> str:
     if sock := connected(run_dir):
         sock.close()
         return ""
-    return f"the parker does not run: {FIX}"
+    return f"the parker does not run: {fix()}"
+
+
+def fix() -> str:
+    """Return how to start the parker."""
+    program = PACKAGED if PACKAGED.exists() else PACKAGED.name
+    return f"start the parker: systemctl restart fgpu-parker.socket, or run `{program}`"
 
 
 def ask(

@@ -150,7 +150,7 @@ class Parking:
             return
         sock = parker_client.connected(self._run_dir)
         if sock is None:
-            self._give_up(parked, f"the parker does not run: {parker_client.FIX}")
+            self._give_up(parked, f"the parker does not run: {parker_client.fix()}")
             return
         parked.quiet = quiet
         for life in parked.members:
@@ -321,7 +321,7 @@ class Parking:
             return
         sock = parker_client.connected(self._run_dir)
         if sock is None:
-            self._wait(parked, f"the parker does not run: {parker_client.FIX}")
+            self._wait(parked, f"the parker does not run: {parker_client.fix()}")
             return
         parked.keep_away(self._ledger.parked.entries())
         force = bool(outdated(parked, self.parkable))  # a level that the tenant will leave cannot prevent the wake-up
@@ -346,7 +346,7 @@ class Parking:
         if sock := parker_client.connected(self._run_dir):
             self._ask(parked, sock, None)
         else:
-            parked.why = f"the parker does not run: {parker_client.FIX}"
+            parked.why = f"the parker does not run: {parker_client.fix()}"
 
     def _settle(self, parked: ParkedTenant, states: Mapping[str, str]) -> None:
         """Make the ledger agree with the driver. Wake processes in different states, or locked processes, together."""

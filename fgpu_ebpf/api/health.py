@@ -17,6 +17,8 @@ from fgpu_ebpf.policy import folder
 from fgpu_ebpf.snapshot import RELEASED
 
 NONE = f": only `fgpu run`, `fgpu set` and shares limit anything. {folder.NEXT_STEP}"
+# `fgpu policy check` prints all errors of the files. `fgpu reload` also reports that the folder was removed.
+_RELOAD = "fgpu policy check && fgpu reload"
 FULL_PARTS = 0.75  # the threshold of the alert FgpuTableFilling
 FULL = (
     "a full table refuses new programs: find the workload that fills the table in `fgpu events` or "
@@ -28,7 +30,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     """Yield every check with a result that can be computed from a Snapshot's JSON."""
     tenants, policies = snapshot["tenants"], snapshot["policies"]
     if policies and not policies["good"]:
-        yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
+        yield Check("policies", False, "; ".join(policies["faults"][:3]), _RELOAD)
     elif policies and policies["unsaved"]:
         fix = "free space on this file system: the next start needs the stored policies if a policy file has an error"
         yield Check("policies", False, policies["unsaved"], fix)

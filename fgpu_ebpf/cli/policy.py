@@ -41,7 +41,7 @@ def check(paths: Paths) -> None:
     """Check PATHS (files or folders), or this host's policies; print every error, and exit with 1 after an error.
 
     A selector or device that no host can match is a warning, which does not change the exit code. A policy of this host
-    with memory.park causes a warning too, unless agent.yaml turns parking on.
+    with memory.park causes a warning too, unless agent.yaml turns parking on, and so does a missing folder.
     """
     from fgpu_ebpf.policy import advice
 
@@ -50,6 +50,8 @@ def check(paths: Paths) -> None:
     warnings = [f"{p.source}: warning: spec.{text}" for p in policies for text in advice.warnings(p)]
     if not paths and not _parks():
         warnings += [f"{p.source}: warning: spec.{advice.UNPARKED}" for p in policies if advice.wants_parking(p)]
+    if not paths and (folder := _missing_folder()):
+        warnings.append(f"{folder}: warning: does not exist: an agent that runs keeps its last policies")
     for line in warnings:
         click.echo(line, err=True)
     more = f", {_count(len(warnings), 'warning', 'warnings')}" if warnings else ""
@@ -151,6 +153,15 @@ def _parks() -> bool:
 
     settings, _ = host_config.read()
     return settings is not None and settings.parking
+
+
+def _missing_folder() -> Path | None:
+    """Return the folder of this host's policies if the folder does not exist, else None."""
+    from fgpu_ebpf.agent import host_config
+    from fgpu_ebpf.policy.folder import PolicyFolder
+
+    host, _ = host_config.read()
+    return host.policy_folder if host and PolicyFolder(host.policy_folder).state() is None else None
 
 
 def _read_file(path: Path) -> tuple[list[Policy], list[ConfigError]]:

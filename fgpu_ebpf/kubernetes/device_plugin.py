@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import control_client
+from fgpu_ebpf import control_client, protobuf
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.kubernetes import kubelet_messages
 from fgpu_ebpf.kubernetes.allocation import Strategy, Way
@@ -64,7 +64,7 @@ def serve(options: Options) -> None:
 
         messages = kubelet_messages.classes()
     except ImportError as error:
-        raise PluginError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
+        raise PluginError(protobuf.lacks(error)) from error
     os.umask(0o077)  # only kubelet, which runs as root, connects to the sockets
     asyncio.run(_Plugin(options, messages).run())
 

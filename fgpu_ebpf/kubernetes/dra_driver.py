@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import control_client
+from fgpu_ebpf import control_client, protobuf
 from fgpu_ebpf.containers.cdi import Parts
 from fgpu_ebpf.kubernetes import claims, dra_messages, resource_slices
 from fgpu_ebpf.kubernetes.allocation import AllocationError, Way
@@ -69,7 +69,7 @@ def serve(options: Options) -> None:
         messages = dra_messages.classes()
         server = ApiServer.of_pod(options.account)
     except ImportError as error:
-        raise DriverError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
+        raise DriverError(protobuf.lacks(error)) from error
     except ApiError as error:
         raise DriverError(str(error)) from error
     os.umask(0o077)  # only kubelet, which runs as root, connects to the sockets

@@ -10,6 +10,7 @@ import json
 from collections import OrderedDict
 from typing import Any
 
+from fgpu_ebpf import protobuf
 from fgpu_ebpf.workloads import cri_messages
 from fgpu_ebpf.workloads.cgroup_names import Engine
 from fgpu_ebpf.workloads.engine_answers import POD_UID, AnswerError, EngineError, Labels, labels_of, text_of, with_image
@@ -123,7 +124,7 @@ class CriApi:
 
             messages = self._known_messages()
         except ImportError as error:
-            raise EngineError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
+            raise EngineError(protobuf.lacks(error)) from error
         if self._channel is None:
             self._channel = grpc.insecure_channel(f"unix:{self.path}", options=_OPTIONS)
         call = self._channel.unary_unary(f"/{cri_messages.PACKAGE}.{service}Service/{method}")  # bytes, not messages

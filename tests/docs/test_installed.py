@@ -79,6 +79,12 @@ def manual(share: Path, name: str) -> str:
     return gzip.decompress((share / f"man/man1/{name}.1.gz").read_bytes()).decode()
 
 
+def test_manual_pages_have_the_exit_codes_of_the_reference(share: Path) -> None:
+    reference = " ".join((ROOT / "docs/reference/cli.md").read_text().split())
+    (codes,) = re.findall(r"Exit codes: (0 done, .*?\.) ", reference)
+    assert f"\n{codes}\n" in manual(share, "fgpu-detach").replace("\\", "")
+
+
 def test_each_command_has_a_manual_page_with_its_options(share: Path) -> None:
     commands = dict(references.commands())
     names = {words.replace(" ", "-"): command for words, command in commands.items()}

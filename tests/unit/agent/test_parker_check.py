@@ -56,5 +56,12 @@ def test_the_answer_of_the_parker_decides(tmp_path: Path, answer: bytes, found: 
 
 def test_a_parker_that_does_not_listen_is_a_failed_check(tmp_path: Path) -> None:
     check = parker_check.check(tmp_path)
-    assert (check.ok, check.fix) == (False, parker_client.FIX)
+    assert (check.ok, check.fix) == (False, parker_client.fix())
     assert "parked tenants do not wake up" in check.found
+
+
+def test_the_fix_names_a_parker_that_is_not_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parker_client, "PACKAGED", tmp_path / "fgpu-parker")
+    assert parker_client.fix().endswith(" or run `fgpu-parker`")
+    (tmp_path / "fgpu-parker").touch()
+    assert parker_client.fix().endswith(f" or run `{tmp_path}/fgpu-parker`")

@@ -122,7 +122,7 @@ def test_rows_beyond_the_maximum_are_counted() -> None:
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (
             {"policies": PoliciesView(False, 1.0, 2, ("a.yaml:3: memory: '8G'",))},
-            "policies a.yaml:3: memory: '8G' fix: fgpu policy check",
+            "policies a.yaml:3: memory: '8G' fix: fgpu policy check && fgpu reload",
         ),
         (
             {"reconcile_failure": "no driver"},

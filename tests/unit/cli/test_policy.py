@@ -90,9 +90,12 @@ def test_a_missing_path_is_an_error(tmp_path):
 def test_check_without_a_path_reads_the_host_s_folder_by_the_agent_s_rules(tmp_path, monkeypatch):
     settings = HostSettings(policy_folder=tmp_path / "policy.d"), ()
     monkeypatch.setattr(host_config, "read", lambda: settings)
-    assert fgpu("check") == (0, "ok: 0 policies in 0 files: no workload gets a limit from a policy\n")
+    missing = f"{tmp_path}/policy.d: warning: does not exist: an agent that runs keeps its last policies\n"
+    none = ": no workload gets a limit from a policy\n"
+    assert fgpu("check") == (0, f"{missing}ok: 0 policies in 0 files, 1 warning{none}")
     assert fgpu("list") == (0, "no policy: no workload gets a limit from a policy\n")
     (tmp_path / "policy.d").mkdir()
+    assert fgpu("check") == (0, f"ok: 0 policies in 0 files{none}")
     (tmp_path / "policy.d").chmod(0o777)
     (tmp_path / "policy.d/a.yaml").write_text(kit.text())
     code, output = fgpu("check")

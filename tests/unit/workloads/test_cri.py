@@ -183,12 +183,23 @@ def test_an_engine_without_cri_v1_is_reported(tmp_path, quick):
     server.stop(0)
 
 
-def test_a_missing_grpc_module_is_reported_with_the_name_of_its_package(tmp_path, monkeypatch, quick):
+@pytest.mark.parametrize(
+    ("prefix", "fix"),
+    [
+        (sys.base_prefix, "install python3-grpcio and python3-protobuf"),
+        ("/opt/pipx", "run `pipx inject fgpu-ebpf grpcio protobuf`, or install both packages into /opt/pipx"),
+    ],
+)
+def test_a_missing_grpc_module_is_reported_with_the_command_for_this_installation(
+    tmp_path, monkeypatch, quick, prefix, fix
+):
+    """A virtual environment does not have the packages of the system."""
+    monkeypatch.setattr(sys, "prefix", prefix)
     monkeypatch.setitem(sys.modules, "grpc", None)
     (tmp_path / "cri.sock").touch()
     with running(CriApi(f"{tmp_path}/cri.sock")) as found:
         found.named(workload(CONTAINERD))
-        assert "python3-grpcio" in eventually(lambda: found.views() and found.views()[0].fault)
+        assert f"grpc is not installed: {fix}" in eventually(lambda: found.views() and found.views()[0].fault)
 
 
 # -- any bytes at all
