@@ -47,11 +47,12 @@ def docker(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[e
 
 
 def commands() -> list[list[str]]:
-    """Return the commands of the page's section, as lists of words."""
+    """Return the commands of the page's section, as lists of words. The commands of the removal lack `docker`."""
     text = (kit.ROOT / "docs/install.md").read_text()
     section = text.split("\n## Other distributions: the image\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"(?:^ {4}\S?.*\n)+", section, re.MULTILINE)
-    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    removal = re.findall(r"`docker (.*?)`", " ".join(section.split("\nTo remove fgpu, ")[1].split()))
+    return [shlex.split(line) for line in [*block.replace("\\\n", " ").splitlines(), *removal]]
 
 
 @pytest.mark.timeout(1200)
@@ -59,7 +60,7 @@ def test_the_documented_command_enforces_the_share_of_a_container(docker: engine
     kit.run(kit.ROOT / "dev", "package", "image", timeout=900)
     archive = kit.package("fgpu-agent-image-*.oci.tar")
     version = archive.name.removesuffix(".oci.tar").rpartition("-")[2]
-    load, run = commands()
+    load, run, *removal = commands()
     assert load[:3] == ["docker", "load", "--input"]
     docker.call("load", "--input", archive, timeout=300)
     at = run.index("--gpus")
@@ -79,7 +80,10 @@ def test_the_documented_command_enforces_the_share_of_a_container(docker: engine
             assert "1GiB" in docker.call("exec", "fgpu", "fgpu", "status").stdout
         with docker.filled("other") as got:
             assert got > 4 * kit.GIB, "a container without a share is refused too"
-        docker.call("exec", "fgpu", "fgpu", "detach", "--yes")
+        for command in removal:
+            docker.call(*command)
+        assert not docker.call("ps", "--all", "--quiet", "--filter", "name=^fgpu$").stdout
+        assert not os.path.exists("/sys/fs/bpf/fgpu"), "the agent has started again after it was detached"
     finally:
         docker.remove("fgpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -35,11 +36,11 @@ LOGIN = (
 
 
 def typed(deb: Path) -> list[list[str]]:
-    """Return the commands of README's section on the installation, with the name of this package."""
+    """Return the commands of README's section on the installation, with the path of this package inside the host."""
     (section,) = re.findall(r"^## Install\n(.*?)^## ", README, re.M | re.S)
     found = [shlex.split(line, comments=True) for line in re.findall(r"^    sudo (.*)$", section, re.M)]
-    place = str(fresh_host.BUILD / deb.relative_to(kit.BUILD))
-    return [[place if word.endswith(".deb") else word for word in words] for words in found]
+    name, place = f"./{deb.relative_to(kit.ROOT)}", str(fresh_host.BUILD / deb.relative_to(kit.BUILD))
+    return [[place if fnmatch.fnmatchcase(name, word) else word for word in words] for words in found]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,7 @@ def container(host: fresh_host.Host, command: list[str]) -> str:
 def test_two_commands_lead_to_a_limited_container(newcomer: fresh_host.Host, deb: Path) -> None:
     install, setup = typed(deb)
     assert install[:2] == ["apt", "install"]
+    assert str(deb.name) in install[2], "the command of README names no package that ./dev package deb writes"
     newcomer.apt(*install[1:])
     done = newcomer.run(*LOGIN, *setup, check=False)
     # This host is a container. Doctor reports that, and nothing else.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_two_set_ups_and_one_undo_leave_the_file_as_before(name, text, tmp_path,
     assert read(found) == text
     assert [p.name for p in found.file.parent.iterdir()] == ([] if text is None else ["settings"])
     assert not [p.name for p in helper.parent.rglob(".*")], "a half-written file beside the helper was kept"
+
+
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_a_setup_writes_lost_links_and_files_again(name, text, tmp_path, helper):
+    """An agent writes only the helper itself again after /var/lib/fgpu was lost."""
+    found, state = engine(name, tmp_path, text), tmp_path / "state/x.json"
+    set_up(found, helper, state)
+    once, beside = read(found), sorted(helper.parent.rglob("*"))
+    shutil.rmtree(helper.parent)
+    shutil.rmtree(state.parent)
+    helper.parent.mkdir()
+    helper.touch()
+    set_up(found, helper, state)
+    assert sorted(helper.parent.rglob("*")) == beside
+    assert (len(beside) > 1) == (name != "docker"), "Docker's settings name the helper itself"
+    assert read(found) == once
 
 
 def test_undo_removes_exactly_the_empty_folders_that_setup_created(tmp_path, helper):
