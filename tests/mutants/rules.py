@@ -39,6 +39,20 @@ RULES = {
     ),
     "room-for-any-level": ("else if (h.page[0]->flags & FGPU_WAITS)", "else"),
     "room-decided-for-good": ("    if (until_ns > most) until_ns = most;\n", ""),
+    "unseen-context-not-charged": (
+        "&& shows_context(p, f)) more = count_unseen(p, f->device);",
+        "&& shows_context(p, f)) count_unseen(p, f->device);",
+    ),
+    "handle-shows-a-context": (
+        "f->function >= FGPU_FUNCTION_ALLOC && f->function < FGPU_FUNCTION_CREATE &&",
+        "f->function >= FGPU_FUNCTION_ALLOC && f->function <= FGPU_FUNCTION_CREATE &&",
+    ),
+    "overhead-charged-again-with-an-unseen-context": ("    more -= overhead & ~(overhead >> 63);\n", ""),
+    "unseen-context-ends-without-a-record": ("    if (!withdraw_note(p, unseen_on(device))) return 0;\n", ""),
+    "unseen-context-ends-for-an-unknown-library": (
+        "        if (!trusted) return 0;\n        return f->references ? end_context(",
+        "        return f->references ? end_context(",
+    ),
     "leader-is-the-process": ("if (!is_last(ctx)) return 0;", "if (id >> 32 != (u32)id) return 0;"),
     "exec-forgotten": (
         "became the leader */\n    end_process(id >> 32);\n",

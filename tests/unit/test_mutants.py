@@ -12,7 +12,7 @@ from tests.mutants.rules import RULES, Rule
 from tests.rows import named_of_rows
 
 ROOT = Path(__file__).parents[2]
-ROWS = [*(f"T{n}" for n in range(1, 59)), *(f"F{n}" for n in range(1, 57))]
+ROWS = [*(f"T{n}" for n in range(1, 60)), *(f"F{n}" for n in range(1, 57))]
 
 
 def exists(test: str) -> bool:
