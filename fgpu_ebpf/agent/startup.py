@@ -70,13 +70,13 @@ def attach(settings: Settings, mark: Callable[[str], None], start_gatekeeper: Ca
                 settings.driver_root, libraries, settings.shim, settings.store, settings.pins, loading, mark
             )
             policies = at_start(settings.policy_folder)
-            older = PreexistingProcesses.found(settings.run_dir, bool(other_layouts.folders(settings.pins)))
             mark("prepared")
             digest = loading.wait()
         finally:
             loading.end()
         mark("loaded")
         capabilities.keep_only(capabilities.AGENT)  # before a second thread starts, which would keep all capabilities
+        older = PreexistingProcesses.found(settings.run_dir, bool(other_layouts.folders(settings.pins)))
         ledger = Ledger(settings.pins)
         driver = prepared.attach(digest, ledger, settings.run_dir, settings.trusted_drivers, settings.bounds.files)
         mark("attached")

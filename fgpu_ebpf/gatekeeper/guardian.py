@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from time import monotonic_ns
 
@@ -57,7 +57,7 @@ class Guardian:
     def __init__(self) -> None:
         self._clients: dict[int, _Client] = {}  # by the id of the client's session
         self._ended: list[_Client] = []
-        self._workers: Workers[int, _Client, None] = Workers(_search, lambda _: True, lambda: None)
+        self._workers: Workers[int, list[_Client], None] = Workers(_search, lambda _: True, lambda: None)
         self._lock = _thread.allocate_lock()
         self._runs = False
 
@@ -98,8 +98,8 @@ class Guardian:
         while True:
             time.sleep(LOOK_SECONDS)
             now_ns = monotonic_ns()
-            for done in self._workers.take():
-                done.job.bound = None
+            for client in itertools.chain.from_iterable(done.job for done in self._workers.take()):
+                client.bound = None
             with self._lock:
                 over = [client for client in self._ended if client.closes_ns <= now_ns and client.bound is None]
                 self._ended = [client for client in self._ended if client not in over]
@@ -112,23 +112,31 @@ class Guardian:
                     return
             for client in over:
                 _close(client)
-            for client in clients:
-                is_due = now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS
-                if is_due and client.bound is None:
-                    left = min(MOST - taken.total(), MOST_OF_OWNER - taken[client.owner])
-                    more = max(0, min(left, MOST_OF_CLIENT - len(client.copies)))
-                    client.bound = len(client.copies) + more
-                    if self._workers.want(client.owner, client):
-                        taken[client.owner] += more
-                    else:
-                        client.bound = None
+            self._want(clients, taken, now_ns)
             with contextlib.suppress(OSError):  # no thread can be started: again in LOOK_SECONDS
                 self._workers.go()
 
+    def _want(self, clients: list[_Client], taken: Counter[int], now_ns: int) -> None:
+        """Queue searches for the clients of which a search is due, one job for each owner."""
+        due = defaultdict[int, list[_Client]](list)
+        for client in clients:
+            is_due = now_ns - client.changed_ns < OFTEN_NS or now_ns - client.looked_ns >= RARELY_NS
+            if is_due and client.bound is None:
+                left = min(MOST - taken.total(), MOST_OF_OWNER - taken[client.owner])
+                more = max(0, min(left, MOST_OF_CLIENT - len(client.copies)))
+                taken[client.owner] += more
+                client.bound = len(client.copies) + more
+                due[client.owner].append(client)
+        for owner, together in due.items():
+            if not self._workers.want(owner, together):
+                for client in together:
+                    client.bound = None
 
-def _search(client: _Client) -> None:
-    if not client.closes_ns:  # otherwise end() was called since the search was queued
-        _copy(client)
+
+def _search(clients: list[_Client]) -> None:
+    for client in clients:
+        if not client.closes_ns:  # otherwise end() was called since the search was queued
+            _copy(client)
 
 
 def _copy(client: _Client) -> None:

@@ -2,8 +2,8 @@
 
 The functions query one mapping at a time (PROCMAP_QUERY, Linux 6.11). On older kernels the functions parse
 /proc/PID/maps. Both methods have a maximum, because a process can have any number of mappings. A read can block on the
-process. Therefore the agent and the gatekeeper read in worker threads, except for preexisting processes at the agent's
-start. The functions raise OSError with ENOENT if no such mapping exists, and with E2BIG if there are too many mappings.
+process. Therefore the agent and the gatekeeper read in worker threads. The functions raise OSError with ENOENT if no
+such mapping exists, and with E2BIG if there are too many mappings.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from fgpu_ebpf.linux import threads
 
 MOST_THREADS, MORE_THREADS, MOST_AT_ONCE, MOST_WANTED, MOST_WANTED_ALL = 64, 8, 16, 1024, 1 << 16
 STALLED_NS, WAKE_NS = 2_000_000, 1_000_000
+MOST_PAUSES = 6
 
 Owner = TypeVar("Owner", bound=Hashable)
 Job = TypeVar("Job")
@@ -167,7 +168,9 @@ class Workers(Generic[Owner, Job, Result]):
 
 
 def finished(work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: float) -> dict[Owner, Result]:
-    """Do one job for each owner, and wait for all jobs, at most `seconds`.
+    """Do one job for each owner, and wait until all jobs have finished, or until no job has finished for `seconds`.
+
+    The call takes at most MOST_PAUSES times `seconds`.
 
     Returns:
         The results of the jobs that have finished. A thread that blocks ends without another job.
@@ -176,7 +179,13 @@ def finished(work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: 
         OSError: no thread can be started.
     """
     found: dict[Owner, Result] = {}
-    woken, remaining, ends_ns = threading.Event(), iter(owners), monotonic_ns() + int(seconds * 1e9)
+    pause_ns, now_ns = int(seconds * 1e9), monotonic_ns()
+    woken, remaining, ends_ns, last_ns = (
+        threading.Event(),
+        iter(owners),
+        now_ns + pause_ns,
+        now_ns + MOST_PAUSES * pause_ns,
+    )
     workers: Workers[Owner, Owner, Result] = Workers(work, lambda _: monotonic_ns() < ends_ns, woken.set)
     open_jobs = 0
     while monotonic_ns() < ends_ns:
@@ -185,9 +194,10 @@ def finished(work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: 
         if not open_jobs:
             break
         workers.go()
-        woken.wait(min(STALLED_NS, ends_ns - monotonic_ns()) / 1e9)
+        woken.wait(min(STALLED_NS, max(0, ends_ns - monotonic_ns())) / 1e9)
         woken.clear()
-        done = workers.take()
+        if done := workers.take():
+            ends_ns = min(monotonic_ns() + pause_ns, last_ns)
         found |= {one.owner: one.result for one in done}
         open_jobs -= len(done)
     return found

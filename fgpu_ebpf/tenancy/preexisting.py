@@ -21,7 +21,7 @@ from fgpu_ebpf.linux.mapped_files import MappedFile
 
 log = logging.getLogger("fgpu.agent")
 _SHIM = "libfgpu.so"
-SEARCH_SECONDS = 5.0  # a start waits so long for processes that block the reading of their mappings
+SEARCH_SECONDS = 5.0  # a search waits so long for the next result, and 30 s in all: some processes may block it
 
 
 class PreexistingProcesses:

@@ -96,7 +96,8 @@ def with_image(names: Names, image: Labels | None) -> Names:
     """
     own = image.of if image else names.labels
     asks = {key: own[key] for key in ASKING if key in own and names.labels.get(key, own[key]) == own[key]}
-    labels = {**{k: v for k, v in own.items() if k not in ASKING}, **names.labels} if image else dict(names.labels)
+    is_whole = image is not None and not names.is_cut  # the container may have another value of a label left out
+    labels = {**{k: v for k, v in own.items() if k not in ASKING}, **names.labels} if is_whole else dict(names.labels)
     labels = {key: value for key, value in labels.items() if key not in asks}
     is_cut = names.is_cut or (image is not None and image.is_cut)
     return Names(names.name, names.pod, names.namespace, names.image, labels, asks, is_cut)

@@ -10,11 +10,11 @@ import pytest
 
 @pytest.fixture
 def no_thread_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next start of a thread fail, as on a host without room for another task."""
-    start, failed = _thread.start_new_thread, list[bool]()
+    """Let the next start of a thread by the test's thread fail, as on a host without room for another task."""
+    start, failed, own = _thread.start_new_thread, list[bool](), _thread.get_ident()
 
     def start_later(function: Callable[[], None], args: tuple[()]) -> int:
-        if not failed:
+        if not failed and _thread.get_ident() == own:
             failed.append(True)
             raise RuntimeError("can't start new thread")
         return start(function, args)

@@ -35,3 +35,9 @@ def test_the_results_of_more_jobs_than_a_queue_holds_are_complete(monkeypatch: p
     monkeypatch.setattr(worker_threads, "MOST_WANTED", 4)
     assert worker_threads.finished(lambda job: -job, range(100), seconds=60) == {job: -job for job in range(100)}
     assert worker_threads.finished(lambda job: -job, [], seconds=60) == {}
+
+
+def test_slow_jobs_are_waited_for_as_long_as_jobs_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_threads, "MOST_THREADS", 1)
+    jobs = range(100)
+    assert worker_threads.finished(lambda job: time.sleep(0.01) or job, jobs, seconds=0.5) == {job: job for job in jobs}

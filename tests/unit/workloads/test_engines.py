@@ -445,6 +445,10 @@ def test_very_many_labels_of_a_container_or_its_image_do_not_hide_the_label_that
         found.keep()
     with running(api, file=file) as again:
         assert rules.resolve(again.named(workload()), [Gpu(0)]).limits.memory == {0: 0}, "the restart forgot the cut"
+    of_both, is_cut = engine_answers.labels_of(dict(sorted({**many, "tier": "gold"}.items())))
+    image = engine_answers.Labels({"tier": "x"}, is_cut=False)
+    merged = engine_answers.with_image(Names("web", labels=of_both, is_cut=is_cut), image)
+    assert (is_cut, merged.labels.get("tier"), merged.is_cut) == (True, None, True), "a label of the image replaces one"
     image = engine_answers.labels_of({**many, "tier": "notebook"})
     named_by_both = named(workload(), engine_answers.with_image(Names("web", labels={"team": "ml"}), image))
     assert rules.resolve(named_by_both, [Gpu(0)]).limits.memory == {0: 0}
