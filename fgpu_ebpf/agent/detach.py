@@ -1,11 +1,11 @@
 """`fgpu detach`: the removal of everything that fgpu has left on the host, with nine exceptions.
 
 The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), the files with which an
-engine stops containers that have the shim, versions of the shim that processes have mapped, the folder of the
-gatekeeper's socket while a container has mounted this folder, the parker's socket while systemd listens there, cgroups
-in which programs of `fgpu run` still run, the cache of compiled BPF programs, the measured sizes of contexts, and the
-store of `fgpu usage`. This module runs in the agent's main thread, or in the command if no agent runs. After an OSError
-the next call removes the remaining parts.
+engine stops containers that have the shim or, until a boot, starts containers by settings that were undone, versions of
+the shim that processes have mapped, the folder of the gatekeeper's socket while a container has mounted this folder,
+the parker's socket while systemd listens there, cgroups in which programs of `fgpu run` still run, the cache of
+compiled BPF programs, the measured sizes of contexts, and the store of `fgpu usage`. This module runs in the agent's
+main thread, or in the command if no agent runs. After an OSError the next call removes the remaining parts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
             text = "%s still has probes: programs with this shim get no memory until the kernel has removed the probes"
             log.warning(text, shim)
     if published:
-        _published(published, run_dir / "shim")
+        _published(published, run_dir)
     for path in (last_good.FILE, *(run_dir / name for name in _FILES)):
         _unlink(path)
     if not _is_of_systemd(run_dir / parker_client.SOCKET):
@@ -93,19 +93,18 @@ def _cgroups() -> None:
         workloads.remove(path)
 
 
-def _published(shim: Path, folder: Path) -> None:
+def _published(shim: Path, run_dir: Path) -> None:
     """Remove the store of this shim and the helper, unless an engine's settings or a process needs the files.
 
     The helper stays while a container has mounted the shim's folder: without it, the engine cannot stop the container.
-    The helper also stays while `fgpu setup` has a note in its folder: `--undo` removes the note after this call, and
-    without the helper the engine could start no container until it reads its restored settings.
+    It stays too if an engine may still use settings that were undone: without it, the engine starts no container.
     """
     store = shim.parent.parent
     if any(engine_setup.STATE.glob("*.json")):
         return
     mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
-    is_unused = not shim_mounts.is_mounted(folder) and not any(engine_setup.STATE.glob("*"))
-    if shim_store.remove(store, mapped) and is_unused:
+    is_run = shim_mounts.is_mounted(run_dir / "shim") or engine_setup.unread_mark(run_dir).exists()
+    if shim_store.remove(store, mapped) and not is_run:
         shutil.rmtree(injection.BIN, ignore_errors=True)
     # BESIDE exists on the host if a container has mounted a folder above, because the runtime creates the
     # mount point.

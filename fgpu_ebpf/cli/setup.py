@@ -189,6 +189,8 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
             has_changed = _take_back(engine_setup.where_it_is(part, state), state)
     if has_changed and engine.reload_undone:
         click.echo(f"takes effect after: {engine.reload_undone}")
+        if engine.reload and engine_setup.program(engine):  # Slurm has no reload, and runs no helper
+            engine_setup.unread_mark(run_dir()).touch()
     if has_changed and name == "docker":
         click.echo("containers created since the setup use the removed runtime fgpu: create them again")
     host_service.stop(run_dir(), STATE)

@@ -127,6 +127,14 @@ def undo(engine: Engine, state: Path) -> bool:
     return before != now
 
 
+def unread_mark(run_dir: Path) -> Path:
+    """Return the file that exists, until the next boot, if an engine may still use settings that were undone.
+
+    `fgpu detach` and the removal of the package keep the helper, which the engine runs for each container.
+    """
+    return run_dir.with_name(f"{run_dir.name}-undone")
+
+
 def where_it_is(engine: Engine, state: Path) -> Engine:
     """Return the engine with the file that was set up, which may differ from the default file."""
     kept = _kept(state)

@@ -134,6 +134,24 @@ def test_a_purge_keeps_the_folder_that_a_container_has(host: fresh_host.Host, de
     folder.rmdir()
 
 
+def test_a_purge_keeps_the_helper_that_an_engine_may_still_use(host: fresh_host.Host, deb: Path) -> None:
+    """The engine still has the settings that the removal has undone, because it was not restarted."""
+    host.install(deb)
+    engine, settings = host.root / "usr/bin/dockerd", host.root / "etc/docker/daemon.json"
+    engine.write_text("#!/bin/sh\n")
+    engine.chmod(0o755)
+    host.run("fgpu", "setup", "docker")
+    assert '"default-runtime": "fgpu"' in settings.read_text()
+    host.apt("purge", "fgpu")
+    left = {path.name for path in (host.root / "var/lib/fgpu").iterdir()}
+    assert (left, (host.root / "var/lib/fgpu/bin/fgpu-oci").exists()) == ({"bin"}, True)
+    engine.unlink()
+    (host.root / "run/fgpu-undone").unlink()
+    host.install(deb)
+    host.apt("purge", "fgpu")
+    assert not (host.root / "var/lib/fgpu").exists()
+
+
 def test_the_package_stays_while_a_tenant_is_parked(host: fresh_host.Host, deb: Path) -> None:
     host.install(deb)
     command = host.root / "usr/bin/fgpu"

@@ -81,6 +81,23 @@ def test_a_detach_waits_for_the_mounted_shim_and_removes_only_a_published_store(
     assert not run_dir.exists()
 
 
+def test_a_detach_keeps_the_helper_that_an_engine_may_still_use_until_a_boot(
+    tmp_path: Path, waited: list[Path]
+) -> None:
+    run_dir, store, mark = tmp_path / "run", tmp_path / "store/shim", tmp_path / "run-undone"
+    (tmp_path / "store/bin").mkdir()
+    (tmp_path / "store/bin/fgpu-oci").touch()
+    mark.touch()
+    for is_kept in (True, False):
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "published").write_text(f"{store}/current/libfgpu.so\n")
+        detach.take_away(run_dir, tmp_path / "pins")
+        assert not store.exists()
+        assert (tmp_path / "store/bin/fgpu-oci").exists() == is_kept
+        mark.unlink(missing_ok=True)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_detach_that_failed_is_finished_by_the_next_one(
     tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +280,27 @@ def test_undo_reverts_everything(host):
     assert {k: v for k, v in everything(host).items() if "/beside/" not in k} == before
     assert asked(host)[1:] == [DISABLED]
     assert setup(host, "--undo").output == f"{host.daemon}: nothing to do\n"
+
+
+def test_undo_marks_that_a_running_engine_may_still_use_the_helper(host):
+    mark = engine_setup.unread_mark(host.path)
+    assert engine_setup.unread_mark(Path("/run/fgpu")) == Path("/run/fgpu-undone"), "postrm has the same name"
+    setup(host, "--undo")
+    assert not mark.exists(), "nothing was undone"
+    setup(host)
+    setup(host, "--undo")
+    assert mark.exists()
+    mark.unlink()
+    setup(host)
+    (host.path / "bin/dockerd").unlink()
+    setup(host, "--undo")
+    assert not mark.exists(), "the engine is not installed"
+
+
+def test_undo_of_slurm_does_not_keep_the_helper(slurm):
+    fgpu(slurm.path, "setup", "slurm")
+    fgpu(slurm.path, "setup", "slurm", "--undo")
+    assert not engine_setup.unread_mark(slurm.path).exists()
 
 
 def test_undo_reports_what_it_keeps(host):
