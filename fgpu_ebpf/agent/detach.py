@@ -30,6 +30,7 @@ from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.cgroups import Workloads
 
 log = logging.getLogger("fgpu.agent")
+SEARCH_SECONDS = 5.0  # see cuda_mappings.fgpu_mappings_of()
 DETACHED_SECONDS = 10.0  # the longest wait for the kernel, which detaches the shim's probes after they were unpinned
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
@@ -102,7 +103,11 @@ def _published(shim: Path, run_dir: Path) -> None:
     store = shim.parent.parent
     if any(engine_setup.STATE.glob("*.json")):
         return
-    mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
+    pids = procfs.pids()
+    read = cuda_mappings.fgpu_mappings_of(pids, SEARCH_SECONDS)
+    if not read.keys() >= set(pids):  # a process that blocks the reading of its mappings may need the files
+        return
+    mapped = {(m.dev, m.ino) for files in read.values() for m in files or ()}
     is_run = shim_mounts.is_mounted(run_dir / "shim") or engine_setup.unread_mark(run_dir).exists()
     if shim_store.remove(store, mapped) and not is_run:
         shutil.rmtree(injection.BIN, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from fgpu_ebpf import daemon
 from fgpu_ebpf.agent import detach
 from fgpu_ebpf.containers import engine_setup, injection, run
-from fgpu_ebpf.driver import attach, probe_plan
+from fgpu_ebpf.driver import attach, cuda_mappings, probe_plan
 from fgpu_ebpf.driver.library_class import Role
 from fgpu_ebpf.linux import breakpoints, file_locks
 from tests.unit import detach_kit
@@ -96,6 +98,20 @@ def test_a_detach_keeps_the_helper_that_an_engine_may_still_use_until_a_boot(
         assert (tmp_path / "store/bin/fgpu-oci").exists() == is_kept
         mark.unlink(missing_ok=True)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_detach_keeps_files_that_a_process_may_use_whose_mappings_cannot_be_read(
+    tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, store = threading.Event(), tmp_path / "store/shim"
+    (tmp_path / "run/published").write_text(f"{store}/current/libfgpu.so\n")
+    monkeypatch.setattr(detach, "SEARCH_SECONDS", 0.2)
+    monkeypatch.setattr(cuda_mappings, "fgpu_mappings", lambda pid: [] if pid != os.getpid() else goes_on.wait() and [])
+    try:
+        detach.take_away(tmp_path / "run", tmp_path / "pins")
+    finally:
+        goes_on.set()
+    assert (store / "current/libfgpu.so").exists()
 
 
 def test_a_detach_that_failed_is_finished_by_the_next_one(
