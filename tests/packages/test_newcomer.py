@@ -129,7 +129,14 @@ def test_two_commands_lead_to_a_limited_container(newcomer: fresh_host.Host, deb
     assert newcomer.unit(f"{UNIT}.service", *state) == ["active", "enabled"]
     again = newcomer.run(*LOGIN, *setup, check=False).stdout
     assert again.count(": nothing to do\n") == 3, again
+    container(newcomer, example.replace("--rm", "--detach --name across").replace("nvidia-smi", "sleep 600").split())
     done = newcomer.run("fgpu", "setup", "docker", "--undo")
     assert newcomer.unit(f"{UNIT}.service", *state) == ["inactive", "disabled"], done.stdout
     assert json.loads((newcomer.root / "etc/docker/daemon.json").read_text()) == SETTINGS
     assert list((newcomer.root / "etc/fgpu/policy.d").iterdir()) == []
+    # A program in a container that ran before has no limit, and does not wait for the agent.
+    done = newcomer.run("docker", "exec", "across", "/opt/build/examples/fill", "--step", "2MiB", check=False)
+    (got,) = re.findall(r"admitted (\d+) bytes", done.stdout)
+    assert int(got) > LIMIT, done.stderr
+    newcomer.run("docker", "rm", "--force", "across")
+    container(newcomer, example.replace("nvidia-smi", "sh -c :").split())
