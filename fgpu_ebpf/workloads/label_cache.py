@@ -18,14 +18,18 @@ from fgpu_ebpf.workloads.workload import Names, Subject
 
 log = logging.getLogger("fgpu.engines")
 MOST_BYTES = 64 << 20
+_FIELDS = {field.name for field in fields(Names)}
 
 
 def read(file: Path) -> dict[Subject, Names]:
-    """Return the stored names, or an empty dict if the file is missing or invalid."""
+    """Return the stored names, or an empty dict if the file is missing or invalid.
+
+    An entry of an earlier version, which lacks a field, is left out: the agent requests the names again.
+    """
     try:
         with file.open("rb") as opened:
             found = json.loads(opened.read(MOST_BYTES))
-        return dict(_entry(entry) for entry in found)
+        return dict(_entry(entry) for entry in found if entry.keys() >= _FIELDS)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -45,7 +49,7 @@ def _entry(entry: Any) -> tuple[Subject, Names]:
     Raises:
         ValueError, TypeError, KeyError, AttributeError: the entry is invalid.
     """
-    names = Names(**{field.name: entry[field.name] for field in fields(Names) if field.name in entry})
+    names = Names(**{name: entry[name] for name in _FIELDS})
     if not (isinstance(names.name, str) and isinstance(names.is_cut, bool)) or not all(
         text is None or isinstance(text, str) for text in (names.pod, names.namespace, names.image)
     ):

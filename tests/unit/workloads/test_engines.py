@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import socket
 import threading
@@ -272,13 +273,22 @@ def test_no_container_waits_for_labels_while_its_name_is_requested_again(docker,
         assert found.views()[0].waiting == 0
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '[{"of": ["docker"]}]', '[{"of": ["x", "y", 0]}]', "{}", "null", "[" * 10**5]
-)
+@pytest.mark.parametrize("text", ["", "{", "[1]", '["of"]', '[{"of": ["x", "y", 0]}]', "{}", "null", "[" * 10**5])
 def test_an_invalid_label_cache_has_no_labels(tmp_path, text):
     file = tmp_path / "engines.json"
     file.write_text(text)
     assert label_cache.read(file) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"of": ["docker"]}, {"of": ["x", "y", 0]}, {"name": 1}, {"is_cut": 0}, {"labels": 1}]
+)
+def test_an_invalid_entry_makes_the_label_cache_invalid(tmp_path, wrong):
+    file = tmp_path / "engines.json"
+    entry = {"of": ["docker", ID, False], **dataclasses.asdict(Names("web"))}
+    for entries, known in (([entry], 1), ([entry, {**entry, **wrong}], 0)):
+        file.write_text(json.dumps(entries))
+        assert len(label_cache.read(file)) == known
 
 
 # -- engines that hang or return false answers
@@ -452,6 +462,21 @@ def test_very_many_labels_of_a_container_or_its_image_do_not_hide_the_label_that
     image = engine_answers.labels_of({**many, "tier": "notebook"})
     named_by_both = named(workload(), engine_answers.with_image(Names("web", labels={"team": "ml"}), image))
     assert rules.resolve(named_by_both, [Gpu(0)]).limits.memory == {0: 0}
+
+
+def test_names_that_an_earlier_version_has_stored_without_the_cut_are_requested_again(docker, api, tmp_path):
+    labels = {"tier": "notebook", **{f"k{n:03}": "" for n in range(engine_answers.MOST_LABELS)}}
+    file = tmp_path / "labels.json"
+    rules = policies("{selector: {matchLabels: {k255: ''}}, memory: {limit: 4GiB}}")
+    docker.containers = [container(Labels=labels)]
+    with running(api, file=file) as found:
+        asked(found, workload())
+        found.keep()
+    stored = json.loads(file.read_text())
+    assert [len(entry["labels"]) for entry in stored] == [engine_answers.MOST_LABELS]
+    file.write_text(json.dumps([{key: entry[key] for key in entry if key != "is_cut"} for entry in stored]))
+    with running(api, file=file) as again:
+        assert rules.resolve(asked(again, workload()), [Gpu(0)]).limits.memory == {0: 0}
 
 
 def test_known_labels_are_bounded_and_forgotten(docker, api, monkeypatch):
