@@ -16,6 +16,7 @@ from fgpu_ebpf.policy.share_name import bound
 from fgpu_ebpf.policy.units import memory_text, shown
 
 MOST_SLOTS = 1000  # a host must have fewer in all profiles, so that lists stay far below kubelet's maximum of 4 MiB
+ADMISSION_SECONDS = 10.0  # between kubelet's requests for two containers of one pod; each may wait for room
 PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start; the image may have to be pulled
 _BETWEEN = "::"
 
@@ -129,15 +130,21 @@ def host_of(answer: Mapping[str, Any]) -> Host:
     return Host(answer["fault"], devices, mounts, answer.get("started", {}))
 
 
+def _of(slots: Iterable[Slot], uuid: str, share: str) -> list[Slot]:
+    """Return the slots of a profile on a device, in their order."""
+    return [slot for slot in slots if (slot.uuid, slot.share) == (uuid, share)]
+
+
 @dataclass(slots=True)
 class _Promise:
-    """Containers that are about to start in a slot, one after the other: an init container, and then another one.
+    """Containers of one pod that are about to start in a slot, one after the other: init containers, and then another.
 
-    `since`: the times of their allocations. `ended`: the value of Host.ended() before the start of the latest
-    container, or None if none has started.
+    `since`: the time of the last allocation. `waiting`: the number of containers that have not started. `ended`: the
+    value of Host.ended() before the start of the latest container, or None if none has started.
     """
 
-    since: list[float] = field(default_factory=list)
+    since: float
+    waiting: int = 0
     ended: int | None = None
 
 
@@ -146,7 +153,8 @@ class Book:
 
     kubelet does not report to a device plugin that a container has exited, so the agent's numbers decide. A slot is
     promised from its allocation until the agent counts the container, for PROMISE_SECONDS at most. kubelet allocates a
-    slot once for each container of a pod that uses the slot. While such a container runs, the next one needs no memory.
+    slot once for each container of a pod that uses the slot, at one time: a later allocation is for another pod. While
+    such a container runs, the next one needs no memory. A slot has one running container at most.
     """
 
     def __init__(self, is_counted: bool = True) -> None:
@@ -165,20 +173,21 @@ class Book:
         """Record an answer of the agent, and end the promises for containers that the agent counts now."""
         now = time.monotonic() if now is None else now
         before, self.host = self.host, host
-        for promise in self._promised.values():
-            promise.since = [since for since in promise.since if now - since <= PROMISE_SECONDS]
+        self._promised = {slot: p for slot, p in self._promised.items() if now - p.since <= PROMISE_SECONDS}
         for (uuid, share), count in host.arrived(before).items():
             for _ in range(count):
                 self._start(uuid, share, before.ended(uuid, share))
-        self._promised = {slot: promise for slot, promise in self._promised.items() if promise.since}
 
     def _start(self, uuid: str, share: str, ended: int) -> None:
         """End the promise for one container that has started, if possible in a slot without an earlier container."""
-        promises = [p for slot, p in self._promised.items() if (slot.uuid, slot.share) == (uuid, share) and p.since]
-        if promises:
-            promise = max(promises, key=lambda promise: (promise.ended is None, len(promise.since)))
-            promise.since.pop()  # an older one may be of a pod that never started
-            promise.ended = ended
+        slots = _of(self._promised, uuid, share)
+        if not slots:
+            return
+        slot = max(slots, key=lambda slot: (self._promised[slot].ended is None, self._promised[slot].waiting))
+        promise = self._promised[slot]
+        promise.waiting, promise.ended = promise.waiting - 1, ended
+        if not promise.waiting:
+            del self._promised[slot]
 
     def promise(self, slots: Iterable[Slot], now: float | None = None) -> None:
         """Record that containers are about to start in these slots, if the agent counts these containers."""
@@ -186,23 +195,31 @@ class Book:
             return
         now = time.monotonic() if now is None else now
         for slot in slots:
-            self._promised.setdefault(slot, _Promise()).since.append(now)
+            promise = self._promised.get(slot)
+            if promise is None or now - promise.since > ADMISSION_SECONDS:  # a pod that never started has no slot
+                promise = self._promised[slot] = _Promise(now)
+            promise.since, promise.waiting = now, promise.waiting + 1
             self._given.pop(slot, None)
             self._given[slot] = None
 
-    def _held(self, uuid: str) -> list[Slot]:
-        """Return the slots of a device with memory that is promised and not taken."""
-        of = [(slot, promise) for slot, promise in self._promised.items() if slot.uuid == uuid]
-        return [slot for slot, promise in of if promise.ended != self.host.ended(uuid, slot.share)]
+    def _held(self, device: Device, share: str, but: Sequence[Slot] = ()) -> int:
+        """Return how many slots of a profile, except `but`, have memory that is promised and not taken.
 
-    def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
+        If a container has ended, it may be the container of any slot. But if the other slots are all taken, then no
+        container of a promised slot has ended.
+        """
+        profile, ended = device.profiles[share], self.host.ended(device.uuid, share)
+        states = [self._promised[slot].ended for slot in _of(self._promised, device.uuid, share) if slot not in but]
+        new = states.count(None)
+        empty = max(0, profile.count - len(_of(but, device.uuid, share)) - new - profile.taken)
+        return new + min(empty, sum(state not in (None, ended) for state in states))
+
+    def room(self, device: Device, share: str, but: Sequence[Slot] = ()) -> int:
         """Return how many more shares of a profile fit on a device, in addition to promised slots not in `but`."""
-        mine = set(but)
-        promised = [slot for slot in self._held(device.uuid) if slot not in mine]
         profile = device.profiles[share]
         if profile.fits * profile.bytes > device.free_bytes:  # overcommit is allowed
             return profile.fits
-        held = sum(device.profiles[slot.share].bytes for slot in promised if slot.share in device.profiles)
+        held = sum(self._held(device, other, but) * about.bytes for other, about in device.profiles.items())
         return max(0, device.free_bytes - held) // profile.bytes
 
     def healthy(self, share: str) -> set[Slot]:
@@ -219,9 +236,9 @@ class Book:
                 continue
             profile = device.profiles[share]
             own = [Slot(device.uuid, share, number) for number in range(profile.count)]
-            known = [slot for slot in reversed(self._given) if slot.uuid == device.uuid and slot.share == share]
-            promised = sum(slot.share == share for slot in self._held(device.uuid))
-            many = profile.taken + promised + self.room(device, share) if self._is_counted else profile.count
+            known = _of(reversed(self._given), device.uuid, share)
+            room = self._held(device, share) + self.room(device, share)
+            many = profile.taken + room if self._is_counted else profile.count
             found.update([slot for slot in dict.fromkeys([*known, *own]) if slot.number < profile.count][:many])
         return found
 

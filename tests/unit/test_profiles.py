@@ -221,6 +221,45 @@ def test_containers_that_start_at_the_same_time_use_promises_of_different_slots(
     assert numbers(book.healthy("4gib")) == [0, 1], "a promise ends with the last container"
 
 
+def test_the_promise_of_a_pod_that_never_started_ends_when_another_pod_gets_its_slot():
+    book, name, (first, second) = Book(), f"8gib:{ONE}", (Slot(ONE, "8gib", number) for number in (0, 1))
+    book.look(told(), now=0)
+    book.promise([second], now=0)
+    book.look(told(free=8, taken=1, started={name: 1}), now=1)
+    book.promise([first], now=2)
+    book.promise([first], now=20)
+    book.look(told(free=0, taken=2, started={name: 2}), now=25)
+    book.look(told(free=8, taken=1, started={name: 2}), now=60)
+    assert not book.shortage([second])
+    assert numbers(book.healthy("4gib")) == [0, 1]
+
+
+def test_the_end_of_another_container_is_not_that_of_an_init_container_that_runs():
+    """Kubelet requests a slot again only after the slot's container has ended."""
+    book, name, (first, second) = Book(), f"8gib:{ONE}", (Slot(ONE, "8gib", number) for number in (0, 1))
+    book.look(told())
+    book.promise([second])
+    book.look(told(free=8, taken=1, started={name: 1}))
+    for _ in range(2):
+        book.promise([first])
+    book.look(told(free=0, taken=2, started={name: 2}))
+    book.look(told(free=8, taken=1, started={name: 2}))
+    assert not book.shortage([second])
+    assert "4GiB do not fit on" in book.shortage([Slot(ONE, "4gib", 0)]), "the init container may have ended"
+
+
+def test_a_slot_that_was_used_before_does_not_end_the_promise_of_another_slot():
+    book, name, (first, second) = Book(), f"8gib:{ONE}", (Slot(ONE, "8gib", number) for number in (0, 1))
+    book.look(told(free=8))  # two containers have 4 GiB each
+    book.promise([second])
+    book.look(told(free=8, started={name: 1}))
+    for _ in range(2):
+        book.promise([first])
+    book.look(told(free=0, taken=1, started={name: 2}))
+    book.look(told(free=8, started={name: 2}))
+    assert "8GiB do not fit on" in book.shortage([second]), "the second container of the slot has not begun"
+
+
 def test_all_ids_are_healthy_if_the_agent_counts_no_container_with_a_share():
     """Policies set the limits of the strategy `mounts`, so `taken` stays 0 while memory is committed."""
     book, slots_ = Book(is_counted=False), [Slot(ONE, "8gib", number) for number in (0, 1)]
