@@ -64,7 +64,8 @@ def check(run_dir: Path) -> bool:
 def stop(run_dir: Path, states: Path) -> None:
     """Undo start(), unless another engine is set up, or policies or limits are in force.
 
-    A service that start() has started is stopped and detached. Limits of an agent that does not answer stay in force.
+    A service that start() has started is stopped and detached. If no agent answers, the service is kept if the folder
+    of policies has a file, because an agent may be starting; limits of the kernel stay in force.
     """
     note = states / _NOTE
     if not note.exists() or any(states.glob("*.json")):
@@ -76,8 +77,12 @@ def stop(run_dir: Path, states: Path) -> None:
         used, has_limits = _used(run_dir), False
     except ConnectionError:
         used, has_limits = _parked(run_dir), daemon.is_pinned()
+        try:  # again, because _parked() waits for an agent that starts
+            used, has_limits = used or _used(run_dir), False
+        except ConnectionError:
+            used = _policies(states)
     if used:
-        click.echo(f"{UNIT}: kept running: {used}")
+        click.echo(f"{UNIT}: kept: {used}")
         return
     undoing = note.read_text("ascii").split()
     subprocess.run(["systemctl", *undoing, *UNITS], capture_output=True, check=False)
@@ -96,6 +101,17 @@ def _parked(run_dir: Path) -> str:
 
     parked = still_parked(run_dir)
     return parked and f"there are parked tenants: {parked}"
+
+
+def _policies(states: Path) -> str:
+    """Return why the next agent is needed: it would read policies. An empty text means that there are no policies."""
+    from fgpu_ebpf.agent import host_config
+    from fgpu_ebpf.containers import first_policy
+
+    host, errors = host_config.read()
+    if host is None:
+        return "; ".join(map(str, errors))
+    return f"{host.policy_folder} has policies" if first_policy.others(host.policy_folder, states) else ""
 
 
 def _used(run_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -342,7 +343,7 @@ def test_undo_keeps_a_service_that_is_still_needed(policies, tenants, why, host)
     setup(host, "--memory", "8GiB")
     with agent(host.path, reload={"policies": policies}, snapshot={"tenants": tenants}, detach={"tenants": 0}) as got:
         done = setup(host, "--undo")
-    assert ("kept running" in done.output, len(asked(host))) == ((True, 1) if why else (False, 2))
+    assert ("kept" in done.output, len(asked(host))) == ((True, 1) if why else (False, 2))
     assert ("detach" in [request["verb"] for request in got]) == (not why)
     assert why in done.output
 
@@ -351,7 +352,38 @@ def test_undo_keeps_the_service_that_a_parked_tenant_needs(host, monkeypatch):
     setup(host, "--memory", "8GiB")
     monkeypatch.setattr("fgpu_ebpf.cli.parking.still_parked", lambda _: "alice: no room")
     done = setup(host, "--undo")
-    assert "kept running: there are parked tenants: alice: no room" in done.output
+    assert "kept: there are parked tenants: alice: no room" in done.output
+    assert len(asked(host)) == 1
+
+
+def test_undo_keeps_the_service_whose_agent_starts_and_has_policies(host, monkeypatch):
+    setup(host, "--memory", "8GiB")
+    with contextlib.ExitStack() as stack:
+
+        def waits_for_the_agent(_) -> str:
+            stack.enter_context(agent(host.path, reload={"policies": 1}, snapshot={"tenants": []}))
+            return ""
+
+        monkeypatch.setattr("fgpu_ebpf.cli.parking.still_parked", waits_for_the_agent)
+        done = setup(host, "--undo")
+    assert "fgpu-agent: kept: there is 1 policy in force" in done.output
+    assert len(asked(host)) == 1
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "zz-docker.yaml"])
+def test_undo_without_an_agent_keeps_the_service_if_an_administrator_has_written_a_policy(name, running):
+    running.policy.unlink()
+    running.policy.with_name(name).write_text("# mine\n")
+    done = setup(running, "--undo")
+    assert f"fgpu-agent: kept: {running.policy.parent} has policies" in done.output
+    assert len(asked(running)) == 1
+    assert (running.path / "shim").stat().st_mode & 0o7777 == 0o755, "the shim no longer waits for the agent"
+
+
+def test_undo_without_an_agent_keeps_the_service_if_agent_yaml_has_an_error(host, monkeypatch):
+    setup(host, "--memory", "8GiB")
+    monkeypatch.setattr(host_config, "read", lambda: (None, ("agent.yaml: no such key: policy",)))
+    assert "fgpu-agent: kept: agent.yaml: no such key: policy" in setup(host, "--undo").output
     assert len(asked(host)) == 1
 
 
