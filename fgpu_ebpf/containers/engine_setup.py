@@ -81,12 +81,14 @@ def set_up(engine: Engine, helper: Path, state: Path, is_dry: bool = False) -> W
     _put_beside(helper, wanted)
     if state.exists():
         state.chmod(0o600)  # an earlier version of fgpu has made the state readable for all users
-    if wanted.text == now:
+    if wanted.text == now and kept["after"] is not None:
         return None
     missing = () if engine.keeps_folder else _missing_folders(engine.file)
     made = sorted({*kept["made"], *missing}, key=len, reverse=True)
     notes = json.dumps({"file": str(engine.file), "before": before, "had": now, "after": wanted.text, "made": made})
-    _write(state, notes)
+    _write(state, notes)  # also if the state alone was lost, because a removal of fgpu undoes what has a state
+    if wanted.text == now:
+        return None
     _write(engine.file, wanted.text, like=engine.file)
     return wanted
 

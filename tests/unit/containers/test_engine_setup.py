@@ -146,6 +146,9 @@ def test_a_setup_writes_lost_links_and_files_again(name, text, tmp_path, helper)
     assert sorted(helper.parent.rglob("*")) == beside
     assert (len(beside) > 1) == (name != "docker"), "Docker's settings name the helper itself"
     assert read(found) == once
+    assert state.exists(), "a removal of fgpu would remove the helper, and keep settings that name the helper"
+    assert undo(found, state)
+    assert "fgpu" not in (read(found) or "")
 
 
 def test_undo_removes_exactly_the_empty_folders_that_setup_created(tmp_path, helper):
