@@ -23,6 +23,7 @@ from fgpu_ebpf.workloads import shim_mounts
 from tests.unit import detach_kit
 from tests.unit.cli.cli_kit import agent, fgpu
 
+ROOT = Path(__file__).parents[3]
 ID = "0123456789abcdef" * 4
 DISABLED = "disable --now fgpu-agent fgpu-gatekeeper fgpu-parker.socket fgpu-parker"
 
@@ -448,6 +449,20 @@ def test_undo_of_an_agent_that_ran_before_does_not_detach_it(host):
     with agent(host.path, reload={"policies": 0}, snapshot={"tenants": []}) as got:
         assert setup(host, "--undo").exit_code == 0
     assert "detach" not in [request["verb"] for request in got]
+
+
+def test_a_removal_of_the_package_disables_the_service_once_and_reports_only_the_engines(host):
+    """The undo of an engine finds no agent, and would print `fgpu detach`, which is the next step of the removal."""
+    setup(host, "--memory", "8GiB")
+    (host.path / "bin/fgpu").write_text(f'#!/bin/sh\n[ "$1" != setup ] || ls {engine_setup.STATE} >{host.path}/told\n')
+    (host.path / "bin/fgpu").chmod(0o755)
+    text = (ROOT / "deploy/debian/prerm").read_text()
+    for usual, place in (("/var/lib/fgpu/setup", engine_setup.STATE), ("/usr/lib/fgpu/site", host.path / "bin")):
+        assert usual in text
+        text = text.replace(usual, str(place))
+    subprocess.run(["sh", "-c", text, "prerm", "remove"], check=True)
+    assert (host.path / "told").read_text() == "docker-policy.json\ndocker.json\n"
+    assert "fgpu-agent" not in setup(host, "--undo").output
 
 
 def test_undo_disables_a_service_whose_start_was_interrupted(host, monkeypatch):
