@@ -28,7 +28,7 @@ PRELOADS = tuple(map(Path, shim_mounts.LISTS))
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
-_AWAITED = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AWAITED = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
 _AGAIN = "restart the agent, which installs the shim again"
 
 
@@ -218,18 +218,32 @@ def _wait_for(child: int) -> int:
     A signal of the terminal is not forwarded, because the terminal sends this signal to the program too. The exception
     is the terminal's hangup, which the terminal reports only to the session's leader.
 
+    If the child stops and has the terminal, this process group stops, so that the user's shell takes the terminal back.
+    The first process of a pid namespace does not stop, and forwards the SIGCONT that the shell sends later.
+
     Returns:
         The child's exit code, or 128 plus the number of the signal that has killed the child.
     """
     while True:
         info = signal.sigwaitinfo(_AWAITED)
         if info.si_signo == signal.SIGCHLD:
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == child:
-                    code = os.waitstatus_to_exitcode(ended[1])
+            while (changed := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
+                if os.WIFSTOPPED(changed[1]):
+                    if changed[0] == child and _has_terminal(child):
+                        os.kill(0, signal.SIGSTOP)
+                elif changed[0] == child:
+                    code = os.waitstatus_to_exitcode(changed[1])
                     return code if code >= 0 else 128 - code
         elif info.si_code <= 0 or (info.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()):
             os.kill(child, info.si_signo)
+
+
+def _has_terminal(child: int) -> bool:
+    """Return whether a child has a process group of its own, and this group is the foreground of the terminal."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgid(child) != os.getpgrp()
+    except OSError:
+        return False
 
 
 def _end_with(parent: int) -> None:

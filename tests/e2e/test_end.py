@@ -346,6 +346,59 @@ def test_a_program_of_fgpu_run_gets_each_signal_of_its_terminal_once(unharmed, t
     assert told.read_text() == "up\n2\n15\n1\n"
 
 
+STOPS = """
+import os, signal
+os.setpgid(0, 0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+os.tcsetpgrp(0, os.getpgrp())
+os.kill(os.getpid(), signal.SIGSTOP)
+os._exit(7)
+"""
+
+
+def test_fgpu_run_stops_with_a_program_that_has_the_terminal_and_stops_itself(unharmed) -> None:
+    """An example is `suspend` in a shell. The user's shell takes its terminal back only from a job that is stopped."""
+    command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", sys.executable, "-c", STOPS]
+    with contextlib.ExitStack() as stack:
+        ours, its = os.openpty()
+        stack.callback(os.close, ours)
+        slave = stack.enter_context(open(its, "rb"))
+        leader = [sys.executable, "-c", LEADER, *map(str, command)]
+        shell = subprocess.Popen(["setsid", "--ctty", *leader], env=ENVIRONMENT, stdin=slave)
+        stack.callback(shell.wait, 30)
+        stack.callback(shell.kill)
+        assert shell.wait(60) == 7
+
+
+LEADER = """
+import os, signal, sys
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, setpgroup=0, setsigdef=[signal.SIGTTOU])
+os.tcsetpgrp(0, job)
+_, status = os.waitpid(job, os.WUNTRACED)
+assert os.WIFSTOPPED(status), status
+os.tcsetpgrp(0, job)
+os.killpg(job, signal.SIGCONT)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(job, 0)[1]))
+"""
+
+
+def test_a_program_of_fgpu_run_that_another_process_stops_and_continues_goes_on(unharmed) -> None:
+    command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "kill -STOP $$; exit 7"]
+    with contextlib.ExitStack() as stack:
+        run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True)
+        stack.callback(run.wait, 30)
+        stack.callback(run.kill)
+
+        def stopped() -> list[int]:
+            programs = [program for init in _children(run.pid) for program in _children(init)]
+            return [pid for pid in programs if "State:\tT" in Path(f"/proc/{pid}/status").read_text()]
+
+        eventually(stopped, 30, "a stopped program")
+        os.kill(stopped()[0], signal.SIGCONT)
+        assert run.wait(30) == 7
+
+
 REAPED = """
 import os, subprocess, time
 orphan = subprocess.check_output(["sh", "-c", "sleep 0.01 >/dev/null & echo $!"], text=True).strip()
