@@ -104,8 +104,9 @@ def _published(shim: Path, run_dir: Path) -> None:
     if any(engine_setup.STATE.glob("*.json")):
         return
     pids = procfs.pids()
-    read = cuda_mappings.fgpu_mappings_of(pids, SEARCH_SECONDS)
-    if not read.keys() >= set(pids):  # a process that blocks the reading of its mappings may need the files
+    read = cuda_mappings.fgpu_mappings_of(pids, SEARCH_SECONDS, SEARCH_SECONDS)
+    if blocking := set(pids) - read.keys():
+        log.warning("%s stays: the mappings of %d processes cannot be read", store, len(blocking))
         return
     mapped = {(m.dev, m.ino) for files in read.values() for m in files or ()}
     is_run = shim_mounts.is_mounted(run_dir / "shim") or engine_setup.unread_mark(run_dir).exists()

@@ -182,6 +182,8 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
     if is_named and there.resolve() != engine.file.resolve():  # the undo would remove the state of that file
         raise SetupError(f"`fgpu setup {name}` has changed {there}, not {engine.file}: run it without --file")
     policy = first_policy.settings(name, (), "", FOLDER), STATE / f"{name}-policy.json"
+    if engine.reload and (STATE / f"{name}.json").exists():  # Podman and Slurm have no reload, and run no helper
+        engine_setup.unread_mark(run_dir()).touch()
     has_changed = False
     for part, state in reversed([*engine_setup.parts(name, engine, STATE), policy]):
         if part is engine or state.exists():
@@ -189,8 +191,6 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
             has_changed = _take_back(engine_setup.where_it_is(part, state), state)
     if has_changed and engine.reload_undone:
         click.echo(f"takes effect after: {engine.reload_undone}")
-        if engine.reload and engine_setup.program(engine):  # Slurm has no reload, and runs no helper
-            engine_setup.unread_mark(run_dir()).touch()
     if has_changed and name == "docker":
         click.echo("containers created since the setup use the removed runtime fgpu: create them again")
     host_service.stop(run_dir(), STATE)

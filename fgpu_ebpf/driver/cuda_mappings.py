@@ -28,13 +28,13 @@ def fgpu_mappings(pid: int) -> list[MappedFile] | None:
         return None
 
 
-def fgpu_mappings_of(pids: Iterable[int], seconds: float) -> dict[int, list[MappedFile] | None]:
+def fgpu_mappings_of(pids: Iterable[int], seconds: float, most: float) -> dict[int, list[MappedFile] | None]:
     """Return the result of fgpu_mappings() for several processes, which are read in worker threads.
 
-    The call ends if no reading has finished for `seconds`. Processes that were not read, because they block the reading
-    of their mappings, are left out. Raise OSError if no thread can be started.
+    The call ends if no reading has finished for `seconds`, and after the time `most`, in seconds. Processes that were
+    not read, because they block the reading of their mappings, are left out. Raise OSError if no thread can be started.
     """
-    return worker_threads.finished(fgpu_mappings, pids, seconds)
+    return worker_threads.finished(fgpu_mappings, pids, seconds, most)
 
 
 def keeps_books(pid: int) -> bool:

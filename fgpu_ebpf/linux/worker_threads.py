@@ -25,7 +25,6 @@ from fgpu_ebpf.linux import threads
 
 MOST_THREADS, MORE_THREADS, MOST_AT_ONCE, MOST_WANTED, MOST_WANTED_ALL = 64, 8, 16, 1024, 1 << 16
 STALLED_NS, WAKE_NS = 2_000_000, 1_000_000
-MOST_PAUSES = 6
 
 Owner = TypeVar("Owner", bound=Hashable)
 Job = TypeVar("Job")
@@ -167,10 +166,16 @@ class Workers(Generic[Owner, Job, Result]):
             self._finished.append(owner)
 
 
-def finished(work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: float) -> dict[Owner, Result]:
-    """Do one job for each owner, and wait until all jobs have finished, or until no job has finished for `seconds`.
+def finished(
+    work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: float, most: float
+) -> dict[Owner, Result]:
+    """Do one job for each owner, and wait until all jobs have finished.
 
-    The call takes at most MOST_PAUSES times `seconds`.
+    Args:
+        work: see Workers.
+        owners: the owners of the jobs.
+        seconds: the call ends if no job has finished in this time.
+        most: the call ends after this time.
 
     Returns:
         The results of the jobs that have finished. A thread that blocks ends without another job.
@@ -179,13 +184,9 @@ def finished(work: Callable[[Owner], Result], owners: Iterable[Owner], seconds: 
         OSError: no thread can be started.
     """
     found: dict[Owner, Result] = {}
-    pause_ns, now_ns = int(seconds * 1e9), monotonic_ns()
-    woken, remaining, ends_ns, last_ns = (
-        threading.Event(),
-        iter(owners),
-        now_ns + pause_ns,
-        now_ns + MOST_PAUSES * pause_ns,
-    )
+    woken, remaining, pause_ns = threading.Event(), iter(owners), int(seconds * 1e9)
+    last_ns = monotonic_ns() + int(most * 1e9)
+    ends_ns = min(monotonic_ns() + pause_ns, last_ns)
     workers: Workers[Owner, Owner, Result] = Workers(work, lambda _: monotonic_ns() < ends_ns, woken.set)
     open_jobs = 0
     while monotonic_ns() < ends_ns:

@@ -101,7 +101,7 @@ def test_a_detach_keeps_the_helper_that_an_engine_may_still_use_until_a_boot(
 
 
 def test_a_detach_keeps_files_that_a_process_may_use_whose_mappings_cannot_be_read(
-    tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, waited: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     goes_on, store = threading.Event(), tmp_path / "store/shim"
     (tmp_path / "run/published").write_text(f"{store}/current/libfgpu.so\n")
@@ -112,6 +112,7 @@ def test_a_detach_keeps_files_that_a_process_may_use_whose_mappings_cannot_be_re
     finally:
         goes_on.set()
     assert (store / "current/libfgpu.so").exists()
+    assert caplog.messages[-1] == f"{store} stays: the mappings of 1 processes cannot be read"
 
 
 def test_a_detach_that_failed_is_finished_by_the_next_one(

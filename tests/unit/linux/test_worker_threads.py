@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import threading
 import time
 
 import pytest
@@ -33,11 +34,20 @@ def test_a_thread_that_cannot_be_started_is_due_again_after_a_pause(monkeypatch:
 
 def test_the_results_of_more_jobs_than_a_queue_holds_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_threads, "MOST_WANTED", 4)
-    assert worker_threads.finished(lambda job: -job, range(100), seconds=60) == {job: -job for job in range(100)}
-    assert worker_threads.finished(lambda job: -job, [], seconds=60) == {}
+    assert worker_threads.finished(lambda job: -job, range(100), 60, 60) == {job: -job for job in range(100)}
+    assert worker_threads.finished(lambda job: -job, [], 60, 60) == {}
 
 
 def test_slow_jobs_are_waited_for_as_long_as_jobs_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_threads, "MOST_THREADS", 1)
     jobs = range(100)
-    assert worker_threads.finished(lambda job: time.sleep(0.01) or job, jobs, seconds=0.5) == {job: job for job in jobs}
+    assert worker_threads.finished(lambda job: time.sleep(0.01) or job, jobs, 0.5, 60) == {job: job for job in jobs}
+
+
+def test_slow_jobs_are_waited_for_at_most_a_total_time() -> None:
+    goes_on = threading.Event()
+    try:
+        found = worker_threads.finished(lambda job: job == 1 or goes_on.wait(), [1, 2], 60, 0.2)
+    finally:
+        goes_on.set()
+    assert found == {1: True}
