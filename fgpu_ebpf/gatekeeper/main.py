@@ -219,11 +219,11 @@ class Gatekeeper:
 
     def _take_finished(self) -> None:
         self._wakeup.clear()
-        for found in self._knocks.take():
-            self._connections.enter(*found)
         for connection, took_ns in self._scanner.take():
             self._connections.charge(connection.tenant, took_ns)
             self._connections.ready(connection)
+        for found in self._knocks.take():
+            self._connections.enter(*found)
 
     def _devices(self, epoch: int, ledger: Ledger) -> list[tuple[int, bytes]]:
         """Return the host's devices, from a cache that is renewed with every epoch and at every heartbeat."""
