@@ -30,7 +30,6 @@ from fgpu_ebpf.workloads import shim_mounts
 from fgpu_ebpf.workloads.cgroups import Workloads
 
 log = logging.getLogger("fgpu.agent")
-SEARCH_SECONDS = 5.0  # see cuda_mappings.fgpu_mappings_of()
 DETACHED_SECONDS = 10.0  # the longest wait for the kernel, which detaches the shim's probes after they were unpinned
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
@@ -104,7 +103,7 @@ def _published(shim: Path, run_dir: Path) -> None:
     if any(engine_setup.STATE.glob("*.json")):
         return
     pids = procfs.pids()
-    read = cuda_mappings.fgpu_mappings_of(pids, SEARCH_SECONDS, SEARCH_SECONDS)
+    read = cuda_mappings.fgpu_mappings_of(pids, cuda_mappings.SEARCH_SECONDS)
     if blocking := set(pids) - read.keys():
         log.warning("%s stays: the mappings of %d processes cannot be read", store, len(blocking))
         return

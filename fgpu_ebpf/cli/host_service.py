@@ -73,26 +73,29 @@ def stop(run_dir: Path, states: Path) -> None:
     from fgpu_ebpf import daemon
     from fgpu_ebpf.cli import service
 
-    try:
-        used, has_limits = _used(run_dir), False
-    except ConnectionError:
-        used, has_limits = _parked(run_dir), daemon.is_pinned()
-        try:  # again, because _parked() waits for an agent that starts
-            used, has_limits = used or _used(run_dir), False
-        except ConnectionError:
-            used = _policies(states)
+    used, has_answered = _needed(run_dir, states)
     if used:
         click.echo(f"{UNIT}: kept: {used}")
         return
     undoing = note.read_text("ascii").split()
     subprocess.run(["systemctl", *undoing, *UNITS], capture_output=True, check=False)
     said = "disabled"
-    if "--now" in undoing and has_limits:
+    if "--now" in undoing and not has_answered and daemon.is_pinned():
         said += "; no agent answered: `fgpu detach` removes limits that the kernel may have"
     elif "--now" in undoing:
         service.detached()  # else programs that start in running containers would wait for an agent, and get no memory
     note.unlink()
     click.echo(f"{UNIT}: {said}")
+
+
+def _needed(run_dir: Path, states: Path) -> tuple[str, bool]:
+    """Return the reason why the agent is still needed, or an empty text, and whether an agent has answered."""
+    with contextlib.suppress(ConnectionError):
+        return _used(run_dir), True
+    parked = _parked(run_dir)  # waits for an agent that starts
+    with contextlib.suppress(ConnectionError):
+        return parked or _used(run_dir), True
+    return _policies(states), False
 
 
 def _parked(run_dir: Path) -> str:

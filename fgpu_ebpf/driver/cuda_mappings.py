@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from fgpu_ebpf.linux import breakpoints, procmaps, worker_threads
 from fgpu_ebpf.linux.mapped_files import MappedFile
 
+SEARCH_SECONDS = 5.0
 BOOKS = b"/run/fgpu/books"  # the shim's own ledger for an image with its own limit
 
 
@@ -28,13 +29,13 @@ def fgpu_mappings(pid: int) -> list[MappedFile] | None:
         return None
 
 
-def fgpu_mappings_of(pids: Iterable[int], seconds: float, most: float) -> dict[int, list[MappedFile] | None]:
+def fgpu_mappings_of(pids: Iterable[int], most: float) -> dict[int, list[MappedFile] | None]:
     """Return the result of fgpu_mappings() for several processes, which are read in worker threads.
 
-    The call ends if no reading has finished for `seconds`, and after the time `most`, in seconds. Processes that were
-    not read, because they block the reading of their mappings, are left out. Raise OSError if no thread can be started.
+    The call ends if no reading has finished for SEARCH_SECONDS, and after `most` seconds. Processes that were not read,
+    because they block the reading of their mappings, are left out. Raise OSError if no thread can be started.
     """
-    return worker_threads.finished(fgpu_mappings, pids, seconds, most)
+    return worker_threads.finished(fgpu_mappings, pids, SEARCH_SECONDS, most)
 
 
 def keeps_books(pid: int) -> bool:

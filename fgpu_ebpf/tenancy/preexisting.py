@@ -21,7 +21,7 @@ from fgpu_ebpf.linux.mapped_files import MappedFile
 
 log = logging.getLogger("fgpu.agent")
 _SHIM = "libfgpu.so"
-SEARCH_SECONDS, MOST_SECONDS = 5.0, 30.0  # see cuda_mappings.fgpu_mappings_of(): some processes may block a search
+MOST_SECONDS = 30.0  # of a search, while processes that block it are skipped; less than the start's time limit
 
 
 class PreexistingProcesses:
@@ -48,7 +48,7 @@ class PreexistingProcesses:
                 return cls({int(pid): int(start) for pid, start in said.items()})
             return cls()
         pids = procfs.pids()
-        mapped = cuda_mappings.fgpu_mappings_of(pids, SEARCH_SECONDS, MOST_SECONDS)
+        mapped = cuda_mappings.fgpu_mappings_of(pids, MOST_SECONDS)
         if blocking := set(pids) - mapped.keys():
             log.warning("the mappings of %d processes cannot be read: they do not count as preexisting", len(blocking))
         using = [pid for pid, files in mapped.items() if _uses_the_driver(files or (), layout_changes)]

@@ -483,8 +483,9 @@ SECOND = 1.1  # until a budget that an earlier test has used is there again
 
 
 def owned(kernel, owner, *levels):
-    for level in levels:
-        kernel.ledger.owners.attach(level.cgroup, owner.cgroup, (1 << 30,) * 4, ())
+    """Make a level the bound owner of levels, and return the owner's slot."""
+    (slot,) = {kernel.ledger.owners.attach(level.cgroup, owner.cgroup, (1 << 30,) * 4, ()) for level in levels}
+    return slot
 
 
 @pytest.mark.parametrize("limit", [1024 * MIB, None], ids=["managed", "unmanaged"])
@@ -492,14 +493,13 @@ def test_knocks_are_reported_with_the_descriptor_and_each_second_only_the_first(
     kernel, bell, level, make_level, make_client, limit
 ):
     mine = make_level(limit)
-    if limit:
-        owned(kernel, mine, mine)
+    slot = owned(kernel, mine, mine) if limit else 0
     client = make_client(mine, page_of=level)
     time.sleep(SECOND)
     client(f"admit(0, {HELLO}, device=7)")
     assert is_rung(bell)
     (event,) = bell.read()
-    assert (event.kind, event.tgid, event.device) == (News.KNOCK, client.pid, 7)
+    assert (event.kind, event.tgid, event.device, event.bytes) == (News.KNOCK, client.pid, 7, slot)
     begun = time.monotonic()
     client(f"[admit(0, {HELLO}, device=7) for _ in range(10_000)] and None")
     seconds = time.monotonic() - begun

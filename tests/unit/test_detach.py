@@ -105,7 +105,7 @@ def test_a_detach_keeps_files_that_a_process_may_use_whose_mappings_cannot_be_re
 ) -> None:
     goes_on, store = threading.Event(), tmp_path / "store/shim"
     (tmp_path / "run/published").write_text(f"{store}/current/libfgpu.so\n")
-    monkeypatch.setattr(detach, "SEARCH_SECONDS", 0.2)
+    monkeypatch.setattr(cuda_mappings, "SEARCH_SECONDS", 0.2)
     monkeypatch.setattr(cuda_mappings, "fgpu_mappings", lambda pid: [] if pid != os.getpid() else goes_on.wait() and [])
     try:
         detach.take_away(tmp_path / "run", tmp_path / "pins")

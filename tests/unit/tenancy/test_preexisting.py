@@ -13,7 +13,6 @@ import pytest
 
 from fgpu_ebpf.driver import cuda_mappings
 from fgpu_ebpf.linux import mapped_files, procfs
-from fgpu_ebpf.tenancy import preexisting
 from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 
 ME = os.getpid()
@@ -48,7 +47,7 @@ def test_a_process_that_blocks_the_search_delays_the_start_for_a_bounded_time(
     maps(monkeypatch, {other.pid: ["/usr/lib/libcuda.so.1"], ME: ["/usr/lib/libcuda.so.1"]})
     read = cuda_mappings.fgpu_mappings
     monkeypatch.setattr(cuda_mappings, "fgpu_mappings", lambda pid: read(pid) if pid == ME or goes_on.wait() else None)
-    monkeypatch.setattr(preexisting, "SEARCH_SECONDS", 0.2)
+    monkeypatch.setattr(cuda_mappings, "SEARCH_SECONDS", 0.2)
     try:
         assert list(PreexistingProcesses.found(tmp_path)) == [ME]
     finally:
