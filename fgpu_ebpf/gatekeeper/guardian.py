@@ -33,7 +33,7 @@ MOST_SCANNED = 1024  # descriptors of a client in one search
 NODES = "/dev/nvidia"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Client:
     """A client of the MPS server.
 

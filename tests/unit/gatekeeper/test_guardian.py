@@ -19,7 +19,7 @@ from fgpu_ebpf.gatekeeper.guardian import Guardian
 from fgpu_ebpf.linux import procfs
 from tests.support.wait import eventually
 
-KEY, OWNER = 1, 7
+KEY, OWNER, BLOCKING = 1, 7, 99
 
 
 @pytest.fixture
@@ -206,14 +206,14 @@ def test_a_client_that_blocks_a_search_delays_only_the_searches_of_its_owner(cli
     guard, goes_on, copy, blocked = Guardian(), threading.Event(), guardian._copy, []
 
     def search(found):
-        if found.owner != OWNER:
+        if found.owner == BLOCKING:  # the guardians of other tests may still search
             blocked.append(found)
             goes_on.wait()
         copy(found)
 
     monkeypatch.setattr(guardian, "_copy", search)
     pidfd = os.pidfd_open(client.pid)
-    guard.watch(2, client.pid, pidfd, OWNER + 1)
+    guard.watch(2, client.pid, pidfd, BLOCKING)
     eventually(lambda: blocked)
     guard.watch(KEY, client.pid, pidfd, OWNER)
     os.close(pidfd)
@@ -222,7 +222,7 @@ def test_a_client_that_blocks_a_search_delays_only_the_searches_of_its_owner(cli
     guard.end(KEY, 0)
     guard.end(2, 0)
     eventually(lambda: copies(node) == 0)
-    assert guard._runs, "the blocked thread may still use the pidfd"
+    assert guard._ended == blocked, "the blocked thread may still use the pidfd"
     goes_on.set()
     eventually(lambda: not guard._runs)
 

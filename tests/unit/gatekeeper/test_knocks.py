@@ -197,7 +197,12 @@ def test_a_copy_that_blocks_delays_only_its_own_workload(
         knocks, "copy_descriptor", lambda pid, fd: copy(pid, fd) if pid == os.getpid() or goes_on.wait() else -1
     )
     ours, theirs = socket.socketpair()
-    with ours, theirs, subprocess.Popen(["cat"], stdin=theirs) as blocked:
+    with contextlib.ExitStack() as stack:
+        blocked = stack.enter_context(subprocess.Popen(["sleep", "600"], stdin=theirs))
+        stack.callback(blocked.kill)
+        stack.callback(goes_on.set)
+        for one in (ours, theirs):
+            stack.enter_context(one)
         fixture.knock(0, owner=1, pid=blocked.pid)
         fixture.knock(far.fileno(), owner=1)
         fixture.knock(far.fileno(), owner=2)
@@ -207,5 +212,3 @@ def test_a_copy_that_blocks_delays_only_its_own_workload(
         eventually(
             lambda: fixture.serve() or fixture.counts["malformed"] == 2, what="the reports of the first workload"
         )
-        ours.close()
-        theirs.close()
