@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,10 +17,17 @@ from tests.support import packages as kit
 
 @pytest.fixture(autouse=True)
 def purged(host: fresh_host.Host) -> Iterator[None]:
-    """Purge fgpu, so that the next test finds a host without it."""
+    """Purge fgpu as after a boot, so that the next test finds a host without it."""
     yield
     host.stop()
+    boot(host)
     host.apt("purge", "fgpu", check=False)
+    shutil.rmtree(host.root / "var/lib/fgpu", ignore_errors=True)
+
+
+def boot(host: fresh_host.Host) -> None:
+    """Remove the mark that engines may still use the settings that were undone, as the next boot does."""
+    (host.root / "run/fgpu-undone").unlink(missing_ok=True)
 
 
 def assert_nothing_left(host: fresh_host.Host, before: fresh_host.Listing) -> None:
@@ -78,6 +86,9 @@ def test_install_enforce_purge_takes_two_commands_and_leaves_nothing(
     assert settings.read_text() == '{"debug": true}'
     assert host.agent is not None
     assert host.agent.wait(60) == 0  # it removes probes of other processes on this machine one by one
+    helper = ["var/lib/fgpu", *(f"var/lib/fgpu/{name}" for name in ("bin", "bin/fgpu-info", "bin/fgpu-oci"))]
+    assert host.left(before) == helper, "Docker runs the helper until its restart, and nothing else may be left"
+    shutil.rmtree(host.root / "var/lib/fgpu")
     assert_nothing_left(host, before)
     assert host.accounts() == accounts
     assert Path("/proc/mounts").read_text() == mounts
@@ -146,7 +157,7 @@ def test_a_purge_keeps_the_helper_that_an_engine_may_still_use(host: fresh_host.
     left = {path.name for path in (host.root / "var/lib/fgpu").iterdir()}
     assert (left, (host.root / "var/lib/fgpu/bin/fgpu-oci").exists()) == ({"bin"}, True)
     engine.unlink()
-    (host.root / "run/fgpu-undone").unlink()
+    boot(host)
     host.install(deb)
     host.apt("purge", "fgpu")
     assert not (host.root / "var/lib/fgpu").exists()
