@@ -156,7 +156,7 @@ class Engines:
         threads = [thread for thread in self._threads if thread.api.serves(subject)]
         if not threads:
             return None
-        if len(self._entries) >= MOST_KNOWN and not self._forget_gone():
+        if len(self._entries) >= MOST_KNOWN and not (self._forget_gone() or self._forget_gone(1)):
             self.left_out += 1
             return None
         entry = self._entries[subject] = _Entry(self._rescans)
@@ -164,12 +164,9 @@ class Engines:
             thread.want(subject)
         return entry
 
-    def _forget_gone(self) -> bool:
-        """Remove entries that the last FORGOTTEN_RESCANS rescans have not requested.
-
-        Return whether an entry was removed.
-        """
-        before = self._rescans - FORGOTTEN_RESCANS
+    def _forget_gone(self, rescans: int = FORGOTTEN_RESCANS) -> bool:
+        """Remove entries that the last rescans of this number have not requested. Return whether one was removed."""
+        before = self._rescans - rescans
         gone = [subject for subject, entry in self._entries.items() if entry.asked_in < before]
         for subject in gone:
             del self._entries[subject]

@@ -492,6 +492,21 @@ def test_known_labels_are_bounded_and_forgotten(docker, api, monkeypatch):
         assert len(found._entries) == 1
 
 
+def test_labels_of_a_container_that_the_last_rescan_has_not_found_make_room_for_others(docker, api, monkeypatch):
+    monkeypatch.setattr(engine_labels, "MOST_KNOWN", 2)
+    one, two, three = (workload(subject(f"{n:064x}"), path=f"/{n}") for n in range(3))
+    docker.containers = [container(f"{n:064x}") for n in range(3)]
+    with running(api) as found:
+        known = asked(found, one)
+        asked(found, two)
+        rescan(found, 1)
+        found.named(one)
+        assert found.named(three) == three, "the rescan has found both containers"
+        rescan(found, 1)
+        assert asked(found, three).labels
+        assert found.named(one) == known
+
+
 def test_a_removed_container_is_not_requested_any_more(docker, api, monkeypatch):
     monkeypatch.setattr(engine_labels, "MOST_KNOWN", 1)
     docker.containers = [container(OTHER)]
