@@ -46,6 +46,12 @@ class CriApi:
         """Return whether an engine with this interface can have this container or pod."""
         return subject.is_pod or subject.engine in _SERVED
 
+    def close(self) -> None:
+        """Close the connection. The threads of an open connection use a thousandth of a processor without a request."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
     def ask(self, subject: Subject) -> Names | None:
         """Return the names of a container or pod, or None if the engine does not have the subject.
 
@@ -135,8 +141,7 @@ class CriApi:
                 return None
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise AnswerError(f"is longer than {MOST_BYTES >> 20} MiB") from error
-            self._channel.close()
-            self._channel = None
+            self.close()
             raise EngineError(_reason(method, error, grpc)) from error
         try:
             return messages[f"{method}Response"].FromString(answer)

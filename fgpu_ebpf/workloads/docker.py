@@ -84,6 +84,9 @@ class DockerApi:
         """Return whether this engine can have this container."""
         return subject.engine is self._engine and not subject.is_pod
 
+    def close(self) -> None:
+        """Do nothing, because each request has a connection of its own."""
+
     def ask(self, subject: Subject) -> Names | None:
         """Return the names of a container, or None for an unknown container.
 

@@ -22,6 +22,7 @@ log = logging.getLogger("fgpu.engines")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # the time without requests after a failure
 FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # time between requests for a container that is not known yet
 SPREAD_SECONDS = 20.0  # the time in which known containers are requested again; less than the time between two rescans
+IDLE_SECONDS = 1.0  # if no request is due within this time, the connection is closed
 
 
 class Api(Protocol):
@@ -39,6 +40,9 @@ class Api(Protocol):
 
         The method blocks for a few seconds at most, and raises EngineError or AnswerError.
         """
+
+    def close(self) -> None:
+        """Close the connection to the engine. The next request opens another connection."""
 
 
 @dataclass(slots=True)
@@ -148,6 +152,8 @@ class EngineThread:
         while (subject := self._next()) is not None:
             try:
                 self._ask(subject)
+                if not self._is_due_soon():
+                    self.api.close()
             except Exception as error:  # an error of this program must not end the thread
                 log.exception("%s: unexpected error while querying %s", self.api.name, subject.id)
                 self._failed(subject, repr(error)[:200])
@@ -167,6 +173,11 @@ class EngineThread:
                     return soonest
                 self._changed.wait(None if at is None else at - now)
         return None
+
+    def _is_due_soon(self) -> bool:
+        """Return whether a request is due within IDLE_SECONDS."""
+        with self._changed:
+            return any(want.due < time.monotonic() + IDLE_SECONDS for want in self._wants.values())
 
     def _ask(self, subject: Subject) -> None:
         try:

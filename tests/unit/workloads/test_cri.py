@@ -59,6 +59,18 @@ def test_a_container_has_its_pod_s_names_labels_and_annotations_and_its_image_s_
         assert _name(known) == "dev/jupyter-0/main"
 
 
+def test_the_connection_is_closed_until_the_next_request(cri, api):
+    """The threads of an open connection of gRPC use processor time all the time."""
+    cri.add_pod()
+    for id_ in (ID, OTHER):
+        cri.add_container(id_)
+    cri.images[IMAGE] = {}
+    with running(api) as found:
+        for id_ in (ID, OTHER):
+            assert asked(found, workload(subject(id_, Engine.CONTAINERD), path=f"/{id_}")).pod
+            eventually(lambda: api._channel is None)
+
+
 def test_what_a_device_plugin_has_allocated_has_precedence_over_requests_of_the_pod(cri, api):
     """kubelet passes annotations of the device plugin as annotations of the container."""
     asks = {"fgpu.dev/memory": "12GiB", "tier": "pod"}
@@ -118,7 +130,7 @@ def test_a_pause_container_has_no_names(cri, api):
     with running(api) as found:
         known = asked(found, workload(CONTAINERD))
         assert (known.name, known.pod, known.labels) == ("w", None, {})
-        assert api.ask(CONTAINERD) == Names()
+        assert CriApi(api.path).ask(CONTAINERD) == Names()  # the thread of `found` uses and closes `api`
 
 
 def test_cri_engines_get_no_request_about_docker_podman_and_lxc_containers(api):
