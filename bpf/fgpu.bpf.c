@@ -10,6 +10,7 @@
  * permits it) is defined on the command line.
  */
 #include "fgpu.h"
+#include "texels.h"
 // clang-format off
 #include "maps.bpf.h"
 #include "entries.bpf.h"

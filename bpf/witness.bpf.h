@@ -271,13 +271,6 @@ struct shape {
 #define NO_MEMORY_YET 0xc0 /* CUDA_ARRAY3D_SPARSE, _DEFERRED_MAPPING */
 #define MOST_EXTENT (1 << 17)
 
-static u64 element_bytes(u32 format)
-{
-    if (format == 1 || format == 8) return 1;
-    if (format == 2 || format == 9 || format == 0x10) return 2;
-    return 4; /* 32 bits; compressed and planar formats take no more than this */
-}
-
 /* Return an extent at a mipmap level, at least 1. The code has no branch, because the function is called in a loop, and
  * the verifier would follow both ways at each level. */
 static u64 extent(u64 n, u32 level)
@@ -303,7 +296,7 @@ static u64 at_most(u64 n) { return n > MOST_EXTENT ? MOST_EXTENT : n; }
 static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
 {
     struct shape s = {.depth = 1};
-    u64 bytes = 0, element;
+    u64 bits = 0, texel;
     if (function == FGPU_FUNCTION_ARRAY) {
         bpf_probe_read_user(&s, 16, descriptor);
         bpf_probe_read_user(&s.format, 8, descriptor + 16);
@@ -312,12 +305,12 @@ static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
     }
     if (s.flags & NO_MEMORY_YET) return 0;
     if (function != FGPU_FUNCTION_ARRAY_MIPMAPPED) levels = 1;
-    element = forget(element_bytes(s.format) * (s.channels & 7), any);
+    texel = forget(fgpu_texel_bits(s.format, s.channels & 7), any);
     u64 width = forget(at_most(s.width), any), height = forget(at_most(s.height), any);
     u64 depth = forget(at_most(s.depth), any), count = forget(levels, any);
     for (u32 i = 0; i < 18; i++) /* the loop always runs to its end: Linux 6.1's verifier follows each exit */
-        bytes += extent(width, i) * extent(height, i) * extent(depth, i) * element & below(i, count);
-    return bytes;
+        bits += extent(width, i) * extent(height, i) * extent(depth, i) * texel & below(i, count);
+    return bits / 8;
 }
 
 /* CUmemAllocationProp: the location's type is at byte 8, its id at 12; type 1 is a device. */

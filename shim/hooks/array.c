@@ -3,6 +3,7 @@
  * NVML shows. Owns nothing.
  */
 #include "account/account.h"
+#include "texels.h"
 
 #define NO_MEMORY_YET                                                                                                  \
     (CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING) /* mapped later, through handles of cuMemCreate */
@@ -23,23 +24,6 @@ static struct shape shape_3d(const CUDA_ARRAY3D_DESCRIPTOR *d)
     return (struct shape){d->Width, d->Height, d->Depth, d->Format, d->NumChannels, d->Flags};
 }
 
-/* Return the bytes of one channel. Compressed and planar formats take at most four bytes, and the probe's BPF program
- * counts four. */
-static uint64_t element_bytes(unsigned format)
-{
-    switch (format) {
-    case CU_AD_FORMAT_UNSIGNED_INT8:
-    case CU_AD_FORMAT_SIGNED_INT8:
-        return 1;
-    case CU_AD_FORMAT_UNSIGNED_INT16:
-    case CU_AD_FORMAT_SIGNED_INT16:
-    case CU_AD_FORMAT_HALF:
-        return 2;
-    default:
-        return 4;
-    }
-}
-
 static uint64_t at_level(uint64_t extent, unsigned level) { return extent >> level ? extent >> level : 1; }
 
 /* Return the bytes of an array. 0: it takes no memory, or the driver would refuse it. The number of layers, and of the
@@ -50,14 +34,14 @@ static uint64_t bytes_of(struct shape s, unsigned levels)
     if (!s.width || !s.channels || !levels || s.flags & NO_MEMORY_YET) return 0;
     bool layers = s.flags & (CUDA_ARRAY3D_LAYERED | CUDA_ARRAY3D_CUBEMAP);
     for (unsigned level = 0; level < levels && level < MOST_LEVELS; level++) {
-        uint64_t bytes = element_bytes(s.format) * s.channels; /* 32 bits each at most */
-        if (__builtin_mul_overflow(bytes, at_level(s.width, level), &bytes) ||
-            __builtin_mul_overflow(bytes, at_level(s.height, level), &bytes) ||
-            __builtin_mul_overflow(bytes, at_level(s.depth, layers ? 0 : level), &bytes) ||
-            __builtin_add_overflow(total, bytes, &total))
+        uint64_t bits = fgpu_texel_bits(s.format, s.channels & 7); /* the driver refuses more than 4 channels */
+        if (__builtin_mul_overflow(bits, at_level(s.width, level), &bits) ||
+            __builtin_mul_overflow(bits, at_level(s.height, level), &bits) ||
+            __builtin_mul_overflow(bits, at_level(s.depth, layers ? 0 : level), &bits) ||
+            __builtin_add_overflow(total, bits, &total))
             return TOO_MUCH;
     }
-    return total;
+    return (total + 7) / 8;
 }
 
 /* The 32-bit calls have no probe: their bytes are committed at once, and stay charged until the process exits. */

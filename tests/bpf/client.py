@@ -143,6 +143,11 @@ def unmap(pointer, bytes_, code=0):
     return cuda.cuMemUnmap(u64(pointer), u64(bytes_))
 
 
+def map_array(code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuMemMapArrayAsync(None, 1, None)
+
+
 def release(handle, code=0):
     cuda.set(code, 0, 0)
     return cuda.cuMemRelease(u64(handle))
@@ -183,14 +188,14 @@ def retain(device=0, code=0):
     return cuda.cuDevicePrimaryCtxRetain(ctypes.byref(u64()), device)
 
 
-def primary_release(device=0):
+def primary_release(device=0, version="_v2"):
     cuda.set(0, 0, 0)
-    return cuda.cuDevicePrimaryCtxRelease_v2(device)
+    return cuda["cuDevicePrimaryCtxRelease" + version](device)
 
 
-def primary_reset(device=0):
+def primary_reset(device=0, version="_v2"):
     cuda.set(0, 0, 0)
-    return cuda.cuDevicePrimaryCtxReset_v2(device)
+    return cuda["cuDevicePrimaryCtxReset" + version](device)
 
 
 def context(handle, device=0, code=0):
@@ -198,9 +203,9 @@ def context(handle, device=0, code=0):
     return cuda.cuCtxCreate_v2(ctypes.byref(u64()), 0, device)
 
 
-def destroy(handle, code=0):
+def destroy(handle, code=0, version="_v2"):
     cuda.set(code, 0, 0)
-    return cuda.cuCtxDestroy_v2(u64(handle))
+    return cuda["cuCtxDestroy" + version](u64(handle))
 
 
 def green(handle, device=0, code=0):

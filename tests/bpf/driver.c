@@ -73,6 +73,10 @@ int cuMipmappedArrayCreate(uint64_t *a, const void *shape, unsigned levels) { re
 int cuArrayDestroy(uint64_t a) { return end(); }
 int cuMipmappedArrayDestroy(uint64_t a) { return end(); }
 int cuCtxDestroy_v2(uint64_t c) { return end(); }
+int cuDevicePrimaryCtxRelease(int device) { return end(); }
+int cuDevicePrimaryCtxReset(int device) { return end(); }
+int cuCtxDestroy(uint64_t c) { return cuCtxDestroy_v2(c); }
+int cuMemMapArrayAsync(void *list, unsigned count, void *stream) { return end(); }
 
 /* -- things that Python cannot do ------------------------------------------------------------------------------- */
 

@@ -30,8 +30,10 @@ def asked(held: Agent, call: str, kind: int = MEMORY) -> list[int]:
         (f"two(1024, 1024, {S8}, 4)", 4 * MIB),
         (f"two(1024, 1024, {U32}, 2)", 8 * MIB),
         (f"two(1024, 1024, {S32}, 2)", 8 * MIB),
-        (f"two(1024, 1024, {NV12}, 3)", 12 * MIB),  # the kernel's witness also counts four bytes per element
-        (f"two(1024, 1024, {BC7}, 4)", 16 * MIB),
+        (f"two(1024, 1024, {NV12}, 3)", 2 * MIB),  # 1.5 MiB: whole granules
+        (f"two(2048, 1024, {BC7}, 4)", 2 * MIB),
+        ("two(4096, 1024, 0x91, 4)", 2 * MIB),  # BC1
+        ("two(4096, 1024, 0xFFFF, 4)", 2 * MIB),  # an unknown format counts as the smallest
         (f"three(256, 256, 64, {FLOAT}, 1, 0)", 16 * MIB),
         (f"three(1024, 1024, 6, {FLOAT}, 1, {CUBEMAP})", 24 * MIB),
         (f"three(1024, 1024, 0, {FLOAT}, 1, 2)", 4 * MIB),
