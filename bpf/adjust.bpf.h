@@ -65,26 +65,29 @@ static int correct_contexts(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
 #define STRAGGLER_NS 50000000 /* no program that read a side before a move runs longer */
 static int has_stragglers(u64 moved_ns, u64 now) { return now < moved_ns + STRAGGLER_NS; }
 
-/* Return 1 or 0. The compiler cannot turn the result into a branch. */
-static u64 differs(u64 a, u64 b)
-{
-    u64 bits = a ^ b;
-    bits |= -bits;
-    __asm__ volatile("" : "+r"(bits));
-    return bits >> 63;
-}
+struct cgroups {
+    u64 of[FGPU_LEVELS];
+};
 
-/* Charge or release at the levels of one side, whatever the limit: the bytes to be moved are allocated already. Levels
- * that are on both sides keep their charge, unless `all` is set. The code has no branch, because the verifier would
- * follow each comparison both ways. */
-static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes, u64 all)
+/* Find the levels of one side that are not on the other side. The code has no branch, because the verifier would follow
+ * each comparison both ways. */
+static void find_own(struct fgpu_process *p, u64 side, struct cgroups *found)
 {
     struct fgpu_level *own = levels_of(p, side), *other = levels_of(p, side + 1);
     EACH_LEVEL
     {
         u64 apart = 1;
         _Pragma("unroll") for (int j = 0; j < FGPU_LEVELS; j++) apart &= differs(own[i].cgroup, other[j].cgroup);
-        struct fgpu_usage_page *page = page_of(own[i].cgroup & -(apart | all));
+        found->of[i] = own[i].cgroup & -apart;
+    }
+}
+
+/* Charge or release, whatever the limit: the bytes to be moved are allocated already. */
+static void alter_levels(struct cgroups *levels, u32 device, s64 bytes)
+{
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = page_of(levels->of[i]);
         if (!page) continue;
         struct fgpu_usage *usage = &page->devices[slot(device)];
         u64 now = __sync_fetch_and_add(&usage->used, bytes) + bytes;
@@ -92,23 +95,30 @@ static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes
     }
 }
 
-/* Move the remaining bytes of a side to the other side, which has `before` of these bytes already. */
-static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
+/* Move the remaining bytes of a side to the other side, which has `before` of these bytes already. Levels that are on
+ * both sides keep their charge. */
+static void shift(struct fgpu_process *p, u64 from, struct cgroups *left, struct cgroups *entered, u32 device,
+                  s64 before)
 {
     s64 bytes = __sync_lock_test_and_set(charged(p, from, device), 0);
-    alter_levels(p, from + 1, device, bytes - before, 0);
+    alter_levels(entered, device, bytes - before);
     __sync_fetch_and_add(charged(p, from + 1, device), bytes - before);
-    alter_levels(p, from, device, -bytes, 0);
+    alter_levels(left, device, -bytes);
 }
 
 /* Move bytes that were charged or released on the old side after the last move. */
 static void shift_stragglers(struct fgpu_process *p)
 {
     u64 turn = p->turn, keeps = p->flags & FGPU_PARKED ? ~0ULL : 0;
+    struct fgpu_level *levels = levels_of(p, turn);
+    struct cgroups left, entered, all;
+    find_own(p, turn + 1, &left);
+    find_own(p, turn, &entered);
+    EACH_LEVEL all.of[i] = levels[i].cgroup;
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
-        shift(p, turn + 1, d, 0);
+        shift(p, turn + 1, &left, &entered, d, 0);
         u64 owed = __sync_lock_test_and_set(&on(p, d)->owed, 0), some = draw(p, turn, d, owed);
-        alter_levels(p, turn, d, -some, 1);
+        alter_levels(&all, d, -some);
         __sync_fetch_and_add(&on(p, d)->owed, (owed - some) & keeps); /* `charged` lacks the parked bytes */
     }
 }
@@ -117,9 +127,8 @@ static void shift_stragglers(struct fgpu_process *p)
 static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 {
     u64 turn = p->turn;
-    struct {
-        s64 bytes[FGPU_DEVICES]; /* in a struct, because an array alone has another layout on every architecture */
-    } before;
+    struct amounts before;
+    struct cgroups left, entered;
     struct fgpu_level *next = levels_of(p, turn + 1);
     EACH_LEVEL
     {
@@ -127,15 +136,17 @@ static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ct
         enter_level(&next[i], ctx->args[4 + i]);
     }
     p->level_count = ctx->args[3];
+    find_own(p, turn, &left);
+    find_own(p, turn + 1, &entered);
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         s64 bytes = *(volatile s64 *)charged(p, turn, d);
-        before.bytes[d] = forget(bytes & ~(bytes >> 63), p->generation); /* at least 0 */
-        alter_levels(p, turn + 1, d, before.bytes[d], 0);
-        __sync_fetch_and_add(charged(p, turn + 1, d), before.bytes[d]);
+        before.of[d] = forget(bytes & ~(bytes >> 63), p->generation); /* at least 0 */
+        alter_levels(&entered, d, before.of[d]);
+        __sync_fetch_and_add(charged(p, turn + 1, d), before.of[d]);
     }
     p->moved_ns = bpf_ktime_get_ns();
     __sync_fetch_and_add(&p->turn, 1);
-    for (u32 d = 0; d < FGPU_DEVICES; d++) shift(p, turn, d, before.bytes[d]);
+    for (u32 d = 0; d < FGPU_DEVICES; d++) shift(p, turn, &left, &entered, d, before.of[d]);
 }
 
 static int moves(struct bpf_raw_tracepoint_args *ctx)

@@ -15,22 +15,24 @@ static void raise_peak(u64 *peak, u64 now)
     if (UNLIKELY(now > was)) __sync_val_compare_and_swap(peak, was, now);
 }
 
-/* Charge one level, if the bytes fit, if the level only observes, or if `force` is set. The bytes are compared with the
- * limit before the addition. An addition with a later subtraction would refuse requests of neighbours that fit. */
+/* Charge one level, if the bytes fit, if the level only observes, or if `force` is set. Returns whether the level is
+ * charged. The bytes are compared with the limit before the addition. An addition with a later subtraction would refuse
+ * requests of neighbours that fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];
+    if (force) {
+        raise_peak(&usage->peak, __sync_fetch_and_add(&usage->used, bytes) + bytes);
+        return 1;
+    }
     for (int i = 0; i < TRIES; i++) {
         u64 used = *(volatile u64 *)&usage->used, limit = *(volatile u64 *)&usage->limit, now = used + bytes;
-        int over = now > limit;
-        if (UNLIKELY(over) && !force && !(page->flags & FGPU_OBSERVE)) return FGPU_REFUSED;
+        if (UNLIKELY(now > limit) && !(page->flags & FGPU_OBSERVE)) return 0;
         if (UNLIKELY(__sync_val_compare_and_swap(&usage->used, used, now) != used)) continue;
         raise_peak(&usage->peak, now);
-        return over ? OBSERVED : limit == FGPU_NO_LIMIT ? FGPU_UNLIMITED : FGPU_ADMITTED;
+        return 1;
     }
-    if (!force) return FGPU_AGAIN;
-    __sync_fetch_and_add(&usage->used, bytes);
-    return FGPU_ADMITTED;
+    return 0;
 }
 
 /* Return the side for a number of moves. A move cannot stop threads that are charging at the same time. Therefore a
@@ -124,6 +126,11 @@ static void look_up_side(struct fgpu_process *p, u64 side, struct held *h)
 
 static void look_up(struct fgpu_process *p, struct held *h) { look_up_side(p, *(volatile u64 *)&p->turn, h); }
 
+/* Bytes by device; a struct, because an array alone has another layout on every architecture. */
+struct amounts {
+    s64 of[FGPU_DEVICES];
+};
+
 static void give_back_levels(struct held *h, u32 device, u64 bytes, u32 below)
 {
     EACH_LEVEL if (i < below && h->page[i]) subtract(&h->page[i]->devices[slot(device)].used, bytes);
@@ -197,22 +204,21 @@ static int crowded(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind
     return 1;
 }
 
+/* Charge all levels. If a level refuses the bytes, which fitted a moment ago, or if other threads charge the level at
+ * the same time, no level is charged, and the request is to be repeated. */
 static int take_levels(struct held *h, u32 device, u64 bytes, int force)
 {
-    int verdict = FGPU_UNLIMITED;
+    u64 limits = FGPU_NO_LIMIT;
     EACH_LEVEL
     {
         if (!h->page[i]) continue;
-        int got = take(h->page[i], device, bytes, force);
-        if (UNLIKELY(got == FGPU_REFUSED ||
-                     got == FGPU_AGAIN)) { /* the bytes fitted a moment ago, but another thread was faster */
+        if (UNLIKELY(!take(h->page[i], device, bytes, force))) {
             give_back_levels(h, device, bytes, i);
             return FGPU_AGAIN;
         }
-        if (got != FGPU_UNLIMITED) verdict = FGPU_ADMITTED;
-        verdict = forget(verdict, h->side);
+        limits &= *(volatile u64 *)&h->page[i]->devices[slot(device)].limit;
     }
-    return verdict;
+    return limits == FGPU_NO_LIMIT ? FGPU_UNLIMITED : FGPU_ADMITTED;
 }
 
 /* Each change of a process's numbers is between begin() and end(). The agent does not correct a process during a

@@ -22,7 +22,6 @@
 #define BELL_BYTES (1 << 16)                         /* one page of memory, on every architecture */
 #define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler moves this branch out of the common path */
 #define IDLE (1ULL << 63)                            /* in the same word as the generation that a thread belongs to */
-#define OBSERVED 4 /* an additional verdict: charged beyond a limit that is only observed, or by force */
 
 BPF_PROG_ARRAY(again, 1); /* the program call_return, which calls itself again during a long unmap */
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
@@ -99,6 +98,15 @@ static void own_stack(struct pt_regs *ctx)
     if (ever) again.call(ctx, 0);
 }
 
+/* Return 1 or 0. The compiler cannot turn the result into a branch. */
+static u64 differs(u64 a, u64 b)
+{
+    u64 bits = a ^ b;
+    bits |= -bits;
+    __asm__ volatile("" : "+r"(bits));
+    return bits >> 63;
+}
+
 static void hit(u32 probe)
 {
     u64 *n = hits.lookup(&probe);
@@ -146,15 +154,6 @@ static void count(u64 cgroup, u32 device, u16 kind, u16 reason)
         anomaly(FGPU_ANOMALY_FULL);
 }
 
-/* Subtract one, never below 0. Returns the remaining number, or -1 if the number was 0 already. */
-static s64 one_less(u64 *n)
-{
-    s64 was = __sync_fetch_and_add(n, -1);
-    if (was > 0) return was - 1;
-    __sync_fetch_and_add(n, 1);
-    return -1;
-}
-
 /* Subtract. If the result is below zero, add the difference again and count an anomaly. */
 static void subtract(u64 *word, u64 bytes)
 {
@@ -165,9 +164,15 @@ static void subtract(u64 *word, u64 bytes)
     }
 }
 
-/* Subtract, never below 0. */
-static void lower(u64 *word, u64 n)
+/* Subtract, never below 0. Returns the number before, at least 0. Two threads may subtract at the same time: each adds
+ * again only what it has subtracted below 0. */
+static s64 lower(u64 *word, s64 n)
 {
-    u64 was = __sync_fetch_and_add(word, -n);
-    if (was < n) __sync_fetch_and_add(word, n - was);
+    s64 was = __sync_fetch_and_add(word, -n);
+    was &= ~(was >> 63);
+    if (UNLIKELY(was < n)) __sync_fetch_and_add(word, n - was);
+    return was;
 }
+
+/* Subtract one, never below 0. Returns the remaining number, or -1 if the number was 0 already. */
+static s64 one_less(u64 *n) { return lower(n, 1) - 1; }

@@ -53,40 +53,46 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
     return orphans.lookup(key);
 }
 
-/* Orphan bytes. The entry is written before the pages, and the agent reads in the opposite order, so the agent never
- * counts an entry's bytes as bytes without an entry. If the map has no room for an entry, the bytes are orphaned too,
- * and only the level's sum contains them. */
-static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 bytes, int ended)
+/* Record orphaned bytes in their entry. If the map has no room for an entry, the bytes are orphaned too, and only the
+ * level's sum contains them. */
+static void record_orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 bytes, int ended)
 {
     struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};
-    struct fgpu_level *levels = levels_of(p, turn);
     struct fgpu_orphan *known = orphans.lookup(&key);
     if (!known) known = make_orphan(p, &key);
     u64 now = bpf_ktime_get_ns(); /* not before the entry's `since_ns` */
-    if (known) {
-        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;
-        if (ended) known->ended_ns = now;
-        __sync_fetch_and_add(&known->bytes, bytes);
-    } else {
+    if (!known) {
         anomaly(FGPU_ANOMALY_FULL);
+        return;
     }
-    EACH_LEVEL
-    {
-        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
-        if (!page) continue;
-        __sync_fetch_and_add(&page->orphaned[slot(device)], bytes);
-        page->orphaned_ns[slot(device)] = now;
-    }
-    tell_of_orphans(page_at(&levels[0]), device, bytes);
+    if (!*(volatile u64 *)&known->bytes) known->since_ns = now;
+    if (ended) known->ended_ns = now;
+    __sync_fetch_and_add(&known->bytes, bytes);
 }
 
-/* Orphan bytes of a process that is alive. */
+static void orphan_at_level(struct fgpu_usage_page *page, u32 device, u64 bytes, u64 now)
+{
+    __sync_fetch_and_add(&page->orphaned[slot(device)], bytes);
+    page->orphaned_ns[slot(device)] = now;
+}
+
+/* Orphan bytes of a process that is alive. The entry is written before the pages, and the agent reads in the opposite
+ * order, so the agent never counts an entry's bytes as bytes without an entry. */
 static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
 {
     device &= DEVICE_MASK;
     if (!bytes) return;
     u64 turn = *(volatile u64 *)&p->turn, some = take_from_process(p, turn, device, bytes);
-    if (some) orphan(p, tgid, turn, device, some, 0);
+    struct fgpu_level *levels = levels_of(p, turn);
+    if (!some) return;
+    record_orphan(p, tgid, turn, device, some, 0);
+    u64 now = bpf_ktime_get_ns();
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
+        if (page) orphan_at_level(page, device, some, now);
+    }
+    tell_of_orphans(page_at(&levels[0]), device, some);
 }
 
 /* Count managed memory that is freed. This memory may have been on the device, and NVML reports no process for the
@@ -98,15 +104,36 @@ static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
     if (n && bytes) __sync_fetch_and_add(n, bytes);
 }
 
-/* Orphan the bytes of one side. This function may run twice. The second run then finds bytes that another program has
- * added after the first run. */
+/* Return whether an amount is not 0. The verifier learns nothing about the stored amount: it would follow all code
+ * behind a loop over devices for each combination of amounts that are 0. */
+static int some_of(struct amounts *a, u32 device, u64 any) { return forget(a->of[device], any) != 0; }
+
+/* Orphan the bytes of one side, in the order of orphan_part(). This function may run twice. The second run then finds
+ * bytes that another program has added after the first run. Each level's page is looked up once, because the verifier
+ * follows each iteration of a loop over devices. */
 static void orphan_side(struct fgpu_process *p, u32 tgid, u64 turn)
 {
-    if (!levels_of(p, turn)->cgroup) return; /* the process has left all levels */
+    struct amounts left;
+    struct fgpu_level *levels = levels_of(p, turn);
+    u64 any = p->generation, last = 0, bytes_on_last = 0;
+    if (!levels->cgroup) return; /* the process has left all levels */
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         s64 bytes = __sync_lock_test_and_set(charged(p, turn, d), 0);
-        if (bytes > 0) orphan(p, tgid, turn, d, bytes, 1);
+        left.of[d] = forget(bytes & ~(bytes >> 63), any);
+        if (!some_of(&left, d, any)) continue;
+        record_orphan(p, tgid, turn, d, left.of[d], 1);
+        last = forget(d, any);
+        bytes_on_last = forget(left.of[d], any);
     }
+    if (!bytes_on_last) return;
+    u64 now = bpf_ktime_get_ns();
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
+        for (u32 d = 0; page && d < FGPU_DEVICES; d++)
+            if (some_of(&left, d, any)) orphan_at_level(page, d, left.of[d], now);
+    }
+    tell_of_orphans(page_at(&levels[0]), last, bytes_on_last);
 }
 
 static void orphan_all(struct fgpu_process *p, u32 tgid)

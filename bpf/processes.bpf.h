@@ -4,7 +4,9 @@
  * out: a user that may create cgroups inside a group must not be able to displace the group. */
 static u32 find_levels(u64 *levels)
 {
-    u32 n = 0;
+    u64 any = bpf_get_current_pid_tgid(); /* the verifier follows one state, whichever levels are found */
+    u32 n = forget(0, any);
+    EACH_LEVEL levels[i] = forget(0, any);
     for (int i = 0; i < DEPTH; i++) {
         u64 id = bpf_get_current_ancestor_cgroup_id(i);
         if (!id || n >= FGPU_LEVELS || !pages.lookup(&id)) continue;

@@ -74,64 +74,77 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
     if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
 }
 
-/* Record a new mapping, which refers to its handle. On entry `key` is the key of the handle; this function changes it
- * into the key of the mapping. */
+/* Record a new mapping, which refers to its handle. Memory without a handle's entry (of the host, imported, multicast)
+ * has a mapping without an owner, so that the end of a range with this mapping ends all mappings of the range. If the
+ * end of an older mapping at this address was not recorded, the handle of the older mapping keeps that reference. On
+ * entry `key` is the key of the handle; this function changes it into the key of the mapping. */
 static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     key->space = FGPU_SPACE_HANDLE;
     key->handle = f->arguments[2];
     struct fgpu_allocation *a = allocations.lookup(key);
-    if (!a) return;
-    __sync_fetch_and_add(&a->references, 1);
-    struct fgpu_allocation value = {
-        .bytes = f->arguments[1], .device = a->device, .references = 1, .owner = f->arguments[2]};
+    struct fgpu_allocation value = {.bytes = f->arguments[1], .device = f->device, .references = 1};
+    if (a) {
+        __sync_fetch_and_add(&a->references, 1);
+        value.device = a->device;
+        value.owner = f->arguments[2];
+    }
     key->space = FGPU_SPACE_MAPPING;
     key->handle = f->arguments[0];
-    enter_allocation(key, &value, levels_of(p, p->turn));
+    if (!UNLIKELY(enter_allocation(key, &value, levels_of(p, p->turn)))) return;
+    struct fgpu_allocation *there = allocations.lookup(key);
+    if (!there) return;
+    value.level = there->level;
+    allocations.update(key, &value);
 }
 
-/* Drop one reference to a handle on the call's device. The last reference frees the memory, unless another process may
- * have the memory open. */
-static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key,
-                           struct outcome *out)
-{
-    struct fgpu_allocation *a = allocations.lookup(key);
-    if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) return;
-    u64 bytes = a->bytes, exported = a->exported;
-    delete_allocation(key, a);
-    subtract(&on(p, f->device)->vmm, bytes);
-    if (exported) subtract(&on(p, f->device)->exported_vmm, bytes);
-    if (forget(exported | may_be_open(p, f), p->generation))
-        out->orphaned += bytes;
-    else
-        out->freed += bytes;
-}
+/* Return 0 if two levels are equal. */
+static u64 apart(struct fgpu_level *a, struct fgpu_level *b) { return (a->cgroup ^ b->cgroup) | (a->place ^ b->place); }
 
-/* Record that a range (pointer, bytes) was unmapped. The range may cover several mappings, one after the other. The
- * rest of a range, or a range on another device, is stored in the call's arguments. The loop only adds the freed bytes,
- * because the verifier follows each iteration. */
+/* Record that a range (pointer, bytes) was unmapped. The range may cover several mappings, one after the other. Each
+ * mapping has a reference to its handle. The last reference frees the memory, unless another process may have the
+ * memory open. The loop only adds, because the verifier follows each iteration. Therefore all mappings of a run have
+ * one device and one level, and so have their handles. The rest of a range is stored in the call's arguments. */
 static u64 unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
 {
-    u64 at = f->arguments[0], end = at + f->arguments[1];
+    u64 at = f->arguments[0], end = at + f->arguments[1], mappings = 0, handles = 0, bytes = 0, exported = 0;
+    struct fgpu_level of_mappings = {}, of_handles = {};
     for (int i = 0; i < SPAN && at < end; i++) {
         key->space = FGPU_SPACE_MAPPING;
         key->handle = at;
         struct fgpu_allocation *mapping = allocations.lookup(key);
         if (!mapping) at = end;
         if (!mapping) break;
-        u64 bytes = mapping->bytes, owner = mapping->owner;
-        u32 device = mapping->device & DEVICE_MASK;
-        if (i && device != f->device) break;
-        f->device = device;
-        delete_allocation(key, mapping);
+        u64 owner = mapping->owner, size = mapping->bytes;
         key->space = FGPU_SPACE_HANDLE;
         key->handle = owner;
-        drop_reference(p, f, key, out);
-        at += bytes;
+        struct fgpu_allocation *a = owner ? allocations.lookup(key) : 0;
+        if (!i) {
+            f->device = mapping->device & DEVICE_MASK;
+            of_mappings = mapping->level;
+            of_handles = a ? a->level : mapping->level;
+        }
+        if ((mapping->device ^ f->device) | apart(&mapping->level, &of_mappings)) break;
+        if (a && apart(&a->level, &of_handles)) break;
+        key->space = FGPU_SPACE_MAPPING;
+        key->handle = at;
+        mappings += 1 - differs(allocations.delete(key), 0);
+        at += size;
+        if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) continue;
+        key->space = FGPU_SPACE_HANDLE;
+        key->handle = owner;
+        bytes += a->bytes;
+        exported += a->bytes & -differs(a->exported, 0);
+        out->orphaned += a->bytes & -differs(a->exported | may_be_open(p, f), 0);
+        handles += 1 - differs(allocations.delete(key), 0);
     }
+    give_places(&of_mappings, FGPU_ALLOCATIONS, mappings);
+    give_places(&of_handles, FGPU_ALLOCATIONS, handles);
+    subtract(&on(p, f->device)->vmm, bytes);
+    subtract(&on(p, f->device)->exported_vmm, exported);
     f->arguments[0] = at;
     f->arguments[1] = end > at ? end - at : 0;
-    return out->freed;
+    return bytes - out->orphaned;
 }
 
 static void allocated(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)

@@ -303,6 +303,11 @@ def test_a_call_that_allocates_nothing_settles_no_admission(kernel, level, clien
         ("array3d(7, 64, 64, 0, 2, 1)", 64 * 64 * 2),
         ("array3d(7, 1024, 1024, 0, 3, 1, levels=3)", 4 * (1024**2 + 512**2 + 256**2)),
         ("array3d(7, 4, 4, 0, 1, 1, levels=3)", 16 + 4 + 1),
+        ("array3d(7, 1024, 1024, 0, 0x91, 4)", MIB // 2),  # BC1
+        ("array3d(7, 1024, 1024, 0, 0x9D, 4)", MIB),  # BC7
+        ("array3d(7, 1024, 1024, 0, 0xB0, 3)", MIB * 3 // 2),  # NV12
+        ("array3d(7, 1024, 1024, 0, 0xCB, 4)", 8 * MIB),  # SNORM_INT16X4
+        ("array3d(7, 1024, 1024, 0, 0xFFFF, 4)", MIB // 2),  # an unknown format
     ],
 )
 def test_arrays_are_charged_by_their_extent(level, client, call, bytes_):
@@ -397,6 +402,36 @@ def test_an_unmap_stops_at_an_unmapped_address(level, client):
     assert level.used == 4 * 2 * MIB
 
 
+@pytest.mark.parametrize("first", [0, 99], ids=["no-handle", "unknown-handle"])
+def test_one_unmap_ends_the_mappings_behind_unknown_memory(level, client, first):
+    """Memory of the host and imported memory have no entry of a handle."""
+    client(f"create(7, {4 * MIB})")
+    client(f"map_(0x100000000, {2 * MIB}, {first})")
+    client(f"map_({0x100000000 + 2 * MIB}, {4 * MIB}, 7)")
+    client("release(7)")
+    client(f"unmap(0x100000000, {6 * MIB})")
+    assert level.used == 0
+
+
+def test_the_end_of_unknown_memory_frees_no_handle_that_got_its_number(level, client):
+    client(f"map_(0x100000000, {2 * MIB}, 99)")
+    client(f"create(99, {4 * MIB})")
+    client(f"unmap(0x100000000, {2 * MIB})")
+    assert level.used == 4 * MIB
+
+
+def test_a_mapping_whose_end_was_not_recorded_frees_nothing_of_its_successor(level, client):
+    client(f"create(7, {8 * MIB})")
+    client(f"create(8, {2 * MIB})")
+    client(f"map_(0x100000000, {8 * MIB}, 7)")
+    client("release(7)")
+    client(f"map_(0x100000000, {2 * MIB}, 8)")
+    client(f"unmap(0x100000000, {2 * MIB})")
+    assert level.used == 10 * MIB
+    client("release(8)")
+    assert level.used == 8 * MIB
+
+
 def test_a_retained_handle_keeps_its_memory_charged(level, client):
     client(f"create(7, {4 * MIB})")
     client("retain_handle(7, 0)")
@@ -452,6 +487,24 @@ def test_a_reset_ends_the_primary_context(level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client("primary_reset()")
     assert level.used == 0
+
+
+@pytest.mark.usefixtures("context_bytes")
+@pytest.mark.parametrize("call", ["primary_release(version='')", "primary_reset(version='')"])
+def test_the_former_functions_end_the_primary_context(level, client, call):
+    client("retain()")
+    client(f"managed(0x1000, {4 * MIB})")
+    client(call)
+    assert level.used == 0
+
+
+@pytest.mark.usefixtures("context_bytes")
+def test_the_former_function_ends_one_context(kernel, level, client):
+    """The driver may call the newer function inside the former function."""
+    client("context(0xabc)")
+    client("context(0xdef)")
+    client("destroy(0xabc, version='')")
+    assert (client.entry(kernel).contexts[0], level.used) == (1, CONTEXT)
 
 
 @pytest.mark.usefixtures("context_bytes")

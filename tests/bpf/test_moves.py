@@ -10,7 +10,7 @@ import pytest
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.linux import bpf
-from tests.bpf.conftest import MIB, Client, Kernel, Level, anomalies, assert_left
+from tests.bpf.conftest import MIB, Client, Kernel, Level, anomalies, assert_left, entries
 
 STRAGGLER_SECONDS = 0.05
 
@@ -61,6 +61,25 @@ def test_a_release_that_was_late_for_a_move_is_corrected(kernel, two, make_clien
     assert not one.entry(kernel).late
     one("free(0x2000)")
     assert second.used == 0
+
+
+def test_one_unmap_of_memory_from_before_and_after_a_move_leaves_no_entry_at_a_level(kernel, two, make_client):
+    first, second = two
+    one = make_client(first)
+    one(f"create(1, {2 * MIB})")
+    for i in range(2, 5):
+        one(f"create({i}, {2 * MIB})")
+        one(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {i})")
+        one(f"release({i})")
+    move(kernel, one, second)
+    for i in (1, *range(5, 8)):
+        one(f"create({i}, {2 * MIB})" if i > 1 else "0")
+        one(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {i})")
+        one(f"release({i})")
+    assert second.used == 14 * MIB
+    one(f"unmap({0x100000000 + 2 * MIB}, {14 * MIB})")
+    assert (first.used, second.used) == (0, 0)
+    assert [entries(kernel, level) for level in two] == [0, 0]
 
 
 def test_a_charge_that_was_late_for_a_move_is_corrected(kernel, two, make_client):

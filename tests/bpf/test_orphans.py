@@ -224,6 +224,13 @@ def test_an_exported_handle_is_orphaned_with_its_last_mapping(level, client):
     assert_left(level, 8 * MIB)
 
 
+def test_a_handle_that_may_be_mapped_into_a_sparse_array_stays_charged_to_the_level(level, client):
+    client(f"create(0x77, {8 * MIB})")
+    client("map_array()")
+    client("release(0x77)")
+    assert_left(level, 8 * MIB)
+
+
 @pytest.mark.usefixtures("context_bytes")
 @pytest.mark.parametrize("export", ["export_pointer(0x1000)", "export_range(0x1000)"])
 @pytest.mark.parametrize("how", ["exit", "free(0x1000)", "primary_release()"])

@@ -17,7 +17,7 @@ RELEASES_ALL = """\
     for (u32 d = 0; p && d < FGPU_DEVICES; d++) release(p, d, on(p, d)->bytes);
 """
 RULES = {
-    "limit-off-by-one": ("int over = now > limit;", "int over = now > limit + 1;"),
+    "limit-off-by-one": ("if (UNLIKELY(now > limit) && !(page", "if (UNLIKELY(now > limit + 1) && !(page"),
     "limit-not-looked-at": ("return used + bytes <= limit;", "return 1;"),
     "overflow": ("bytes = FGPU_MOST_BYTES; /* fits in no level, and no sum overflows */", "(void)0;"),
     "ticket-charged-anew": ("if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;", ""),
@@ -84,8 +84,8 @@ RULES = {
     "given-back-by-two-versions": ("if (t->call.arguments[0] == ticket) return 1;", ""),
     "second-probe-counts": ("if (!settles && same_call(&t->call, &now)) return;", ""),
     "mapping-holds-nothing": (
-        "    __sync_fetch_and_add(&a->references, 1);\n    struct fgpu_allocation value",
-        "    struct fgpu_allocation value",
+        "        __sync_fetch_and_add(&a->references, 1);\n        value.device",
+        "        value.device",
     ),
     "retained-handle-holds-nothing": ("        if (a) __sync_fetch_and_add(&a->references, 1);\n", ""),
     "context-never-ends": ("    if (!left) return end_last_context(p, device, out);\n", ""),
@@ -146,10 +146,10 @@ RULES = {
         "p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0",
         "0",
     ),
-    "move-leaves-the-charge": ("    alter_levels(p, from, device, -bytes, 0);\n", ""),
-    "late-charge-stays-behind": ("        shift(p, turn + 1, d, 0);\n", ""),
+    "move-leaves-the-charge": ("    alter_levels(left, device, -bytes);\n", ""),
+    "late-charge-stays-behind": ("        shift(p, turn + 1, &left, &entered, d, 0);\n", ""),
     "late-release-never-made-good": ("__sync_lock_test_and_set(&on(p, d)->owed, 0)", "0"),
-    "common-level-counted-twice": ("own[i].cgroup & -(apart | all)", "own[i].cgroup"),
+    "common-level-counted-twice": ("own[i].cgroup & -apart", "own[i].cgroup"),
     "late-charge-has-no-orphan": ("    if (turn) orphan_side(p, tgid, turn - 1);\n", ""),
     "late-charge-outlives-its-entry": (" && !has_stragglers(moved_ns, now))", ")"),
     "finished-move-is-a-move": ("    if (ctx->args[0] == FGPU_FINISH_MOVE) return 1;\n", ""),
@@ -182,12 +182,13 @@ RULES = {
     ),
     "exported-memory-released": ("trusted && !exported && ", "trusted && "),
     "export-forgotten-at-release": ("    *orphaned = f->bytes;\n    return 0;", "    return f->bytes;"),
-    "orphan-untold": ("    tell_of_orphans(page_at(&levels[0]), device, bytes);\n", ""),
+    "orphan-untold": ("    tell_of_orphans(page_at(&levels[0]), device, some);\n", ""),
+    "orphan-of-an-ended-process-untold": ("    tell_of_orphans(page_at(&levels[0]), last, bytes_on_last);\n", ""),
     "released-from-no-level": (
         "        if (page) subtract(&page->devices[slot(device)].used, some);\n",
         "        (void)page;\n",
     ),
-    "orphan-counted-by-no-level": ("        __sync_fetch_and_add(&page->orphaned[slot(device)], bytes);\n", ""),
+    "orphan-counted-by-no-level": ("    __sync_fetch_and_add(&page->orphaned[slot(device)], bytes);\n", ""),
     "no-room-uncounted": (
         "    anomaly(FGPU_ANOMALY_FULL);\n    return 0;\n}\n\nstatic void delete_allocation",
         "    return 0;\n}\n\nstatic void delete_allocation",
@@ -199,7 +200,7 @@ RULES = {
     ),
     "extents-wrap-around": ("return n > MOST_EXTENT ? MOST_EXTENT : n;", "return n;"),
     "no-extent-is-none": ("return n | none >> 63;", "return n;"),
-    "export-forgotten-at-unmap": ("forget(exported | may_be_open(p, f), p", "forget(may_be_open(p, f), p"),
+    "export-forgotten-at-unmap": ("differs(a->exported | may_be_open(p, f), 0)", "differs(may_be_open(p, f), 0)"),
     "export-forgotten-with-the-context": ("    out->orphaned = open;\n    return bytes - open;", "    return bytes;"),
     "pointer-without-entry-is-not-exported": ("    if (!a) {\n        note(p, FGPU_SEEN_EXPORT);\n", "    if (!a) {\n"),
     "unknown-library-s-free-believed": ("if (trusted && !exported", "if (!exported"),
@@ -231,10 +232,19 @@ RULES = {
     ),
     "tag-of-the-question-believed": ("(u64)p->tag << FGPU_TAG_SHIFT", "(ticket >> 32) << FGPU_TAG_SHIFT"),
     "more-let-go-than-orphaned": ("was.bytes < bytes ? 0 : was.bytes - bytes;", "was.bytes - bytes;"),
-    "orphan-without-room-not-counted": (
-        "        anomaly(FGPU_ANOMALY_FULL);\n    }\n    EACH_LEVEL",
-        "        anomaly(FGPU_ANOMALY_FULL);\n        return;\n    }\n    EACH_LEVEL",
+    "orphan-without-room-is-no-anomaly": (
+        "    if (!known) {\n        anomaly(FGPU_ANOMALY_FULL);\n        return;",
+        "    if (!known) {\n        return;",
     ),
+    "unmap-of-two-levels-leaves-entries": (" | apart(&mapping->level, &of_mappings)) break;", ") break;"),
+    "unmap-of-handles-of-two-levels-leaves-entries": ("        if (a && apart(&a->level, &of_handles)) break;\n", ""),
+    "unmap-leaves-the-entries-of-mappings": ("    give_places(&of_mappings, FGPU_ALLOCATIONS, mappings);\n", ""),
+    "unmap-leaves-the-entries-of-handles": ("    give_places(&of_handles, FGPU_ALLOCATIONS, handles);\n", ""),
+    "mapping-of-unknown-memory-has-a-handle": (
+        "        value.device = a->device;\n        value.owner = f->arguments[2];\n    }\n",
+        "        value.device = a->device;\n    }\n    value.owner = f->arguments[2];\n",
+    ),
+    "older-mapping-is-kept": ("    value.level = there->level;\n    allocations.update(key, &value);\n", ""),
     "patience-is-counted": (
         "    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(full, device, bytes)) return 1;\n",
         "",
@@ -278,15 +288,15 @@ RULES = {
         "",
     ),
     "orphan-of-a-living-process-has-an-end": (
-        "        if (ended) known->ended_ns = now;\n",
-        "        known->ended_ns = now;\n",
+        "    if (ended) known->ended_ns = now;\n",
+        "    known->ended_ns = now;\n",
     ),
     "orphans-of-one-level-fill-the-map": ("< PART(MOST_ORPHANS)", "< MOST_ORPHANS"),
     "claims-of-owners-never-given-back": ("        __sync_fetch_and_add(all, needed - claimed);\n", "        ;\n"),
     "entries-of-owners-never-given-back": ("    if (owner) lower(&owner->entries[shared], n);\n", ""),
     "empty-orphan-of-a-living-process-deleted": ("    if (was.bytes) return 0;\n", "    if (left) return 0;\n"),
     "orphan-is-older-than-its-bytes": (
-        "        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;\n",
+        "    if (!*(volatile u64 *)&known->bytes) known->since_ns = now;\n",
         "",
     ),
     "rest-of-a-long-unmap-stays": (
