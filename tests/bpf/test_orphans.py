@@ -80,6 +80,13 @@ def test_only_the_first_of_several_orphans_is_reported(events, level, client, ma
     assert (told[0].bytes, told[0].device) == (8 * MIB, 0)
 
 
+def test_an_orphan_of_a_running_process_is_reported(events, level, client):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client("export_pointer(0x1000)")
+    client("free(0x1000)")
+    assert [event.bytes for event in of(events, level, News.ORPHANED)] == [8 * MIB]
+
+
 def test_orphans_are_charged_at_every_level(make_level, make_client):
     group = make_level(1024 * MIB)
     leaf = make_level(512 * MIB, group)
