@@ -76,8 +76,9 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
 
 /* Record a new mapping, which refers to its handle. Memory without a handle's entry (of the host, imported, multicast)
  * has a mapping without an owner, so that the end of a range with this mapping ends all mappings of the range. If the
- * end of an older mapping at this address was not recorded, the handle of the older mapping keeps that reference. On
- * entry `key` is the key of the handle; this function changes it into the key of the mapping. */
+ * end of an older mapping at this address is not recorded yet, it is unknown which mapping a recorded end will end.
+ * Therefore the mapping then has no owner either, and both handles keep a reference. On entry `key` is the key of the
+ * handle; this function changes it into the key of the mapping. */
 static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     key->space = FGPU_SPACE_HANDLE;
@@ -95,6 +96,7 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
     struct fgpu_allocation *there = allocations.lookup(key);
     if (!there) return;
     value.level = there->level;
+    value.owner = 0;
     allocations.update(key, &value);
 }
 

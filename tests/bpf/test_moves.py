@@ -66,14 +66,15 @@ def test_a_release_that_was_late_for_a_move_is_corrected(kernel, two, make_clien
 def test_one_unmap_of_memory_from_before_and_after_a_move_leaves_no_entry_at_a_level(kernel, two, make_client):
     first, second = two
     one = make_client(first)
-    one(f"create(1, {2 * MIB})")
-    for i in range(2, 5):
+    one(f"create(4, {2 * MIB})")
+    for i in range(1, 4):
         one(f"create({i}, {2 * MIB})")
         one(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {i})")
         one(f"release({i})")
     move(kernel, one, second)
-    for i in (1, *range(5, 8)):
-        one(f"create({i}, {2 * MIB})" if i > 1 else "0")
+    for i in range(4, 8):
+        if i > 4:
+            one(f"create({i}, {2 * MIB})")
         one(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {i})")
         one(f"release({i})")
     assert second.used == 14 * MIB

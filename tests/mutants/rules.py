@@ -244,7 +244,7 @@ RULES = {
         "        value.device = a->device;\n        value.owner = f->arguments[2];\n    }\n",
         "        value.device = a->device;\n    }\n    value.owner = f->arguments[2];\n",
     ),
-    "older-mapping-is-kept": ("    value.level = there->level;\n    allocations.update(key, &value);\n", ""),
+    "end-of-an-older-mapping-ends-its-successor": ("    value.owner = 0;\n", ""),
     "patience-is-counted": (
         "    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(full, device, bytes)) return 1;\n",
         "",
