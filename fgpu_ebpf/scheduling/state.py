@@ -131,20 +131,18 @@ class Place:
         """Return the clocks of the outermost unit or, without units, of the devices. `clocks`: the devices' clocks."""
         return {device: self.above[-1].clocks.get(device, 0) for device in clocks} if self.above else clocks
 
-    def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
-        """Set the units around the tenant, and return whether the outermost unit, the priority or the limit changed.
+    def change(self, above: tuple[Unit, ...], now_ns: int) -> None:
+        """Set the units around the tenant.
 
-        In all these cases the tenant gets no credit for the time before.
+        The tenant gets no credit for the time before if the outermost unit, the priority or the limit changed.
         """
         is_elsewhere, was = above[-1:] != self.above[-1:], self.share
         self.above, self.share = above, effective(self.asked, above)
-        restarts = self.accounts.change(self.share, now_ns, is_elsewhere)
+        self.accounts.change(self.share, now_ns, is_elsewhere)
         self.trust.standing = above[-1].standing if above else self.trust.standing
         self.pause_until_ns = 0
         if self.share.limit_millionths != was.limit_millionths:
             self.accounts.left.clear()
-            return True
-        return restarts
 
     def count_up(self, now_ns: int) -> None:
         """Add the time that limits have allowed since the last call."""

@@ -74,8 +74,8 @@ class Turns:
 
         The tenant joins the queue again when the tenant is next observed to wait.
         """
-        if place.change(above, now_ns):
-            self._join(place, now_ns, is_waiting=False)
+        place.change(above, now_ns)
+        self._join(place, now_ns, is_waiting=False)
         self._users_changed = True
         self._leave_queue(place)
 

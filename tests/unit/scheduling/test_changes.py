@@ -106,6 +106,17 @@ def test_a_changed_priority_starves_no_tenant(before: int, after: int, nested: b
     assert longest_ns(it) < 0.5 * S
 
 
+@pytest.mark.parametrize(("before", "after", "inner"), [(1, 0, 1), (0, 1, 1), (0, 1, 2)])
+def test_a_changed_priority_of_a_unit_starves_no_tenant_outside(before: int, after: int, inner: int) -> None:
+    """The priority of the tenant inside stays the same, because its own share has a lower priority."""
+    share = Share(rank=inner)
+    it = World(Tenant(1, share), Tenant(2, share), outer={100: Share(rank=before)}, inside={1: [100]}).run(20.0)
+    it.turns.share_out({1: share, 2: share, 100: Share(rank=after)}, it.now)
+    got = done(it, 5.0)
+    assert (got[1], got[2]) == pytest.approx((0.5, 0.5), abs=0.03)
+    assert longest_ns(it) < 0.5 * S
+
+
 def test_a_ceiling_counts_from_its_own_device() -> None:
     """NVML's totals of two devices differ by hours. The tenant uses one device after the other."""
     tenant, other = Tenant(1, Share(limit_millionths=500_000)), Tenant(2, devices=BOTH)
