@@ -86,7 +86,7 @@ class TimeSlicer:
             self._read_shares(self.ledger)
             tenant, gates = self._by_session.pop(id(session), (0, None))
             if gates:
-                self._gates[tenant].remove(gates)
+                self._take_out(tenant, gates)
                 gates.use_pages_of(session)
             self._add(session, gates)
             looks_no_more = not self.is_told and self._shares_ns == NEVER_NS
@@ -110,26 +110,24 @@ class TimeSlicer:
                 self._start()
 
     def remove(self, session: Session) -> int:
-        """Remove a session. The process no longer takes part in turns from this moment.
-
-        Returns:
-            The expected end of the process's work in flight, by its own report; 0: no reported work.
-        """
+        """Remove a session from all turns. Return the reported end of its work in flight; 0: no reported work."""
         with self._lock:
             self._without.pop(id(session), None)
             tenant, gates = self._by_session.pop(id(session), (0, None))
-            until_ns = 0
-            if gates:
-                now_ns = monotonic_ns()
-                until_ns = gates.busy_until_ns()
-                if until_ns > now_ns:
-                    self._turns.lose(tenant, now_ns)
-                self._gates[tenant].remove(gates)
-                self._used.pop(tenant, None)  # no other process of the tenant may use these devices
-                self._to_look_at.add(tenant)
-                self._is_watching = False
-                self._words.wake()
+            if not gates:
+                return 0
+            now_ns, until_ns = monotonic_ns(), gates.busy_until_ns()
+            if until_ns > now_ns:
+                self._turns.lose(tenant, now_ns)
+            self._take_out(tenant, gates)
             return until_ns
+
+    def _take_out(self, tenant: int, gates: ProcessGates) -> None:
+        self._gates[tenant].remove(gates)
+        self._used.pop(tenant, None)  # no other process of the tenant may use these devices
+        self._to_look_at.add(tenant)
+        self._is_watching = False
+        self._words.wake()
 
     def _start(self) -> None:
         if not self._started:

@@ -280,8 +280,9 @@ def test_an_exit_with_work_in_flight_is_reported_to_the_turns(world):
     assert not place.trust.standing.proven
 
 
-def test_a_device_that_only_an_ended_process_used_is_free_for_the_remaining_tenant(world):
-    """An exited process no longer counts as a user of a device. So each tenant is alone on a device, without turns."""
+@pytest.mark.parametrize("to", [None, 8, 9])
+def test_a_device_that_only_an_ended_or_moved_process_used_is_free_for_the_remaining_tenant(world, to):
+    """Such a process no longer counts as a user of a device. So each tenant is alone on a device, without turns."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger
     ledger.given = {(level, device): Share() for level, _ in ledger.given for device in (0, 1)}
@@ -292,7 +293,11 @@ def test_a_device_that_only_an_ended_process_used_is_free_for_the_remaining_tena
         program.ring()
     places = it.slicer._turns.places
     it.until(lambda: (places[7].seen.devices, places[8].seen.devices) == ({0, 1}, {1}))
-    it.slicer.remove(second.client)
+    if to is None:
+        it.slicer.remove(second.client)
+    else:  # a tenant with a share, or a cgroup without a share
+        second.client.levels = (to,)
+        it.slicer.register(second.client)
     it.until(lambda: (places[7].free_on, places[8].free_on) == ({0}, {1}))
 
 
