@@ -87,7 +87,8 @@ class Turns:
             self._finish(place, place.turn, now_ns)
         place.trust.forget_overrun()
         self._leave_queue(place)
-        place.seen, place.free_on, place.late_ns, place.busy_ns = NOTHING, frozenset(), 0, 0
+        place.seen, place.free_on = NOTHING, frozenset()
+        place.late_ns = place.busy_ns = place.pause_ns = place.pause_until_ns = 0
         self._users_changed = True
 
     def lose(self, tenant: int, now_ns: int) -> None:
@@ -184,8 +185,7 @@ class Turns:
         if seen.launches != place.seen.launches:
             place.pause_ns = place.pause_until_ns = 0
         is_new = seen.devices != place.seen.devices or place.tenant not in self._here
-        self._here[place.tenant] = place
-        place.seen = seen
+        self._here[place.tenant], place.seen = place, seen
         if is_new:
             self._users_changed = True
             self._join(place, now_ns, is_waiting=False)
@@ -218,7 +218,7 @@ class Turns:
             until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
         place.count_up(now_ns)
-        place.charge(until_ns - since_ns - idle_ns)
+        place.charge(min(abi.LEASE_NS, until_ns - since_ns - idle_ns))  # after the lease, all gates were open
         place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
         turn.charged_ns = max(turn.charged_ns, now_ns)
 
@@ -379,7 +379,7 @@ class Turns:
         if turn.handed_ns and place.seen.drained:
             ended_ns = passed_ns = place.passed_ns(turn)
             handover.begin_earlier(self._running.values(), turn, ended_ns)
-        place.charge(ended_ns - max(turn.charged_ns, place.begun_ns(turn)))
+        place.charge(min(abi.LEASE_NS, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work
             for device in turn.devices:

@@ -117,6 +117,29 @@ def test_a_changed_priority_of_a_unit_starves_no_tenant_outside(before: int, aft
     assert longest_ns(it) < 0.5 * S
 
 
+def test_a_stall_of_the_gatekeeper_is_charged_to_no_tenant_beyond_the_lease() -> None:
+    """All gates are open after the lease, so the tenant whose turn it was did not have the device alone."""
+    it = World(Tenant(1), Tenant(2)).run(1.0)
+    owner = next(it.tenants[place.tenant] for place in it.turns.places.values() if place.turn)
+    it.now += 8 * S
+    done(it, 4.0)
+    assert owner.longest_wait_ns < 2.5 * S
+
+
+def test_the_pause_of_a_stopped_program_does_not_delay_the_next_program_of_its_tenant() -> None:
+    tenant = Tenant(1)
+    it = World(tenant, Tenant(2)).run(1.0)
+    while not (tenant.waiting and tenant.flights):
+        it.run(0.0001)
+    tenant.stopped = True
+    it.run(2.0)
+    assert it.turns.places[1].pause_until_ns > it.now + 5 * S
+    tenant.stopped, tenant.launches = False, 0
+    restart(it, tenant, frozenset({0}))
+    assert done(it, 3.0)[1] == pytest.approx(0.5, abs=0.06)
+    assert tenant.longest_wait_ns < 0.5 * S
+
+
 def test_a_ceiling_counts_from_its_own_device() -> None:
     """NVML's totals of two devices differ by hours. The tenant uses one device after the other."""
     tenant, other = Tenant(1, Share(limit_millionths=500_000)), Tenant(2, devices=BOTH)
