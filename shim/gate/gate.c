@@ -111,6 +111,13 @@ static void publish(struct fgpu_view view, int index)
     publish_launch(view, index);
 }
 
+/* Return whether the page has the number of threads that wait now. */
+static bool tells_waiting(struct fgpu_view view, int index)
+{
+    uint32_t told = __atomic_load_n(&view.status->devices[index].waiting, __ATOMIC_RELAXED);
+    return told == atomic_load(&mine.places[index].waiting);
+}
+
 static void ring(struct fgpu_view view)
 {
     int saved = errno;
@@ -127,9 +134,7 @@ static void tell_drained(struct fgpu_view view, int index, uint32_t gate)
     const struct fgpu_status *status = &view.status->devices[index];
     uint32_t turn = gate >> FGPU_GATE_SHIFT;
     if (atomic_exchange(&place->drained, turn) != turn) atomic_store(&place->ended_ns, fgpu_now());
-    if (__atomic_load_n(&status->drained, __ATOMIC_RELAXED) == turn &&
-        __atomic_load_n(&status->waiting, __ATOMIC_RELAXED) == atomic_load(&place->waiting))
-        return;
+    if (__atomic_load_n(&status->drained, __ATOMIC_RELAXED) == turn && tells_waiting(view, index)) return;
     publish(view, index);
     ring(view);
 }
@@ -279,7 +284,6 @@ static void wipe_on_fork(void)
 void fgpu_gate_enter(struct fgpu_launch *launch, CUstream stream, bool per_thread, CUgraphExec graph)
 {
     CUdevice ordinal;
-    bool counted;
     launch->index = -1;
     if (fgpu_is_capturing(stream, per_thread) || !fgpu_device_of(stream, per_thread, &ordinal)) return;
     launch->key = fgpu_stream_key(stream, per_thread);
@@ -289,9 +293,13 @@ void fgpu_gate_enter(struct fgpu_launch *launch, CUstream stream, bool per_threa
     for (;;) {
         struct fgpu_view view = fgpu_glance();
         int index = view.link == FGPU_HELD ? fgpu_index(view.control, ordinal) : -1;
-        if (index < 0 || !(gate_of(view, index) & FGPU_GATED)) return;
-        if (!may_go(view, index, &counted)) continue;
-        if (counted) launch->index = index;
+        if (index < 0) return;
+        bool counted = false;
+        if (gate_of(view, index) & FGPU_GATED && !may_go(view, index, &counted)) continue;
+        if (counted)
+            launch->index = index;
+        else if (!tells_waiting(view, index)) /* the launch may have waited, and fgpu_gate_leave() publishes nothing */
+            publish(view, index);
         return;
     }
 }

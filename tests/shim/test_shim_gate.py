@@ -219,6 +219,20 @@ need("cuCtxSynchronize"); out("done")""".replace("f, s, t", "import select\nf, s
     end(process)
 
 
+def test_a_thread_that_a_gate_without_turns_lets_through_is_not_reported_as_waiting(simulator: Simulator) -> None:
+    """The other tenants of the device end while the thread waits at the closed gate, so there are no turns."""
+    agent = simulator.agent
+    shut(agent, 4)
+    process = simulator.start(KIT + "f = kernel(1); out('ready'); out(launch(f)); line()")
+    assert said(process) == ["ready"]
+    until(agent, waiting=1)
+    agent.do("gate", word=1)  # open, not GATED
+    assert said(process) == [0]
+    assert page(agent) == {**page(agent), "waiting": 0, "launches": 0, "in_flight": 0}
+    tell(process)
+    end(process)
+
+
 def test_gates_open_without_a_heartbeat(simulator: Simulator) -> None:
     agent = simulator.agent
     shut(agent, 3)
