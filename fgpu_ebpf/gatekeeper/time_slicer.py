@@ -13,6 +13,7 @@ device while other tenants wait.
 from __future__ import annotations
 
 import _thread
+import itertools
 import os
 import signal
 import traceback
@@ -280,6 +281,8 @@ class TimeSlicer:
     def _watch(self) -> None:
         all_gates = [gates for _, gates in self._by_session.values()]
         quiet = [gates for gates in all_gates if gates.wakeups <= MOST_WAKEUPS]
+        numbers: dict[int, itertools.count[int]] = {}  # first the first process of each workload, then the second ones
+        quiet.sort(key=lambda gates: next(numbers.setdefault(gates.session.owner, itertools.count())))
         self._watched = quiet[: futex.MOST_WORDS]
         self._unwatched = quiet[futex.MOST_WORDS :] + [gates for gates in all_gates if gates.wakeups > MOST_WAKEUPS]
         self._words.watch([gates.address for gates in self._watched])
@@ -288,8 +291,7 @@ class TimeSlicer:
             self._words.expect(place, max(0, gates.last_value))
         for gates in self._unwatched:
             gates.place = -1
-        self._ignored = set()
-        self._is_watching = True
+        self._ignored, self._is_watching = set(), True
 
     def _ignore_words(self) -> None:
         """Ignore the futexes of tenants whose wake-ups can wait for the next step."""

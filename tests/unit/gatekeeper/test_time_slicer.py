@@ -54,11 +54,12 @@ class Ledger:
 class Program:
     """A process that, once started, always has something to launch."""
 
-    def __init__(self, pid, *levels):
+    def __init__(self, pid, *levels, owner=7):
         control = ControlMemory()
-        self.client = SimpleNamespace(pid=pid, levels=levels, control=control, status=StatusMemory(), ahead_ns=0)
+        status = StatusMemory()
+        self.client = SimpleNamespace(pid=pid, owner=owner, levels=levels, control=control, status=status, ahead_ns=0)
         control.page.gates[:] = [1] * DEVICES
-        self.page, self.status = control.page, self.client.status.page
+        self.page, self.status = control.page, status.page
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -98,8 +99,8 @@ class World:
 
         self.slicer._turn = counted
 
-    def greet(self, pid, *levels, start=True):
-        program = Program(pid, *levels)
+    def greet(self, pid, *levels, owner=7, start=True):
+        program = Program(pid, *levels, owner=owner)
         self.programs.append(program)
         self.slicer.register(program.client)
         if start:
@@ -199,6 +200,17 @@ def test_a_process_that_stops_waking_too_often_is_watched_again(world):
     while not it.slicer._unwatched:
         program.ring()
     it.until(lambda: not it.slicer._unwatched and it.slicer._watched)
+
+
+def test_a_workload_with_many_processes_takes_no_watched_word_from_another_workload(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    it.slicer.is_told = True
+    many = [it.greet(pid, 7, start=False) for pid in range(1, futex.MOST_WORDS + 5)]
+    others = [it.greet(pid, 7, owner=8, start=False) for pid in (1001, 1002)]
+    it.until(lambda: it.slicer._is_watching and len(it.slicer._by_session) == len(many) + len(others))
+    watched = {gates.session.pid for gates in it.slicer._watched}
+    assert len(watched) == futex.MOST_WORDS
+    assert {1, 1001, 1002} <= watched
 
 
 def test_a_gate_is_closed_before_its_first_read_and_opens_for_a_waiting_thread(world):
