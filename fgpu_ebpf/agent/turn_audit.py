@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
+from fgpu_ebpf import abi
 from fgpu_ebpf.ledger.compute_maps import ComputeMaps, Key, TurnCounts
 from fgpu_ebpf.ledger.process_entry import Process
 
@@ -30,7 +31,8 @@ class Verdict(NamedTuple):
     `beyond`: the ratio of a device's time that a tenant ran minus the ratio that the tenant owned. The value is usually
     below 0, because kernels do not fill a whole turn. `outside`: host pids that run on a device on which the `beyond`
     of their tenant is above MUCH. `empty`: host pids with contexts on a device, if their tenant owned more than MUCH of
-    the device's time and ran almost nothing (NOTHING_PARTS).
+    the device's time and ran almost nothing (NOTHING_PARTS). If the tenant has no context on the device, all its
+    processes with the shim are in `empty`: turns for a device need only a report.
     """
 
     beyond: Mapping[Key, float] = {}
@@ -82,7 +84,7 @@ class Audit:
         beyond = {place: _ran(looks) - _owned(looks) for place, looks in known.items()}
         outside = (known[place][-1].pids for place, part in beyond.items() if part > MUCH)
         empty = [place for place, looks in known.items() if _is_empty(looks)]
-        return Verdict(beyond, frozenset().union(*outside), _with_contexts(empty, processes))
+        return Verdict(beyond, frozenset().union(*outside), _turn_takers(empty, processes))
 
     def _enter(
         self, place: Key, now: float, owned_ns: int, percent: Percent | None, processes: Mapping[int, Process]
@@ -122,10 +124,10 @@ def _is_empty(looks: deque[_Look]) -> bool:
     return owned > MUCH and _ran(looks) < owned / NOTHING_PARTS
 
 
-def _with_contexts(places: Iterable[Key], processes: Mapping[int, Process]) -> frozenset[int]:
-    return frozenset(
-        pid
-        for level, device in places
-        for pid, process in processes.items()
-        if level in process.levels and process.contexts[device]
-    )
+def _turn_takers(places: Iterable[Key], processes: Mapping[int, Process]) -> frozenset[int]:
+    found = set[int]()
+    for level, device in places:
+        inside = {pid: process for pid, process in processes.items() if level in process.levels}
+        users = {pid for pid, process in inside.items() if process.contexts[device]}
+        found |= users or {pid for pid, process in inside.items() if process.flags & abi.Seen.SHIM}
+    return frozenset(found)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fgpu_ebpf import abi
 from fgpu_ebpf.agent.turn_audit import Audit, Verdict
 from fgpu_ebpf.ledger.compute_maps import TurnCounts
 
@@ -23,7 +24,7 @@ class Host:
     def __init__(self, percent):
         self.percent, self.now, self.free = percent, 1000.0, 0
         self.silent, self.part = False, 0.5
-        self.audit = Audit()
+        self.audit, self.processes = Audit(), PROCESSES
         self.shared = lambda: {HONEST, LIAR}
         self.ran = dict.fromkeys((HONEST, LIAR), 0)
 
@@ -36,7 +37,7 @@ class Host:
             counts = TurnCounts(owned_ns=int(self.now * self.part * 1e9), free=self.free)
             told = {HONEST: counts} if self.silent else {HONEST: counts, LIAR: counts}
             self.turns = lambda told=told: told
-            said = self.audit.look(self.now, {0: self.percent}, self, PROCESSES)
+            said = self.audit.look(self.now, {0: self.percent}, self, self.processes)
         return said
 
 
@@ -55,6 +56,17 @@ def test_a_process_with_a_context_is_reported_if_its_tenant_owns_much_time_and_r
     assert host.looks(1).empty == {81}
     host.percent = {71: 48, 81: 3}
     assert host.looks(10).empty == set(), "a tenant that runs little is not idle"
+
+
+def test_all_processes_with_the_shim_are_reported_if_none_of_their_tenant_has_a_context_on_the_device():
+    """Turns are owned by a report alone. A process without the shim reports nothing, so it takes no turns."""
+    host = Host({71: 48})
+    host.processes = {
+        71: PROCESSES[71],
+        82: SimpleNamespace(levels=(8, 1), contexts=(0,), flags=int(abi.Seen.SHIM)),
+        83: SimpleNamespace(levels=(8,), contexts=(0,), flags=0),
+    }
+    assert host.looks(11).empty == {82}
 
 
 def test_a_tenant_that_owns_little_time_and_runs_nothing_is_not_reported():
