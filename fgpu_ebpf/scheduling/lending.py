@@ -209,6 +209,7 @@ def switch(
     changed = set()
     for place in begin:
         place.lent, place.held, place.free_on = True, False, place.seen.devices
+        place.late_ns = 0  # its work in flight is not charged as late work while other tenants may launch too
     for place in end:
         place.lent, place.held, place.free_on = False, False, frozenset()
         place.late_ns = now_ns if place.seen.in_flight else 0

@@ -125,6 +125,18 @@ def test_a_ceiling_is_one_of_progress(millionths):
     assert is_shared(it)
 
 
+def test_a_tenant_that_comes_and_goes_causes_no_charge_beyond_the_progress() -> None:
+    """Work in flight that counts as progress when sharing begins again must not be charged as late work too."""
+    third = tenant(3, "notebook")
+    it = world(tenant(1), tenant(2), third, slower=1.75).run(3.0)
+    for _ in range(4):
+        third.dead, third.waiting, third.flights = not third.dead, False, []
+        it._ring()
+        it.run(0.3)
+        places = [it.turns.places[key] for key in (1, 2)]
+        assert [(place.lent, place.late_ns) for place in places] == [(True, 0), (True, 0)]
+
+
 def test_a_higher_priority_is_never_held():
     it = world(tenant(1), tenant(2, "llm", rank=0), slower=1.75)
     got = work(it, ["busy", "llm"])
