@@ -77,7 +77,7 @@ class UsageMeter:
                 by_level[level][pid] = process
         measured = {level: tenant for level in by_level if (tenant := self._enforcer.get(level))}
         for level, tenant in measured.items():
-            self._enter(tenant, by_level[level], truth, turns, seconds)
+            self._enter(tenant, by_level[level], truth.percent if is_fresh else {}, turns, seconds)
         for (level, device), counts in (turns | ended).items():
             last = self._enforcer.get(level) or self._measured.get(level)
             if last and level not in measured:
@@ -100,13 +100,14 @@ class UsageMeter:
         self._writer.stop()
 
     def _enter(
-        self, tenant: Tenant, own: Mapping[int, Process], truth: Truth, turns: Mapping[Key, TurnCounts], seconds: float
-    ) -> None:
+        self, tenant: Tenant, own: Mapping[int, Process], percent: Mapping[int, Mapping[int, int] | None],
+        turns: Mapping[Key, TurnCounts], seconds: float,
+    ) -> None:  # fmt: skip
         devices = sorted({device for p in own.values() for device, bytes_ in enumerate(p.bytes) if bytes_})
         usages = self._ledger.usage(tenant.cgroup, devices) or []
         for device, usage in zip(devices, usages, strict=False):
             key = tenant.cgroup, device
-            source, ran, is_idle = self._ran(key, turns.get(key), truth.percent.get(device), own.keys(), seconds)
+            source, ran, is_idle = self._ran(key, turns.get(key), percent.get(device), own.keys(), seconds)
             waited = self._waited(key, turns.get(key, NEW))
             self._add(tenant, device, source, Used(ran, usage.used * seconds, seconds, seconds * is_idle, waited))
 

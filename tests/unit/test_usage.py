@@ -134,6 +134,15 @@ def test_memory_and_held_time_are_measured_without_answers_of_nvml(monkeypatch):
     assert host.looks(3)["none"].held == 2.0, "an ended process has no memory"
 
 
+def test_a_tenant_is_not_idle_by_an_old_sample_of_nvml(monkeypatch):
+    host = Host(monkeypatch, {})
+    assert host.looks(1)["nvml"].idle == pytest.approx(1.0)
+    host.is_stale = True
+    found = host.looks(10)
+    assert (found["nvml"].idle, found["nvml"].held) == (pytest.approx(5.0), pytest.approx(5.0))
+    assert found["none"] == pytest.approx(Used(0.0, 6 * 3 * GIB, 6.0, 0.0, 0.0))
+
+
 def test_the_ledger_s_processes_are_not_read_again_while_nvml_answers(monkeypatch):
     """The main loop would wait for the reading of thousands of processes every second."""
     host = Host(monkeypatch, {71: 100})
