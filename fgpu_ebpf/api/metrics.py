@@ -298,6 +298,12 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
             "fgpu_gatekeeper_up", "1: the gatekeeper runs and its socket exists", snapshot.gatekeeper_up
         )
     yield CounterMetricFamily("fgpu_control_refused", "Changes refused on the control socket", snapshot.writes_refused)
+    failed = GaugeMetricFamily(
+        "fgpu_check_failed", "1: this check of `fgpu doctor` fails; else absent", labels=["check"]
+    )
+    for check in snapshot.lacks:
+        failed.add_metric([check], 1)
+    yield failed
     yield CounterMetricFamily("fgpu_agent_failures", "Internal errors of the agent", snapshot.failures)
     if snapshot.policies:
         yield GaugeMetricFamily(

@@ -76,6 +76,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {f'fgpu_device_healthy{{{HERE},gpu="0"}}': "1x10 0x9"},
         {f'fgpu_device_healthy{{{HERE},gpu="0"}}': "1x20"},
     ),
+    "FgpuCheckFailed": (
+        {f'fgpu_check_failed{{{HERE},check="devices"}}': "1x20"},
+        {f'fgpu_check_failed{{{HERE},check="devices"}}': "1x10 stale"},
+    ),
     "FgpuTenantShort": (
         {f"fgpu_compute_shortfall_ratio{{{ON}}}": "0x10 0.06x9"},
         {f"fgpu_compute_shortfall_ratio{{{ON}}}": "0x10 0.04x9"},

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import ask, fgpu
+from tests.support.commands import ask, fgpu, metrics_page
 from tests.support.host import CONTEXT, GPUS, MIB, REFUSED, SIM
 from tests.support.service import Service, run_on_devices
 from tests.support.tenant import Tenant
@@ -21,6 +21,7 @@ from tests.support.wait import eventually
 
 inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_the_file_s_tests_pass_on_two_devices")
 LIMIT = CONTEXT + 40 * MIB
+FAILED = 'fgpu_check_failed{check="devices"} 1'
 
 
 @pytest.mark.skipif(GPUS != "1", reason="this run has these devices already")
@@ -81,6 +82,7 @@ def test_limits_hold_on_the_working_device_if_the_other_is_lost_at_the_agent_s_s
     client.ok(f"device {well}")
     client.ok(f"alloc {20 * MIB}")
     assert missing() is None
+    assert FAILED not in metrics_page()
     restart(lost)
     assert indexes() == [well], "the working device has another index"
     assert client.do(f"alloc {22 * MIB}") == REFUSED
@@ -94,6 +96,7 @@ def test_limits_hold_on_the_working_device_if_the_other_is_lost_at_the_agent_s_s
     assert found
     assert not found["ok"]
     assert f"device {lost} of NVML (GPU is lost)" in found["found"]
+    assert FAILED in metrics_page()
     assert f"device {lost} of NVML: GPU is lost" in fgpu("events").stdout
 
 

@@ -32,6 +32,12 @@ def test_a_path_that_is_not_utf_8_does_not_end_the_text():
     assert 'cgroup_path="/?"' in metrics.text(replace(found, tenants=(replace(found.tenants[0], path="/\udcff"),)))
 
 
+def test_each_failed_check_has_a_series():
+    failed = replace(snapshot(), lacks={"devices": ("no limit on GPU-1", "a fix"), "usage": ("the disk is full", "")})
+    shown = [s for f in metrics.families(failed) for s in f.samples if s.name == "fgpu_check_failed"]
+    assert [(s.labels, s.value) for s in shown] == [({"check": "devices"}, 1), ({"check": "usage"}, 1)]
+
+
 def test_an_unmeasured_value_is_absent():
     empty = Snapshot(1.0, (DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None),))
     shown = {sample.name for family in metrics.families(empty) for sample in family.samples}
