@@ -162,6 +162,16 @@ def test_refusals_of_earlier_days_are_no_refusals_of_the_last_15_minutes(
     assert_fires(tmp_path, "FgpuRefusals", series, False)
 
 
+def test_a_removed_tenant_s_refusals_under_its_new_name_are_no_new_refusals(tmp_path: Path) -> None:
+    gone = f'{HERE},tenant="t-4711"'
+    series = {
+        f'fgpu_memory_refused_total{{{gone},gpu="0",reason="limit"}}': "_x17 5x3",
+        f'fgpu_tenant_info{{{gone},kind="gone"}}': "_x17 1x3",
+        f"fgpu_build_info{{{HERE}}}": "1x20",
+    }
+    assert_fires(tmp_path, "FgpuRefusals", series, False)
+
+
 @pytest.mark.parametrize(
     ("mode", "fires"),
     [("kernel", False), ("observe", False), ("cooperative", True), ("counted", True), ("none", True)],
