@@ -10,6 +10,7 @@ import contextlib
 import os
 import shlex
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fgpu_ebpf.policy.yaml_document import ConfigError
 from fgpu_ebpf.workloads import cgroups
 
 LINUX = (6, 1)  # the oldest release on which the product has been tested: docs/matrix.md
+NVML_SECONDS = 20.0  # NVML initializes many devices without persistence mode in less time
 PTRACE_SCOPE, NO_PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope"), 3
 
 
@@ -57,7 +59,7 @@ def checks(options: Options) -> list[Check]:
     if host:
         loader = tuple(shlex.split(options.loader)) if options.loader else host.loader
         found += [_bpffs(), programs.check_loader(loader)]
-        found += [] if is_released else nvml.checks(options.driver_root or host.driver_root)
+        found += [] if is_released else _driver(options.driver_root or host.driver_root)
     agents = _agent(options.run_dir)
     if host and not any(check.name == "policies" for check in agents):
         agents.append(folder.check(options.policies or host.policy_folder))
@@ -126,6 +128,16 @@ def _bpffs() -> Check:
         return Check("bpffs", True, "/sys/fs/bpf")
     fix = "mount -t bpf bpf /sys/fs/bpf (the agent mounts bpffs at its start)"
     return Check("bpffs", False, "no bpffs is mounted at /sys/fs/bpf", fix)
+
+
+def _driver(root: Path) -> list[Check]:
+    """Check the driver in a thread, because a call of NVML may hang as long as the driver hangs."""
+    found: list[Check] = []
+    thread = threading.Thread(target=lambda: found.extend(nvml.checks(root)), name="nvml", daemon=True)
+    thread.start()
+    thread.join(NVML_SECONDS)
+    silent = f"NVML does not answer within {NVML_SECONDS:.0f} s"
+    return found or [Check("driver", False, silent, "nvidia-smi shows whether the driver responds")]
 
 
 def _agent(run_dir: Path) -> list[Check]:
