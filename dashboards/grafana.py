@@ -88,8 +88,11 @@ def table(title: str, description: str, unit: str, *columns: Query, width: int =
 # -- what Grafana reads
 
 
-def variables(node: str) -> Iterator[dict[str, Any]]:
-    """Yield the variables of a dashboard: cluster to tenant. `node`: the selector of the chosen nodes."""
+def variables(node: str, single: str) -> Iterator[dict[str, Any]]:
+    """Yield the variables of a dashboard: cluster to tenant.
+
+    `node`: the selector of the chosen nodes. `single`: the variable that has one value and no "All", or empty.
+    """
     yield {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "refresh": 1}
     queries = {
         "cluster": "fgpu_build_info",
@@ -106,8 +109,9 @@ def variables(node: str) -> Iterator[dict[str, Any]]:
     for name, query in queries.items():
         yield {
             "name": name, "label": "GPU" if name == "gpu" else name.capitalize(), "type": "query", "datasource": SOURCE,
-            "query": f"label_values({query}, {name})", "refresh": 2, "sort": 1, "multi": True, "includeAll": True,
-            "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+            "query": f"label_values({query}, {name})", "refresh": 2, "sort": 1,
+            "multi": name != single, "includeAll": name != single,
+            **({"current": {"selected": True, "text": ["All"], "value": ["$__all"]}} if name != single else {}),
             **({"allValue": every[name]} if name in every else {}),
         }  # fmt: skip
 

@@ -35,6 +35,7 @@ NODE = 'cluster=~"$cluster", job=~"$job", instance=~"$instance"'
 DEVICE = f'{NODE}, gpu=~"$gpu"'
 TENANT = f'{NODE}, tenant=~"$tenant"'
 BOTH = f'{DEVICE}, tenant=~"$tenant"'
+ONE, ONE_ON = f'{NODE}, tenant="$tenant"', f'{DEVICE}, tenant="$tenant"'  # where only one tenant can be chosen
 PLACE = "cluster, job, instance"
 # The figures of a group include those of its tenants, so a sum over both would count them twice.
 _NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
@@ -244,56 +245,56 @@ NODES = [
 
 TENANTS = [
     stat("Limit", "Bytes that the tenant may hold, on all selected devices. None: the memory is only counted.", "bytes",
-         f"sum(fgpu_memory_limit_bytes{{{BOTH}}})", decimals=1, noValue="none"),
-    stat("Used", "Bytes charged to the tenant.", "bytes", f"sum(fgpu_memory_used_bytes{{{BOTH}}})", decimals=1),
+         f"sum(fgpu_memory_limit_bytes{{{ONE_ON}}})", decimals=1, noValue="none"),
+    stat("Used", "Bytes charged to the tenant.", "bytes", f"sum(fgpu_memory_used_bytes{{{ONE_ON}}})", decimals=1),
     stat("Peak", "The most bytes that were charged at once, on any single device.", "bytes",
-         f"max(fgpu_memory_peak_bytes{{{BOTH}}})", decimals=1),
+         f"max(fgpu_memory_peak_bytes{{{ONE_ON}}})", decimals=1),
     gauge("Full", "The used part of the tenant's limit, on the fullest device.",
-          f"max(fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
-    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH), NONE_IS_USUAL),
+          f"max(fgpu_memory_used_bytes{{{ONE_ON}}} / fgpu_memory_limit_bytes{{{ONE_ON}}})"),
+    stat("Refusals", ASKED, "none", grown(REFUSED, ONE_ON), NONE_IS_USUAL),
     stat("Drift", "Charged bytes minus the driver's, where they differ most. A few MiB of a pool are normal.",
-         "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))",
+         "bytes", f"max(abs(fgpu_memory_drift_bytes{{{ONE_ON}}}))",
          (("green", None), ("orange", 64 * 2**20))),
-    stat("Processes", "Processes charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
-    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})", NONE_IS_USUAL),
+    stat("Processes", "Processes charged to the tenant.", "none", f"sum(fgpu_processes{{{ONE}}})"),
+    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{ONE}}})", NONE_IS_USUAL),
     stat("Enforced by the kernel", "No: enforcement is cooperative, counted, observe or none.", "bool_yes_no",
-         f'count(fgpu_tenant_enforcement{{{TENANT}, mode="kernel"}}) == bool '
-         f"count(fgpu_tenant_enforcement{{{TENANT}}})",
+         f'count(fgpu_tenant_enforcement{{{ONE}, mode="kernel"}}) == bool '
+         f"count(fgpu_tenant_enforcement{{{ONE}}})",
          YES_IS_GOOD, noValue="No"),
     stat("Entitlement", "The least part of a device's time that was due to the tenant in the last half second: by all "
-         "weights and ceilings, also of groups around tenants.", "percentunit", f"min({due(BOTH)})", noValue="none"),
+         "weights and ceilings, also of groups around tenants.", "percentunit", f"min({due(ONE_ON)})", noValue="none"),
     stat("Ceiling", "The most of a device's time that the tenant may own.", "percentunit",
-         f"min(fgpu_compute_limit_ratio{{{BOTH}}})", noValue="none"),
+         f"min(fgpu_compute_limit_ratio{{{ONE_ON}}})", noValue="none"),
     stat("Throttled", "Times that the ceiling delayed the tenant's turn, in the displayed range.", "none",
-         grown("fgpu_compute_throttled_total", BOTH)),
+         grown("fgpu_compute_throttled_total", ONE_ON)),
     series("Memory", "Charged bytes, their peak, and the limit.", "bytes", *(
-        Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_{what}_bytes{{{BOTH}}})", f"{LEGEND} {what}")
+        Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_{what}_bytes{{{ONE_ON}}})", f"{LEGEND} {what}")
         for what in ("limit", "used", "peak"))),
-    series("Refusals", "Allocations refused per second.", "ops", refused(BOTH, "operation, reason")),
+    series("Refusals", "Allocations refused per second.", "ops", refused(ONE_ON, "operation, reason")),
     series("Allocated", "Bytes per second: admitted by the kernel, and allocated by the driver. They differ if a "
            "process requests more than it allocates, or requests no admission.", "binBps", *(
-               Query(f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{BOTH}}}[{RATE}]))",
+               Query(f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{ONE_ON}}}[{RATE}]))",
                      f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
     series("Drift", "Charged bytes minus the driver's. Below 0, the tenant holds bytes that are not charged.",
-           "bytes", Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
+           "bytes", Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_memory_drift_bytes{{{ONE_ON}}})", LEGEND), min=None),
     series("Share of time", "Owned time, the entitlement, and the ceiling. Short: the part of the "
            "device's time that a tenant with work got less than its entitlement, in ten seconds. A tenant that is "
            "alone on its devices and has no ceiling is not measured.", "percentunit",
-           Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
-           Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}} or "
-                 f"0 * fgpu_compute_entitled_ratio{{{BOTH}}})", f"{LEGEND} short"),
-           Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
+           Query(had(ONE_ON), f"{LEGEND} had"), Query(due(ONE_ON), f"{LEGEND} entitled"),
+           Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_shortfall_ratio{{{ONE_ON}}} or "
+                 f"0 * fgpu_compute_entitled_ratio{{{ONE_ON}}})", f"{LEGEND} short"),
+           Query(f"sum by ({PLACE}, gpu, tenant) (fgpu_compute_limit_ratio{{{ONE_ON}}})", f"{LEGEND} ceiling"), max=1),
     series("Waiting", "The part of the time for which the tenant waited for its turns; added when a turn begins.",
            "percentunit",
-           Query(f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
+           Query(f"sum by ({PLACE}, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{ONE_ON}}}[{RATE}]))", LEGEND)),
     series("Waiting for a turn", "How long the tenant has waited for its next turn so far.", "s",
-           Query(f"max by ({PLACE}, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
+           Query(f"max by ({PLACE}, gpu, tenant) (fgpu_compute_waiting_seconds{{{ONE_ON}}})", LEGEND)),
     series("Bypassing processes, by how", AROUND, "none",
-           bypassing(f"{{{TENANT}}}", "tenant, how", "{{tenant}} {{how}}")),
+           bypassing(f"{{{ONE}}}", "tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
-           Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
+           Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{ONE}}})", "{{tenant}} {{reason}}")),
     table("Names", "The tenant's names, and its policy.", "none",
-          Query(f"fgpu_tenant_info{{{TENANT}}}"), width=WIDTH),
+          Query(f"fgpu_tenant_info{{{ONE}}}"), width=WIDTH),
 ]  # fmt: skip
 
 RUN, IDLE = "fgpu_tenant_run_seconds_total", "fgpu_tenant_idle_seconds_total"
@@ -366,6 +367,8 @@ DASHBOARDS = {
 def dashboard(name: str) -> dict[str, Any]:
     """Return one dashboard as Grafana reads it."""
     board = DASHBOARDS[name]
+    # A group's figures include those of its tenants, so this dashboard, which adds all, has one tenant.
+    chosen = variables(NODE, single="tenant" if name == "tenant" else "")
     others = {
         "type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True, "icon": "",
         "asDropdown": False, "targetBlank": False, "tooltip": "",
@@ -373,7 +376,7 @@ def dashboard(name: str) -> dict[str, Any]:
     return {
         "uid": f"fgpu-{name}", "title": f"fgpu / {board.title}", "tags": ["fgpu"], "schemaVersion": 39,
         "editable": False, "time": {"from": board.since, "to": "now"}, "refresh": board.refresh, "links": [others],
-        "templating": {"list": list(variables(NODE))}, "panels": list(laid_out(board.panels)),
+        "templating": {"list": list(chosen)}, "panels": list(laid_out(board.panels)),
     }  # fmt: skip
 
 

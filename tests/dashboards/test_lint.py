@@ -56,7 +56,9 @@ def test_dashboards_have_the_required_variables(dashboard: dict[str, Any]) -> No
     assert found["datasource"]["label"] == "Data source"
     for name in VARIABLES - {"datasource"}:
         it = found[name]
-        assert (it["type"], it["datasource"]["uid"], it["multi"], it["refresh"]) == ("query", "${datasource}", True, 2)
+        is_one = (dashboard["uid"], name) == ("fgpu-tenant", "tenant")  # sums of several count a group's tenants twice
+        assert (it["multi"], it["includeAll"], "current" in it) == (not is_one, not is_one, not is_one)
+        assert (it["type"], it["datasource"]["uid"], it["refresh"]) == ("query", "${datasource}", 2)
         assert re.fullmatch(rf"label_values\(fgpu_\w+(\{{.*\}})?, {name}\)", it["query"])
     assert [found[name]["label"] for name in ("job", "instance")] == ["Job", "Instance"]
     assert found["instance"]["allValue"] == ".+"
@@ -182,6 +184,13 @@ def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> No
         for selector in SELECTOR.finditer(expr):
             for name in ("cluster", "job", "instance"):
                 assert f'{name}=~"${name}"' in (selector[1] or ""), f"{selector[0]} in {expr}"
+
+
+def test_the_one_name_of_a_tenant_is_no_pattern(dashboards: dict[str, dict[str, Any]]) -> None:
+    """Grafana does not escape the value of a variable that has only one."""
+    panels = dashboards["tenant"]["panels"]
+    for expr in (target["expr"] for panel in panels for target in panel["targets"]):
+        assert expr.count("$tenant") == expr.count('tenant="$tenant"') > 0
 
 
 def test_sums_keep_hosts_of_different_clusters_and_jobs_apart(queries: list[str]) -> None:
