@@ -8,6 +8,7 @@
  *                                     in the program's folder, its target is the runtime
  *   fgpu-oci knock                    Kubernetes' probe: exits with 0 if a gatekeeper accepts connections and reads
  *                                     them
+ *   fgpu-oci ping                     Kubernetes' probe: exits with 0 if the agent answers at its control socket
  *   fgpu-oci info, fgpu-info          in a container: prints the limits and the use of its cgroup, without CUDA
  *
  * It never decides what a container gets (the agent does). If it does not let a container start, it reports the reason
@@ -85,6 +86,21 @@ static int knock(const char *run)
     char answer;
     if (gatekeeper >= 0 && !shutdown(gatekeeper, SHUT_WR) && !read(gatekeeper, &answer, 1)) return 0;
     fprintf(stderr, "fgpu: no gatekeeper answers at %s/shim/shim.sock\n", run);
+    return 1;
+}
+
+/* -- fgpu-oci ping */
+
+/* The agent's main loop answers, so a connection alone is no answer. Pods cannot reach this socket. */
+static int ping(const char *run)
+{
+    static const char question[] = "{\"verb\":\"ping\"}\n", good[] = "{\"ok\":";
+    int agent = connect_to(run, "control.sock", SOCK_STREAM);
+    char answer[sizeof good - 1];
+    if (agent >= 0 && send(agent, question, sizeof question - 1, MSG_NOSIGNAL) > 0 &&
+        recv(agent, answer, sizeof answer, MSG_WAITALL) == sizeof answer && !memcmp(answer, good, sizeof answer))
+        return 0;
+    fprintf(stderr, "fgpu: no agent answers at %s/control.sock\n", run);
     return 1;
 }
 
@@ -223,8 +239,10 @@ int main(int count, char **words)
     if (count == 3 && !strcmp(words[1], "share")) return share(run, words[2]);
     if (count == 2 && !strcmp(words[1], "precreate")) return precreate(run);
     if (count == 2 && !strcmp(words[1], "knock")) return knock(run);
+    if (count == 2 && !strcmp(words[1], "ping")) return ping(run);
     if (count == 2 && !strcmp(words[1], "info")) return info(run);
     if (count > 2 && !strcmp(words[1], "runtime")) return runtime(run, words + 2);
-    dprintf(2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | knock | info | runtime RUNTIME [ARGS...]\n");
+    dprintf(
+        2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | knock | ping | info | runtime RUNTIME [ARG...]\n");
     return 2;
 }

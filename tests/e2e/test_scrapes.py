@@ -5,14 +5,16 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import ask, metrics_page
-from tests.support.host import LISTEN, MIB
+from tests.support.host import BUILD, LISTEN, MIB
 from tests.support.service import Service
 from tests.support.wait import eventually
 
@@ -72,6 +74,22 @@ def test_many_scrapes_at_once_are_complete_or_disconnected(service: Service, sca
     assert all(answer.startswith(b"HTTP/1.0 200 ") and answer.endswith(b"\n") for answer in said)
     assert all(b"fgpu_build_info" in answer for answer in said)
     eventually(lambda: threads(service) <= before, 5, "the exit of the threads")
+
+
+def test_clients_of_the_metrics_address_cannot_fail_the_probe_of_kubernetes(service: Service) -> None:
+    """The probe uses the control socket, and fails while the agent hangs or does not run."""
+    probe = [BUILD / "oci/fgpu-oci", "ping"]
+    with contextlib.ExitStack() as clients:
+        for _ in range(200):
+            clients.enter_context(socket.create_connection((HOST, int(PORT)), timeout=20))
+        assert subprocess.run(probe, check=False).returncode == 0
+    assert service.agent
+    os.kill(service.agent.pid, signal.SIGSTOP)
+    try:
+        assert subprocess.run(probe, check=False, stderr=subprocess.DEVNULL).returncode == 1
+    finally:
+        os.kill(service.agent.pid, signal.SIGCONT)
+    assert subprocess.run([probe[0], "--run-dir", "/nonexistent", "ping"], check=False).returncode == 1
 
 
 def test_slow_connections_prevent_no_scrape(service: Service) -> None:

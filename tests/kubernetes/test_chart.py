@@ -194,6 +194,16 @@ def test_annotations_of_apparmor_name_only_containers_of_the_pod() -> None:
             assert found <= names, (path, one["metadata"]["name"])
 
 
+def test_no_probe_that_ends_a_container_uses_a_port_that_pods_can_reach() -> None:
+    """Requests of a pod could fill the places of the metrics address, and kubelet would kill the agent."""
+    made = [c for path in FILES for one in sets(path) for c in containers(one)]
+    agents = [c for c in made if c["name"] == "agent" and "livenessProbe" in c]
+    assert len(agents) >= 5
+    for agent in agents:
+        for kind in ("startupProbe", "livenessProbe"):
+            assert agent[kind]["exec"] == {"command": ["fgpu-oci", "ping"]}
+
+
 def test_every_mount_has_its_volume_and_every_volume_its_mount() -> None:
     for path in FILES:
         for one in sets(path):
