@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grafana import (
+    KEPT,
     NONE_IS_GOOD,
     NONE_IS_USUAL,
     WIDTH,
@@ -369,13 +370,17 @@ def dashboard(name: str) -> dict[str, Any]:
     board = DASHBOARDS[name]
     # A group's figures include those of its tenants, so this dashboard, which adds all, has one tenant.
     chosen = variables(NODE, single="tenant" if name == "tenant" else "")
-    others = {
-        "type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True, "icon": "",
-        "asDropdown": False, "targetBlank": False, "tooltip": "",
-    }  # fmt: skip
+    links = [
+        {"type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True, "icon": "",
+         "asDropdown": False, "targetBlank": False, "tooltip": ""},
+        # Not with the chosen tenants: Grafana would keep "All", which this dashboard does not have.
+        {"type": "link", "title": "fgpu / Tenant", "url": f"/d/fgpu-tenant?{KEPT}", "tags": [], "keepTime": False,
+         "includeVars": False, "icon": "dashboard", "asDropdown": False, "targetBlank": False, "tooltip": ""},
+    ]  # fmt: skip
     return {
-        "uid": f"fgpu-{name}", "title": f"fgpu / {board.title}", "tags": ["fgpu"], "schemaVersion": 39,
-        "editable": False, "time": {"from": board.since, "to": "now"}, "refresh": board.refresh, "links": [others],
+        "uid": f"fgpu-{name}", "title": f"fgpu / {board.title}",
+        "tags": ["fgpu-tenant" if name == "tenant" else "fgpu"], "schemaVersion": 39,
+        "editable": False, "time": {"from": board.since, "to": "now"}, "refresh": board.refresh, "links": links,
         "templating": {"list": list(chosen)}, "panels": list(laid_out(board.panels)),
     }  # fmt: skip
 

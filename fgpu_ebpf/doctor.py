@@ -7,12 +7,14 @@ of that subject. This module collects all checks.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import shlex
 import subprocess
-import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.agent import gatekeeper_process, host_config, parker_check
@@ -131,13 +133,35 @@ def _bpffs() -> Check:
 
 
 def _driver(root: Path) -> list[Check]:
-    """Check the driver in a thread, because a call of NVML may hang as long as the driver hangs."""
-    found: list[Check] = []
-    thread = threading.Thread(target=lambda: found.extend(nvml.checks(root)), name="nvml", daemon=True)
-    thread.start()
-    thread.join(NVML_SECONDS)
-    silent = f"NVML does not answer within {NVML_SECONDS:.0f} s"
-    return found or [Check("driver", False, silent, "nvidia-smi shows whether the driver responds")]
+    """Check the driver in a child process: a call of NVML may hang as long as the driver hangs, and cannot be killed.
+
+    A thread that hangs would keep this process from its end.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        _answer(root, writer)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        if not select.select([pipe], [], [], NVML_SECONDS)[0]:
+            silent = f"NVML does not answer within {NVML_SECONDS:.0f} s"
+            return [Check("driver", False, silent, "nvidia-smi shows whether the driver responds")]
+        found = json.load(pipe)
+    os.waitpid(child, 0)
+    return [Check(*check) for check in found]
+
+
+def _answer(root: Path, writer: int) -> NoReturn:
+    """Write the checks to the pipe, and exit. No file of the command stays open if NVML hangs."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in range(3):
+        os.dup2(null, file)
+    try:
+        found = nvml.checks(root)
+    except Exception as error:
+        found = [Check("driver", False, f"the check of the driver failed: {error!r}")]
+    os.write(writer, json.dumps(found).encode())
+    os._exit(0)
 
 
 def _agent(run_dir: Path) -> list[Check]:

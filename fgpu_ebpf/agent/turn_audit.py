@@ -9,7 +9,7 @@ that device.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple, TypeAlias
 
 from fgpu_ebpf import abi
@@ -84,7 +84,7 @@ class Audit:
         beyond = {place: _ran(looks) - _owned(looks) for place, looks in known.items()}
         outside = (known[place][-1].pids for place, part in beyond.items() if part > MUCH)
         empty = [place for place, looks in known.items() if _is_empty(looks)]
-        return Verdict(beyond, frozenset().union(*outside), _turn_takers(empty, processes))
+        return Verdict(beyond, frozenset().union(*outside), _turn_takers(empty, counts.keys(), processes))
 
     def _enter(
         self, place: Key, now: float, owned_ns: int, percent: Percent | None, processes: Mapping[int, Process]
@@ -124,10 +124,14 @@ def _is_empty(looks: deque[_Look]) -> bool:
     return owned > MUCH and _ran(looks) < owned / NOTHING_PARTS
 
 
-def _turn_takers(places: Iterable[Key], processes: Mapping[int, Process]) -> frozenset[int]:
+def _turn_takers(places: Iterable[Key], shared: Set[Key], processes: Mapping[int, Process]) -> frozenset[int]:
+    """Return the host pids that may have taken these turns: the turns of a group also count those of its tenants."""
     found = set[int]()
     for level, device in places:
-        inside = {pid: process for pid, process in processes.items() if level in process.levels}
+        inside = {
+            pid: process for pid, process in processes.items()
+            if next((each for each in process.levels if (each, device) in shared), 0) == level
+        }  # fmt: skip
         users = {pid for pid, process in inside.items() if process.contexts[device]}
         found |= users or {pid for pid, process in inside.items() if process.flags & abi.Seen.SHIM}
     return frozenset(found)

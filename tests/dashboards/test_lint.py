@@ -172,6 +172,19 @@ def test_names_of_tenants_link_to_their_dashboard(dashboard: dict[str, Any], pan
     assert to_tenants >= (3 if dashboard["uid"] == "fgpu-cluster" else 1)
 
 
+def test_links_pass_chosen_values_only_to_dashboards_that_can_have_them(
+    dashboard: dict[str, Any], dashboards: dict[str, dict[str, Any]]
+) -> None:
+    """Grafana keeps "All", or several names, from the address for a variable that can have neither."""
+    (group, to_tenant) = dashboard["links"]
+    assert (group["type"], group["includeVars"]) == ("dashboards", True)
+    for other in dashboards.values():
+        if set(group["tags"]) <= set(other["tags"]):
+            assert all(it["includeAll"] and it["multi"] for it in other["templating"]["list"] if it["type"] == "query")
+    assert to_tenant["url"].startswith("/d/fgpu-tenant?")
+    assert "var-tenant" not in to_tenant["url"]
+
+
 def test_queries_use_only_listed_metrics_of_other_exporters(queries: list[str]) -> None:
     """docs/test_references.py compares metrics of fgpu with the agent's own."""
     words = {word for expr in queries for word in re.findall(r"\b[A-Z][A-Z]+_\w+", expr)}

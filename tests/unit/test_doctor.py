@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,23 +12,45 @@ from fgpu_ebpf import doctor
 from fgpu_ebpf.agent.settings import Options
 
 
+def hang(_: Path) -> list[doctor.Check]:
+    signal.pause()
+    return []
+
+
+def fail(_: Path) -> list[doctor.Check]:
+    raise ValueError("an answer that nobody expects")
+
+
+def found(tmp_path: Path) -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.checks(Options(tmp_path / "run"))}
+
+
 def test_a_driver_that_hangs_is_a_failed_check_among_all_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    goes_on = threading.Event()
+    children = list[int]()
+    fork = os.fork
 
-    def hang(_: Path) -> list[doctor.Check]:
-        assert threading.current_thread() is not threading.main_thread(), "the command would never end"
-        goes_on.wait()
-        return []
+    def forked() -> int:
+        children.append(fork())
+        return children[-1]
 
+    monkeypatch.setattr(os, "fork", forked)
     monkeypatch.setattr(doctor.nvml, "checks", hang)
-    monkeypatch.setattr(doctor, "NVML_SECONDS", 0.01, raising=False)
-    try:
-        found = {check.name: check for check in doctor.checks(Options(tmp_path / "run"))}
-    finally:
-        goes_on.set()
-    assert not found["driver"].ok
-    assert "NVML does not answer" in found["driver"].found
-    assert "nvidia-smi" in found["driver"].fix
-    assert "agent" in found
+    monkeypatch.setattr(doctor, "NVML_SECONDS", 0.01)
+    checks = found(tmp_path)
+    assert os.waitpid(children[0], os.WNOHANG) == (0, 0), "the child still hangs"
+    held = {os.readlink(f"/proc/{children[0]}/fd/{file}") for file in range(3)}
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
+    assert held == {"/dev/null"}, "a reader of the command's output would wait for the child"
+    assert not checks["driver"].ok
+    assert "NVML does not answer" in checks["driver"].found
+    assert "nvidia-smi" in checks["driver"].fix
+    assert "agent" in checks
+
+
+def test_an_error_of_the_driver_s_check_is_a_failed_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.nvml, "checks", fail)
+    driver = found(tmp_path)["driver"]
+    assert (driver.ok, "ValueError" in driver.found) == (False, True)

@@ -25,17 +25,17 @@ class Host:
         self.percent, self.now, self.free = percent, 1000.0, 0
         self.silent, self.part = False, 0.5
         self.audit, self.processes = Audit(), PROCESSES
-        self.shared = lambda: {HONEST, LIAR}
+        self.shared, self.told = lambda: {HONEST, LIAR}, {HONEST, LIAR}
         self.ran = dict.fromkeys((HONEST, LIAR), 0)
 
     def add_ran(self, level, device, ns):
-        self.ran[level, device] += ns
+        self.ran[level, device] = self.ran.get((level, device), 0) + ns
 
     def looks(self, number):
         for _ in range(number):
             self.now += 1.0
             counts = TurnCounts(owned_ns=int(self.now * self.part * 1e9), free=self.free)
-            told = {HONEST: counts} if self.silent else {HONEST: counts, LIAR: counts}
+            told = dict.fromkeys({HONEST} if self.silent else self.told, counts)
             self.turns = lambda told=told: told
             said = self.audit.look(self.now, {0: self.percent}, self, self.processes)
         return said
@@ -67,6 +67,21 @@ def test_all_processes_with_the_shim_are_reported_if_none_of_their_tenant_has_a_
         83: SimpleNamespace(levels=(8,), contexts=(0,), flags=0),
     }
     assert host.looks(11).empty == {82}
+
+
+def test_empty_turns_of_a_tenant_are_not_reported_of_the_other_tenants_of_its_group():
+    """A group owns the turns of its tenants."""
+    host = Host({})
+    host.shared = lambda: {LIAR, (9, 0), (1, 0)}
+    host.processes = {
+        82: SimpleNamespace(levels=(8, 1), contexts=(0, 0), flags=int(abi.Seen.SHIM)),
+        90: SimpleNamespace(levels=(9, 1), contexts=(0, 1), flags=int(abi.Seen.SHIM)),
+        91: SimpleNamespace(levels=(1,), contexts=(0, 0), flags=int(abi.Seen.SHIM)),
+    }
+    host.told = {LIAR, (1, 0)}
+    assert host.looks(11).empty == {82, 91}
+    host.processes = {pid: host.processes[pid] for pid in (82, 90)}
+    assert host.looks(1).empty == {82}
 
 
 def test_a_tenant_that_owns_little_time_and_runs_nothing_is_not_reported():
