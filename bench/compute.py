@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
 
 
 def one(bench: Bench, name: str) -> bool:
-    """Run a case. Return False if it failed. All programs are then ended."""
+    """Run a case. If the case fails, end all programs and return False."""
     begun = time.monotonic()
     try:
         CASES[name](bench)

@@ -261,7 +261,10 @@ def nodes(folder: str) -> dict[str, list[str]]:
 
 
 def one_refusal(recorder: Recorder, folder: Path, kind: str, devices: list[str], environment: dict[str, str]) -> Any:
-    """Run one program while devices are refused, and once more without. Return the results and opens of both."""
+    """Start a program that tries the driver while the devices are refused, and again while they are allowed.
+
+    Return the results and opens of both attempts.
+    """
     found = {}
     words = ["env", *(f"{name}={environment[name]}" for name in ("LD_LIBRARY_PATH",) if name in environment)]
     with cgroup(folder), ending() as running:

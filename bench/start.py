@@ -124,7 +124,7 @@ def measure(rounds: int, tenants: int, options: list[str]) -> dict[str, list[Par
 
 
 def report(found: dict[str, list[Parts]]) -> int:
-    """Print the medians, then the missed bars. Return 1 if there are any."""
+    """Print the medians, then the targets that were missed. Return 1 if a target was missed, else 0."""
     lines: dict[str, tuple[float, str]] = {}
     for which, starts in found.items():
         for part in starts[0]:

@@ -100,7 +100,8 @@ class Hidden:
     def _lost(self, charges: Charges) -> int:
         """Return the bytes that may have been freed since the last reading.
 
-        The result is the freed managed bytes plus all handles of each process that has changed its handles.
+        The result is the freed managed bytes plus the earlier handle bytes of each process with a changed number of
+        handle bytes.
         """
         before = charges.managed_freed if self._freed is None else self._freed
         handles = sum(bytes_ for life, bytes_ in self._handles.items() if charges.handles.get(life) != bytes_)

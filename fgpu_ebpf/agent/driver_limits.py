@@ -204,7 +204,7 @@ def take_away(file: Path) -> None:
     thread.start()
     thread.join(RESTORE_SECONDS)
     if thread.is_alive():
-        log.warning("NVML does not answer: the driver's own limits of %s stay in force", file)
+        log.warning("NVML does not answer: the driver's own limits that are recorded in %s stay in force", file)
 
 
 def _restore_all(file: Path, root: Path, known: dict[bytes, int]) -> None:

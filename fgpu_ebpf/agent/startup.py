@@ -42,7 +42,7 @@ def take_lock(run_dir: Path) -> file_locks.FileLock:
     """
     lock = file_locks.FileLock(run_dir / file_locks.AGENT)
     if not lock.take():
-        raise AgentError("an agent is running on this host already")
+        raise AgentError("an agent is already running on this host")
     return lock
 
 

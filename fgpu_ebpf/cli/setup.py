@@ -180,7 +180,7 @@ def _undo(name: str, engine: Engine, is_named: bool) -> None:
 
     there = engine_setup.where_it_is(engine, STATE / f"{name}.json").file
     if is_named and there.resolve() != engine.file.resolve():  # the undo would remove the state of that file
-        raise SetupError(f"`fgpu setup {name}` has changed {there}, not {engine.file}: run it without --file")
+        raise SetupError(f"`fgpu setup {name}` has changed {there}, not {engine.file}: run --undo without --file")
     policy = first_policy.settings(name, (), "", FOLDER), STATE / f"{name}-policy.json"
     if engine.reload and (STATE / f"{name}.json").exists():  # Podman has no old settings in use, and Slurm no helper
         engine_setup.unread_mark(run_dir()).touch()

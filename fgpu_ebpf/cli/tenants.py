@@ -149,7 +149,7 @@ def release(duration: str) -> None:
     if not answer["done"]:
         still = ", ".join(answer["open"]) or "NVML has not answered yet"
         fail(f"devices not released after {_RELEASE_SECONDS:.0f} s ({still}): `fgpu device take` ends the attempt", 1)
-    say(f"released until {answer['until']}, or until `fgpu device take`")
+    say(f"released until {answer['until']}, or until you run `fgpu device take`")
 
 
 @examples("fgpu device take", "fgpu device take && fgpu doctor")

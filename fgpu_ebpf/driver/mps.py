@@ -35,7 +35,8 @@ def check(run_dir: Path) -> Check:
     """Check that programs on concurrent devices find the daemon's socket."""
     if shared(run_dir).is_socket():
         return Check("mps", True, str(shared(run_dir)))
-    return Check("mps", False, "no MPS runs for devices with `sharing: concurrent`", "systemctl enable --now fgpu-mps")
+    found = "the MPS daemon for devices with `sharing: concurrent` is not running"
+    return Check("mps", False, found, "systemctl enable --now fgpu-mps")
 
 
 def serve(run_dir: Path) -> int:

@@ -76,5 +76,7 @@ class XidRecord:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            log.error("%s cannot be read (%s); devices that reported an XID before count as healthy", self._file, error)
+            log.error(
+                "%s cannot be read (%s); devices that reported an XID earlier are treated as healthy", self._file, error
+            )
             return {}

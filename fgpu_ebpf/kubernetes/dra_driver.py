@@ -158,7 +158,7 @@ class _Driver:
         except (ConnectionError, control_client.RequestError) as error:
             raise ClaimError(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise ClaimError("this version of the agent has no answer for the DRA driver: upgrade the agent") from error
+            raise ClaimError("this version of the agent does not support the DRA driver: upgrade the agent") from error
         self._answered_at = time.monotonic()
         if len(paths) != len(Parts._fields):
             raise ClaimError("the agent cannot write what containers get: set cdiFolder to a writable folder")

@@ -229,7 +229,10 @@ class NvidiaClaims:
         return self._if_installed(self._pods_file.fault or self._claims_file.fault or form)
 
     def _pods_unknown(self) -> str:
-        """Return why kubelet's file is unknown; empty: known, or NVIDIA's driver is not installed."""
+        """Return why kubelet's file is unknown.
+
+        The text is empty if the file is known, or if NVIDIA's DRA driver is not installed.
+        """
         return self._if_installed(self._pods_file.fault)
 
     def _if_installed(self, fault: str) -> str:

@@ -113,7 +113,7 @@ class Engines:
                     thread.want_again([subject for subject in known if thread.api.serves(subject)])
 
     def keep(self) -> None:
-        """Remove containers that are gone, write changed names to the file, and start threads that could not start.
+        """Remove containers that are gone, write changed names to the file, and retry threads that failed to start.
 
         The agent calls this method about once a second.
         """

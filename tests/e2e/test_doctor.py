@@ -325,7 +325,7 @@ def test_doctor_names_a_device_in_mig_mode(service: Service, fault: Callable[[st
 def test_a_second_agent_exits_with_an_error(service: Service) -> None:
     done = fgpu("agent", "--driver-root", SIM, "--shim", SHIM, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "fgpu: an agent is running on this host already"
+    assert done.stderr.strip() == "fgpu: an agent is already running on this host"
 
 
 def test_limits_are_enforced_if_the_metrics_address_is_in_use(service: Service, unharmed: None) -> None:

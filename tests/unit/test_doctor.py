@@ -18,7 +18,7 @@ def hang(_: Path) -> list[doctor.Check]:
 
 
 def fail(_: Path) -> list[doctor.Check]:
-    raise ValueError("an answer that nobody expects")
+    raise ValueError("an unknown answer")
 
 
 def found(tmp_path: Path) -> dict[str, doctor.Check]:
