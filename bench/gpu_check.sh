@@ -1,7 +1,8 @@
 #!/bin/bash
 # Checks all claims about a real GPU on one machine with a GPU. Builds the programs, runs each claim with a time limit,
-# continues after failures, and prints every figure. Needs root and a C compiler, and no package registry. Variables,
-# with their defaults:
+# continues after failures, and prints every figure. A claim whose requirements are missing is skipped, and the last line
+# has the names of failed and of skipped steps. Needs root and a C compiler, and no package registry. Variables, with
+# their defaults:
 #
 #   FGPU          the command `fgpu`, for example "/tmp/python -m fgpu_ebpf.cli" (fgpu)
 #   PYTHON        an interpreter with pynvml (python3)
@@ -19,18 +20,24 @@ headers=${HEADERS:-}
 for folder in "$PWD/build/headers" /usr/local/cuda/include /usr/local/cuda/targets/x86_64-linux/include; do
     [ -n "$headers" ] || [ ! -e "$folder/cuda.h" ] || headers=$folder
 done
-failed=()
+failed=() skipped=()
 
-step() { # step NAME SECONDS COMMAND...: runs a command with a time limit, and records a failure
-    local name=$1 seconds=$2 begun=$SECONDS
+step() { # step NAME SECONDS COMMAND...: runs a command with a time limit, and records a failure or exit status 77 (SKIP)
+    local name=$1 seconds=$2 begun=$SECONDS status=0
     shift 2
     printf '\n== %s\n' "$name"
-    if timeout --kill-after=10 "$seconds" "$@"; then
-        printf 'PASS step %s (%d s)\n' "$name" $((SECONDS - begun))
-    else
-        printf 'FAIL step %s: exit status %d (%d s)\n' "$name" $? $((SECONDS - begun))
+    timeout --kill-after=10 "$seconds" "$@" || status=$?
+    case $status in
+    0) printf 'PASS step %s (%d s)\n' "$name" $((SECONDS - begun)) ;;
+    77)
+        printf 'SKIP step %s (%d s)\n' "$name" $((SECONDS - begun))
+        skipped+=("$name")
+        ;;
+    *)
+        printf 'FAIL step %s: exit status %d (%d s)\n' "$name" $status $((SECONDS - begun))
         failed+=("$name")
-    fi
+        ;;
+    esac
 }
 
 compile() { # compile SOURCE PROGRAM: compiles SOURCE, unless PROGRAM is newer because bench/kit.sh has built it
@@ -59,5 +66,6 @@ for claim in ${CLAIMS:-$claims $benchmarks}; do
     *) step "$claim" 240 "$python" -m bench.gpu.check "$claim" ;;
     esac
 done
-printf '\n== end: %d failed: %s\n' "${#failed[@]}" "${failed[*]:-none}"
+printf '\n== end: %d failed: %s; ' "${#failed[@]}" "${failed[*]:-none}"
+printf '%d skipped: %s\n' "${#skipped[@]}" "${skipped[*]:-none}"
 [ ${#failed[@]} = 0 ]

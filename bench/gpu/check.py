@@ -1,8 +1,9 @@
 """Check one claim on a machine with a GPU: `python -m bench.gpu.check CLAIM`.
 
-The program prints figures, and PASS, FAIL or SKIP in the last line. bench/gpu_check.sh runs all claims. The program
-starts and stops its own agent. It uses the support library of the end-to-end tests, with the driver at $DRIVER_ROOT
-(default: /). It needs the Python package pynvml. Some claims need torch or jax in $TORCH_PYTHON.
+The program prints figures, and PASS, FAIL or SKIP in the last line, with exit status 0, 1 or 77. bench/gpu_check.sh
+runs all claims. The program starts and stops its own agent. It uses the support library of the end-to-end tests, with
+the driver at $DRIVER_ROOT (default: /). It needs the Python package pynvml. Some claims need torch or jax in
+$TORCH_PYTHON.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tests.support.place import Place
 from tests.support.service import Service
 from tests.support.tenant import Client
 from tests.support.wait import eventually
+
+SKIPPED = 77  # the exit status that bench/gpu_check.sh reads
 
 # -- the claims: the arguments of each are the service and a place that makes tenants in pid namespaces
 
@@ -353,7 +356,7 @@ def host() -> Iterator[tuple[Service, Place]]:
 
 
 def main() -> int:
-    """Check the claim that the command line names. Return 0 for PASS and SKIP, 1 for FAIL, 2 for wrong usage."""
+    """Check the claim that the command line names. Return 0 for PASS, 77 for SKIP, 1 for FAIL, 2 for wrong usage."""
     if len(sys.argv) != 2 or sys.argv[1] not in CLAIMS:
         print(f"usage: python -m bench.gpu.check {'|'.join(CLAIMS)}   (FGPU={shlex.join(FGPU)})", file=sys.stderr)
         return 2
@@ -363,7 +366,7 @@ def main() -> int:
             CLAIMS[sys.argv[1]](service, place)
     except Skip as why:
         print(f"SKIP {sys.argv[1]}: {why}")
-        return 0
+        return SKIPPED
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
         print(f"FAIL {sys.argv[1]}: {error}")
         return 1

@@ -83,7 +83,9 @@ def lookups(service: Service, place: Place) -> None:
         place.end(one)
     one = place.tenant(LIMIT)
     (one.folder / "deep.py").write_text(DEEP)
-    for path in installed():
+    if not (runtimes := installed()):
+        say("lookups_runtime", "absent")
+    for path in runtimes:
         said = [int(word) for word in one.run(f"{shutil.which('python3')} deep.py {path}", 60).split()]
         need(said[1:] == [LIMIT, 0, OUT_OF_MEMORY], f"{Path(path).name}, deep-bound: {said}")
 
