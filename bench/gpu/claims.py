@@ -45,22 +45,27 @@ class Sampler(threading.Thread):
         self.most = dict.fromkeys((t.name for t in tenants), 0)
         self.samples = 0
         self._ended = threading.Event()
+        self._is_complete = False  # False: the sampling has failed
 
     def run(self) -> None:
         while not self._ended.wait(0.01):
             for tenant in self.tenants:
                 self.most[tenant.name] = max(self.most[tenant.name], nvml.bytes_of(set(tenant.pids())))
             self.samples += 1
+        self._is_complete = True
 
     def end(self, limits: dict[str, int]) -> None:
         """Stop, and print the maximum and the excess of each tenant.
 
-        Raises AssertionError if a maximum exceeds the tenant's limit by more than MODULE bytes.
+        Raises AssertionError if a maximum exceeds the tenant's limit by more than MODULE bytes, if NVML has shown no
+        memory of a tenant, or if the sampling has failed.
         """
         self._ended.set()
         self.join()
         say("nvml_samples", self.samples)
+        need(self._is_complete, "NVML was sampled until the end")
         for name, most in self.most.items():
             say(f"{name}_nvml_most", most, "bytes")
             say(f"{name}_nvml_excess", max(0, most - limits[name]), "bytes")
+            need(most > 0, f"{name}: NVML has shown memory")
             need(most <= limits[name] + MODULE, f"{name}: NVML never above the limit plus a module load")
