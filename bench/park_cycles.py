@@ -6,7 +6,8 @@ call wakes the tenant. Every fourth tenant is woken by `fgpu wake` before that. 
 call of the driver, is counted and tried again.
 
 Needs root, a GPU with driver 570 or later, and the packages of the frameworks; a framework that is missing is left out.
-The last line has the counts. Exits with 1 if a program ended, data were wrong, or a ledger and the driver disagree.
+The last line has the counts. Exits with 1 if a tenant had no cycle, a program ended, data were wrong, or a ledger and
+the driver disagree.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import collections
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -129,7 +131,7 @@ class Cycles(threading.Thread):
         try:
             while time.monotonic() < until and not self.fault:
                 self._cycle()
-        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        except Exception as error:
             self.fault = f"{type(error).__name__}: {error}"
 
     def _cycle(self) -> None:
@@ -158,7 +160,7 @@ def _resident_mib(pid: int) -> int:
 
 
 def main() -> int:
-    """Run the cycles, and print the counts. Return 1 if anything was lost, wrong or not equal."""
+    """Run the cycles, and print the counts. Return 1 if anything was lost, wrong, not equal or never done."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--seed", type=int, default=1)
@@ -178,8 +180,9 @@ def main() -> int:
         for each in all_:
             each.join(options.seconds + 300)
         for each, tenant in zip(all_, tenants, strict=True):
-            waits = sorted(each.waits)
-            say(f"{each.kind}_{tenant.name}", each.cycles, f"cycles; call p50 {waits[len(waits) // 2]:.2f} s")
+            calls = f"; call p50 {statistics.median(each.waits):.2f} s" if each.waits else ""
+            say(f"{each.kind}_{tenant.name}", each.cycles, f"cycles{calls}")
+            each.fault = each.fault or ("" if each.cycles else "no cycle")
             for why, count in each.refusals.items():
                 print(f"  {count} x {why}")
             if each.fault:
