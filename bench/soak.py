@@ -4,8 +4,10 @@ limits and policies change, agent and gatekeeper are killed and restarted, and D
 Prints `soak_NAME VALUE UNIT`: the number of each act; errors (bytes above a limit, except for those of a training's
 kernels; ledgers that did not agree with the driver in time; programs without output); and for each watched size its
 slope per minute with half of its 95 % interval, and the same for the second half of each process's life (`late`).
-Writes build/bench/soak.json, soak.csv and soak.svg. Exits with 1 if there was an error, or if the resident memory of
-agent or gatekeeper grows by more than 1 KiB a minute and the interval excludes zero growth. Starts and stops driver and
+`soak_grows` has the names of the sizes that grow. `unknown`: agent or gatekeeper lived too briefly between restarts for
+a slope (one life needs five minutes, each of two lives four). Writes build/bench/soak.json, soak.csv and soak.svg.
+Exits with 1 if there was an error, if the resident memory of agent or gatekeeper grows by more than 1 KiB a minute and
+the interval excludes zero growth, or if a slope is unknown after seven minutes or more. Starts and stops driver and
 services. DRIVER_ROOT=/ selects the real driver. Then trainings run too, with TORCH_PYTHON, a Python interpreter that
 has torch.
 """
@@ -44,6 +46,7 @@ CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
 SETS = 20  # how often crowd() sets the limit of its tenant
 ENGINE_SECONDS = 45.0
 SLOPE_KIB = 1.0
+SLOPE_MINUTES = 7.0  # the shortest run with slopes: its first part, of four fifths, has four minutes after the settling
 SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -420,8 +423,8 @@ def run(soak: Soak, seconds: float, every: float) -> None:
     soak.check()
 
 
-def report(soak: Soak, watch: Watch) -> int:
-    """Print all figures. Return 1 if there was an error or a resident memory grows."""
+def report(soak: Soak, watch: Watch, minutes: float) -> int:
+    """Print all figures. Return 1 if there was an error, a resident memory grows, or a long run has no slopes."""
     lines: dict[str, tuple[float, str]] = {f"soak_{name}": (n, "") for name, n in sorted(soak.done.items())}
     lines |= {f"soak_wrong_{name}": (n, "") for name, n in sorted(soak.wrong.items())}
     lines["soak_most_above"] = (soak.above, "bytes")
@@ -433,8 +436,17 @@ def report(soak: Soak, watch: Watch) -> int:
                 lines[f"soak_{part}within_{name}"] = (slope.within, unit)
     grows = [name for name in watch.names() if name.endswith("resident") and _grows(watch.slope(name))]
     record("soak", lines)
-    print(f"soak_grows {' '.join(grows) or 'nothing'}")
-    return 1 if grows or any(soak.wrong.values()) else 0
+    if watch.fault:
+        print(f"# the sampling has ended: {watch.fault}")
+    is_known = not watch.fault and all(watch.slope(f"{name}_resident") for name in ("agent", "gatekeeper"))
+    print(f"soak_grows {' '.join(grows) or ('nothing' if is_known else 'unknown')}")
+    is_missed = not is_known and minutes >= SLOPE_MINUTES
+    return 1 if grows or is_missed or any(soak.wrong.values()) else 0
+
+
+def restart_seconds(minutes: float) -> float:
+    """Return the default interval of restarts: one restart if more lives would be too short for slopes."""
+    return minutes * 60 * 0.8 if minutes < 20 else min(1200.0, minutes * 60 / 5)
 
 
 def _grows(slope: Slope | None) -> bool:
@@ -446,9 +458,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
     parser.add_argument("minutes", type=float, nargs="?", default=10.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
-    parser.add_argument("--restart-every", type=float, help="seconds (a fifth of all, 20 minutes at most)")
+    default = "seconds (a fifth of all, 20 minutes at most; in less than 20 minutes: four fifths of all)"
+    parser.add_argument("--restart-every", type=float, help=default)
     given = parser.parse_args()
-    every = given.restart_every or min(1200.0, given.minutes * 60 / 5)
+    every = given.restart_every or restart_seconds(given.minutes)
     print(f"soak_seed {given.seed}", flush=True)
     compile_programs()
     end_in_order()
@@ -484,7 +497,7 @@ def main() -> int:
             return 1
         finally:
             service.stop()
-    return report(soak, watch)
+    return report(soak, watch, given.minutes)
 
 
 def _keep(watch: Watch) -> None:

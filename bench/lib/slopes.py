@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import scipy.stats
-
 from tests.support import kernel
 
 EVERY_SECONDS = 2.0
@@ -49,18 +47,25 @@ class Watch(threading.Thread):
         self._pids, self._ended = pids, threading.Event()
         self.samples: dict[Key, list[tuple[float, float]]] = collections.defaultdict(list)
         self.begun = time.monotonic()
+        self.fault = ""  # the error that ended the sampling
 
     def run(self) -> None:
-        while not self._ended.wait(EVERY_SECONDS):
-            now = time.monotonic() - self.begun
-            for name, pid in self._pids().items():
-                with contextlib.suppress(OSError, KeyError):  # the process may be exiting
-                    for what, value in _sizes(pid).items():
-                        self.samples[f"{name}_{what}", pid].append((now, value))
-            for name in MAPS:
-                with contextlib.suppress(OSError, StopIteration, AssertionError):  # the maps may not be pinned now
-                    self.samples[f"map_{name}", 0].append((now, kernel.entries(name)))
-            self.samples["bpf_objects", 0].append((now, len(kernel.in_the_kernel())))
+        try:
+            while not self._ended.wait(EVERY_SECONDS):
+                self._sample(time.monotonic() - self.begun)
+        except Exception as error:
+            self.fault = f"{type(error).__name__}: {error}"
+
+    def _sample(self, now: float) -> None:
+        for name, pid in self._pids().items():
+            with contextlib.suppress(OSError, KeyError):  # the process may be exiting
+                for what, value in _sizes(pid).items():
+                    self.samples[f"{name}_{what}", pid].append((now, value))
+        for name in MAPS:
+            with contextlib.suppress(OSError, StopIteration, AssertionError):  # the maps may not be pinned now
+                self.samples[f"map_{name}", 0].append((now, kernel.entries(name)))
+        self.samples["bpf_objects", 0].append((now, len(kernel.in_the_kernel())))
+        with contextlib.suppress(OSError):  # a folder may be removed meanwhile
             self.samples["run_files", 0].append((now, sum(1 for _ in Path("/run/fgpu").rglob("*"))))
 
     def end(self) -> None:
@@ -119,6 +124,8 @@ def slope(lives: list[list[tuple[float, float]]]) -> Slope | None:
 
     None: there are fewer than two degrees of freedom.
     """
+    import scipy.stats
+
     times: list[float] = []
     values: list[float] = []
     for rows in (rows for rows in lives if len(rows) > 1):

@@ -21,7 +21,7 @@ DONE = ("refused", "leave", "work", "contained", "check")  # actions of which ea
 def test_a_soak_reports_no_error(scale) -> None:
     """The soak also checks, after some minutes, that nothing has grown."""
     seconds = scale(20, 40, 600)
-    command = [sys.executable, "-m", "bench.soak", str(seconds / 60), "--restart-every", str(seconds / 3)]
+    command = [sys.executable, "-m", "bench.soak", str(seconds / 60), "--restart-every", str(seconds / 2)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: line["value"] for name, line in json.loads(FIGURES.read_text()).items()}
