@@ -26,6 +26,7 @@ from pathlib import Path
 
 from bench.gpu.check import host
 from bench.gpu.claims import PYTHON, say
+from bench.lib.service import end_in_order
 from tests.e2e.parking_kit import parking, state
 from tests.support.commands import fgpu
 from tests.support.host import GIB
@@ -165,6 +166,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    end_in_order()
     with host() as (service, place), tempfile.TemporaryDirectory() as folder, parking(service, Path(folder)):
         kinds = [kind for kind in FRAMEWORKS if kind == "driver" or not _lacks(kind)]
         tenants = [place.tenant(LIMIT) for _ in range(8)]

@@ -27,6 +27,7 @@ from bench.gpu.runtimes import runtimes
 from bench.gpu.views import views
 from bench.gpu.ways import contexts, deny, entries, hidden, lookups, sandbox
 from bench.lib import nvml
+from bench.lib.service import end_in_order
 from tests.support.commands import fgpu
 from tests.support.host import BUILD, DRIVER_ROOT, FGPU, GIB, MIB, REFUSED
 from tests.support.place import Place
@@ -360,6 +361,7 @@ def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1] not in CLAIMS:
         print(f"usage: python -m bench.gpu.check {'|'.join(CLAIMS)}   (FGPU={shlex.join(FGPU)})", file=sys.stderr)
         return 2
+    end_in_order()
     pynvml.nvmlInit()
     try:
         with host() as (service, place):

@@ -147,16 +147,19 @@ def _bare(work: Path, gib: int) -> tuple[float, float]:
     script = work / "bare.py"
     script.write_text(SCRIPT)
     with subprocess.Popen([PYTHON, script, str(gib)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bare:
-        assert bare.stdin
-        assert bare.stdout
-        assert bare.stdout.readline() == "ready\n"
-        python = os.environ.get("PYTHON", sys.executable)
-        said = subprocess.run(
-            [python, "-c", BARE, str(bare.pid)], capture_output=True, text=True, check=True, timeout=150
-        ).stdout
-        bare.stdin.write("intact()\n")
-        bare.stdin.close()
-        need(bare.stdout.readline() == "True\n", f"{gib} GiB, the driver alone: the data is intact")
+        try:
+            assert bare.stdin
+            assert bare.stdout
+            assert bare.stdout.readline() == "ready\n"
+            python = os.environ.get("PYTHON", sys.executable)
+            said = subprocess.run(
+                [python, "-c", BARE, str(bare.pid)], capture_output=True, text=True, check=True, timeout=150
+            ).stdout
+            bare.stdin.write("intact()\n")
+            bare.stdin.close()
+            need(bare.stdout.readline() == "True\n", f"{gib} GiB, the driver alone: the data is intact")
+        finally:
+            bare.kill()  # while it is parked, it does not exit at the end of its stdin
     lock, checkpoint, restore, unlock = map(float, said.split())
     return lock + checkpoint, restore + unlock
 

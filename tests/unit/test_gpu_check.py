@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,27 +13,30 @@ from types import ModuleType
 
 import pytest
 
-from tests.support import host
+from tests.unit.benchmark_kit import benchmarks
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = 77
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return bench.gpu.check without a service. Its import sets up tests.support for a real driver."""
-    monkeypatch.setenv("DRIVER_ROOT", str(host.DRIVER_ROOT))
-    monkeypatch.setattr(host, "ENVIRONMENT", host.ENVIRONMENT)
-    from bench.gpu import check
+def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Return bench.gpu.check, in which host() has no service and only prints `stopped` at its end."""
 
     @contextlib.contextmanager
     def no_host() -> Iterator[tuple[None, None]]:
-        yield None, None
+        try:
+            yield None, None
+        finally:
+            print("stopped")
 
-    monkeypatch.setattr(check, "host", no_host)
-    monkeypatch.setattr(check.pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["check", "torch"])
-    return check
+    with benchmarks(monkeypatch):
+        from bench.gpu import check
+
+        monkeypatch.setattr(check, "host", no_host)
+        monkeypatch.setattr(check.pynvml, "nvmlInit", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["check", "torch"])
+        yield check
 
 
 def raises(error: BaseException) -> object:
@@ -63,7 +67,7 @@ def test_a_skipped_claim_is_not_reported_as_passed(
 ) -> None:
     monkeypatch.setitem(check.CLAIMS, "torch", raises(check.Skip("torch is not installed")))
     assert check.main() == SKIPPED
-    assert capsys.readouterr().out == "SKIP torch: torch is not installed\n"
+    assert capsys.readouterr().out == "stopped\nSKIP torch: torch is not installed\n"
 
 
 def test_a_claim_that_does_not_hold_has_exit_status_1(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +89,27 @@ def test_skipped_claims_are_named_if_nothing_failed(tmp_path: Path) -> None:
     done = run_script(tmp_path, {"torch": SKIPPED, "race": 0})
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "== end: 0 failed: none; 1 skipped: torch"
+
+
+def test_a_claim_that_gets_sigterm_stops_its_service(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(check.CLAIMS, "torch", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        check.main()
+    assert capsys.readouterr().out == "stopped\n"
+
+
+def test_a_program_that_does_not_exit_is_killed_if_the_driver_alone_fails(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bench.gpu import parking
+
+    program = "import pathlib, sys, time; print('ready', flush=True); time.sleep(20); pathlib.Path('exited').touch()"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parking, "SCRIPT", program)
+    monkeypatch.setattr(parking, "PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHON", "/bin/false")
+    with pytest.raises(subprocess.CalledProcessError):
+        parking._bare(tmp_path, 1)
+    assert not (tmp_path / "exited").exists()

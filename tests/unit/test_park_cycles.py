@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import host
+from tests.unit.benchmark_kit import benchmarks
 
 
 class Tenant:
@@ -53,11 +54,8 @@ Park = Callable[[], int]
 
 
 @pytest.fixture
-def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Park], int]:
+def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Park], int]]:
     """Return a function that runs the benchmark's main() with a stand-in for `fgpu park`, and returns its result."""
-    monkeypatch.setenv("DRIVER_ROOT", str(host.DRIVER_ROOT))
-    monkeypatch.setattr(host, "ENVIRONMENT", host.ENVIRONMENT)
-    from bench import park_cycles
 
     class Place:
         def tenant(self, _: int) -> Tenant:
@@ -67,18 +65,21 @@ def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Park], 
     def running(*_: object) -> Iterator[tuple[Service, Place]]:
         yield Service(), Place()
 
-    def run(park: Park) -> int:
-        def fgpu(verb: str, *_: object, **__: object) -> subprocess.CompletedProcess[str]:
-            return subprocess.CompletedProcess([], park() if verb == "park" else 0, "", "busy")
+    with benchmarks(monkeypatch):
+        from bench import park_cycles
 
-        monkeypatch.setattr(park_cycles, "fgpu", fgpu)
-        return park_cycles.main()
+        def run(park: Park) -> int:
+            def fgpu(verb: str, *_: object, **__: object) -> subprocess.CompletedProcess[str]:
+                return subprocess.CompletedProcess([], park() if verb == "park" else 0, "", "busy")
 
-    for name, value in {"host": running, "parking": running, "Program": Program, "_lacks": lambda _: True}.items():
-        monkeypatch.setattr(park_cycles, name, value)
-    monkeypatch.setattr(park_cycles, "state", lambda _: "parked")
-    monkeypatch.setattr("sys.argv", ["park_cycles", "--seconds", "0.05"])
-    return run
+            monkeypatch.setattr(park_cycles, "fgpu", fgpu)
+            return park_cycles.main()
+
+        for name, value in {"host": running, "parking": running, "Program": Program, "_lacks": lambda _: True}.items():
+            monkeypatch.setattr(park_cycles, name, value)
+        monkeypatch.setattr(park_cycles, "state", lambda _: "parked")
+        monkeypatch.setattr("sys.argv", ["park_cycles", "--seconds", "0.05"])
+        yield run
 
 
 def test_cycles_without_a_fault_are_a_success(status: Callable[[Park], int]) -> None:
@@ -98,3 +99,9 @@ def test_an_unexpected_error_of_a_thread_is_a_fault(
 
     assert status(park) == 1
     assert "FAULT ValueError: no state here" in capsys.readouterr().out
+
+
+def test_sigterm_ends_the_run_in_order(status: Callable[[Park], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Program, "receive", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        status(lambda: 0)

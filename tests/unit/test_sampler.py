@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import host
+from tests.unit.benchmark_kit import benchmarks
 
 GIB = 1 << 30
 
@@ -24,13 +24,12 @@ class Tenant:
 
 
 @pytest.fixture
-def claims(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return bench.gpu.claims. Its import sets up tests.support for a real driver."""
-    monkeypatch.setenv("DRIVER_ROOT", str(host.DRIVER_ROOT))
-    monkeypatch.setattr(host, "ENVIRONMENT", host.ENVIRONMENT)
-    from bench.gpu import claims
+def claims(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Return bench.gpu.claims."""
+    with benchmarks(monkeypatch):
+        from bench.gpu import claims
 
-    return claims
+        yield claims
 
 
 def sampler(claims: ModuleType, monkeypatch: pytest.MonkeyPatch, figures: Iterator[int]) -> Any:
