@@ -1,11 +1,14 @@
 """Compare the ledger with the driver, for programs of several frameworks that run at once, each in a tenant.
 
 One second after every phase of a program (bench/lib/phases.py), the ledger's bytes of the tenant are compared with the
-bytes that NVML shows for its processes. Prints `truth_PROGRAM_PHASE BYTES bytes`, ledger minus NVML, and
-`truth_PROGRAM_worst PERCENT %`, the largest difference as a part of the limit. If a program could not run, prints
-`truth_PROGRAM` with `absent` or `failed` and the reason. Writes build/bench/truth.json. Exits with 1 if a difference is
-above the bar or a program failed. Starts and stops the agent. TORCH_PYTHON is a Python interpreter with the frameworks
-(default: python3).
+bytes that NVML shows for its processes. The agent has corrected the ledger by NVML's bytes meanwhile. Therefore the
+tenant's witnessed bytes must also have grown by the bytes that the program has certainly allocated in the phase. Growth
+of a pool has no probe: then the admitted bytes must have grown.
+
+Prints `truth_PROGRAM_PHASE BYTES bytes`, ledger minus NVML, and `truth_PROGRAM_worst PERCENT %`, the largest difference
+as a part of the limit. If a program could not run, prints `truth_PROGRAM` with `absent` or `failed` and the reason.
+Writes build/bench/truth.json. Exits with 1 if a difference is above the bar or a program failed. Starts and stops the
+agent. TORCH_PYTHON is a Python interpreter with the frameworks (default: python3).
 """
 
 from __future__ import annotations
@@ -57,9 +60,11 @@ def phases(program: Program) -> list[Phase] | str:
 def _phases(program: Program) -> list[Phase] | str:
     """Return every phase of one program, or why its framework is absent.
 
-    Raises BenchError if NVML shows less memory than the program certainly holds, so that no comparison is possible.
+    Raises BenchError if NVML shows less memory than the program certainly holds, so that no comparison is possible, or
+    if probes or admissions have recorded less memory than the program has certainly allocated in a phase.
     """
     found: list[Phase] = []
+    least, before = 0, {"admitted_bytes": 0, "witnessed_bytes": 0}
     while True:
         program.say("")
         said = json.loads(program.hear())
@@ -68,10 +73,15 @@ def _phases(program: Program) -> list[Phase] | str:
         if "end" in said:
             return found
         time.sleep(AFTER_SECONDS)
-        ledger, shown = memory_of(program.name)["used_bytes"], nvml_bytes(program.name)
+        memory, shown = memory_of(program.name), nvml_bytes(program.name)
         if shown < said["least"]:
             raise BenchError(f"{said['phase']}: NVML shows {shown} of {said['least']} bytes")
-        found.append(Phase(said["phase"], ledger, shown))
+        recorded = "admitted_bytes" if said["is_pool"] else "witnessed_bytes"
+        grown, allocated = memory[recorded] - before[recorded], said["least"] - least
+        if grown < allocated:
+            raise BenchError(f"{said['phase']}: {recorded} grew by {grown} of {allocated} bytes")
+        least, before = said["least"], memory
+        found.append(Phase(said["phase"], memory["used_bytes"], shown))
 
 
 def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:

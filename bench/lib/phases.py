@@ -1,8 +1,9 @@
 """Allocate and free device memory with one framework, in phases: `phases.py FRAMEWORK`, in a tenant.
 
 For every line of stdin, the program runs the next phase and prints a line of JSON: {"phase": name, "least": bytes that
-it certainly holds after the phase}. After the last phase it prints {"end": true}, and {"absent": why} if the framework
-is not installed. `pool` and `vmm` use the driver itself and need the standard library only.
+it certainly holds after the phase, "is_pool": the memory is new in a pool}. After the last phase it prints
+{"end": true}, and {"absent": why} if the framework is not installed. `pool` and `vmm` use the driver itself and need
+the standard library only.
 """
 
 from __future__ import annotations
@@ -157,11 +158,19 @@ def vmm() -> Phases:
 FRAMEWORKS: dict[str, Callable[[], Phases]] = {f.__name__: f for f in (torch, cupy, jax, numba, pool, vmm)}
 
 
+POOLS = (("cupy", "async"), ("pool", "grow"), ("pool", "own"))  # (framework, phase): phases in which a pool grows
+
+
+def said(framework: str, phase: str, least: int) -> dict[str, object]:
+    """Return what the program prints after a phase."""
+    return {"phase": phase, "least": least, "is_pool": (framework, phase) in POOLS}
+
+
 def main() -> int:
     """Run one phase for each line of stdin, and print its line of JSON. Return the exit code, always 0."""
     try:
         for _, (name, least) in zip(sys.stdin, FRAMEWORKS[sys.argv[1]](), strict=False):
-            print(json.dumps({"phase": name, "least": least}), flush=True)
+            print(json.dumps(said(sys.argv[1], name, least)), flush=True)
     except ImportError as error:
         print(json.dumps({"absent": str(error)}), flush=True)
         return 0
