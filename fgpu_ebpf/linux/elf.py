@@ -72,7 +72,7 @@ class Library:
 
     def _dynamic(self, address: int, bytes_: int) -> Iterator[tuple[int, int]]:
         if bytes_ > MOST_ENTRIES * _ENTRY.size:
-            raise ElfError(f"a dynamic segment of {bytes_ // _ENTRY.size} entries; fgpu reads at most {MOST_ENTRIES}")
+            raise ElfError(f"{bytes_ // _ENTRY.size} dynamic entries, more than the {MOST_ENTRIES} that fgpu reads")
         for tag, value in _ENTRY.iter_unpack(self._read(address, bytes_ // _ENTRY.size * _ENTRY.size)):
             if not tag:
                 return
