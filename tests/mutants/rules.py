@@ -232,9 +232,11 @@ RULES = {
     ),
     "tag-of-the-question-believed": ("(u64)p->tag << FGPU_TAG_SHIFT", "(ticket >> 32) << FGPU_TAG_SHIFT"),
     "more-let-go-than-orphaned": ("was.bytes < bytes ? 0 : was.bytes - bytes;", "was.bytes - bytes;"),
-    "orphan-without-room-is-no-anomaly": (
-        "    if (!known) {\n        anomaly(FGPU_ANOMALY_FULL);\n        return;",
-        "    if (!known) {\n        return;",
+    "orphan-without-room-not-counted": (
+        "        record_orphan(p, tgid, turn, d, left.of[d], 1);\n",
+        "        record_orphan(p, tgid, turn, d, left.of[d], 1);\n"
+        "        struct fgpu_orphan_key key = {tgid, d, p->generation, turn};\n"
+        "        if (!orphans.lookup(&key)) continue;\n",
     ),
     "unmap-of-two-levels-leaves-entries": (" | apart(&mapping->level, &of_mappings)) break;", ") break;"),
     "unmap-of-handles-of-two-levels-leaves-entries": ("        if (a && apart(&a->level, &of_handles)) break;\n", ""),
