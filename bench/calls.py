@@ -9,7 +9,7 @@ graphs these are the driver's bytes, and the requested bytes are printed too. Al
 there are any, by the program or by the ledger, and the driver's error if it was not out-of-memory. Prints
 `runtime absent` if there is no libcudart. Writes build/bench/calls.json. Exits with 1 if a kind of call got less than
 99.5 % of that memory, got bytes beyond the limit (pools and graphs: more than 38 MiB), or was never refused. Starts and
-stops the agent. TORCH_PYTHON is a Python interpreter whose packages may contain libcudart.
+stops the agent. TORCH_PYTHON is a Python interpreter with packages that may contain libcudart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.lib.tenants import Program, ending, memory_of
 
 OUT_OF_MEMORY = 2
 ENOUGH_PERCENT = 99.5
-LAST_BLOCK = 38 << 20  # the maximum bytes beyond the limit of pools and graphs, whose last block may be larger
+LAST_BLOCK = 38 << 20  # the maximum bytes beyond the limit: the last block of a pool or graph may be larger
 RECONCILED_SECONDS = 1.2  # two reconciles
 SCRIPT = str(ROOT / "bench/lib/fill_calls.py")
 PYTHON = os.environ.get("TORCH_PYTHON", "python3")

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Checks all claims about a real GPU on one machine with a GPU. Builds the programs, runs each claim with a time limit,
-# continues after failures, and prints every figure. A claim whose requirements are missing is skipped, and the last line
+# continues after failures, and prints every figure. A claim without its requirements is skipped, and the last line
 # has the names of failed and of skipped steps. Needs root and a C compiler, and no package registry. Variables, with
 # their defaults:
 #

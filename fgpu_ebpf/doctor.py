@@ -142,26 +142,32 @@ def _driver(root: Path) -> list[Check]:
     if not child:
         _answer(root, writer)
     os.close(writer)
-    with open(reader, encoding="utf-8") as pipe:
+    with open(reader, "rb") as pipe:
         if not select.select([pipe], [], [], NVML_SECONDS)[0]:
             silent = f"NVML does not answer within {NVML_SECONDS:.0f} s"
             return [Check("driver", False, silent, "nvidia-smi shows whether the driver responds")]
-        found = json.load(pipe)
-    os.waitpid(child, 0)
-    return [Check(*check) for check in found]
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not answer:
+        return [
+            Check("driver", False, f"the check of the driver ended with status {os.waitstatus_to_exitcode(status)}")
+        ]
+    return [Check(*check) for check in json.loads(answer)]
 
 
 def _answer(root: Path, writer: int) -> NoReturn:
     """Write the checks to the pipe, and exit. No file of the command stays open if NVML hangs."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for file in range(3):
-        os.dup2(null, file)
     try:
-        found = nvml.checks(root)
-    except Exception as error:
-        found = [Check("driver", False, f"the check of the driver failed: {error!r}")]
-    os.write(writer, json.dumps(found).encode())
-    os._exit(0)
+        null = os.open(os.devnull, os.O_RDWR)
+        for file in range(3):
+            os.dup2(null, file)
+        try:
+            found = nvml.checks(root)
+        except Exception as error:
+            found = [Check("driver", False, f"the check of the driver failed: {error!r}")]
+        os.write(writer, json.dumps(found).encode())
+    finally:
+        os._exit(0)
 
 
 def _agent(run_dir: Path) -> list[Check]:

@@ -20,7 +20,6 @@ class Units:
 
     def __init__(self) -> None:
         self._units: dict[int, Unit] = {}
-        self._restarted: set[Unit] = set()  # units with virtual times that restarted with the last shares
 
     def nest(self, places: Mapping[int, Place], tenant: int, levels: Sequence[int], now_ns: int) -> Iterator[Inside]:
         """Place a tenant inside these levels, innermost first. Yield each tenant whose units change, and the new units.
@@ -38,21 +37,24 @@ class Units:
         if above != places[tenant].above:
             yield places[tenant], above
 
-    def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
-        """Set the shares of all levels, and remove the units of levels without a share."""
+    def share_out(self, shares: Mapping[int, Share], now_ns: int) -> set[Unit]:
+        """Set the shares of all levels, and remove the units of levels without a share.
+
+        Returns:
+            The units with virtual times that restarted.
+        """
         self._units = {level: unit for level, unit in self._units.items() if level in shares}
         changed = [unit for level, unit in self._units.items() if unit.share != shares[level]]
-        self._restarted = {unit for unit in changed if unit.change(shares[unit.level], now_ns)}
+        return {unit for unit in changed if unit.change(shares[unit.level], now_ns)}
 
     def of(self, above: Sequence[Unit]) -> tuple[Unit, ...]:
         """Return the units in `above` that still exist."""
         return tuple(unit for unit in above if self._units.get(unit.level) is unit)
 
     def differs(self, place: Place, share: Share) -> bool:
-        """Return whether a tenant's share, its units, or the shares or virtual times of these units have changed."""
+        """Return whether a tenant's share, the units around the tenant, or the shares of these units have changed."""
         above = self.of(place.above)
-        restarted = not self._restarted.isdisjoint(above)
-        return restarted or place.asked != share or above != place.above or place.share != effective(share, above)
+        return place.asked != share or above != place.above or place.share != effective(share, above)
 
 
 def first_inside(place: Place, others: Iterable[Place]) -> bool:

@@ -144,6 +144,11 @@ class Place:
         if self.share.limit_millionths != was.limit_millionths:
             self.accounts.left.clear()
 
+    def clear(self) -> None:
+        """Forget the reports and the pauses of processes that have exited."""
+        self.seen, self.free_on = NOTHING, frozenset()
+        self.late_ns = self.busy_ns = self.pause_ns = self.pause_until_ns = 0
+
     def count_up(self, now_ns: int) -> None:
         """Add the time that limits have allowed since the last call."""
         for accounts in (self.accounts, *self.above):

@@ -16,7 +16,7 @@ from fgpu_ebpf.scheduling import fair_queue, handover, lending, rivals, state
 from fgpu_ebpf.scheduling.accounts import Accounts
 from fgpu_ebpf.scheduling.fair_queue import Grant, Share
 from fgpu_ebpf.scheduling.nested_shares import Unit
-from fgpu_ebpf.scheduling.reports import NOTHING, Seen
+from fgpu_ebpf.scheduling.reports import Seen
 from fgpu_ebpf.scheduling.share_groups import Units, first_inside, leave, waiters_of
 from fgpu_ebpf.scheduling.state import Place, Turn
 from fgpu_ebpf.scheduling.virtual_clock import Clocks
@@ -55,12 +55,12 @@ class Turns:
             del self.places[tenant]
             self._drop(tenant)
         self._changed, self._users_changed = self._changed & set(shares), True
-        self._units.share_out(shares, now_ns)
+        restarted = self._units.share_out(shares, now_ns)
         for tenant, share in shares.items():
             place = self.places.get(tenant)
             if place is None:
                 self.places[tenant] = Place(tenant, share, Accounts(share, now_ns), asked=share)
-            elif self._units.differs(place, share):
+            elif self._units.differs(place, share) or not restarted.isdisjoint(place.above):
                 place.asked = share
                 self._change(place, self._units.of(place.above), now_ns)
 
@@ -87,8 +87,7 @@ class Turns:
             self._finish(place, place.turn, now_ns)
         place.trust.forget_overrun()
         self._leave_queue(place)
-        place.seen, place.free_on = NOTHING, frozenset()
-        place.late_ns = place.busy_ns = place.pause_ns = place.pause_until_ns = 0
+        place.clear()
         self._users_changed = True
 
     def lose(self, tenant: int, now_ns: int) -> None:
@@ -185,7 +184,8 @@ class Turns:
         if seen.launches != place.seen.launches:
             place.pause_ns = place.pause_until_ns = 0
         is_new = seen.devices != place.seen.devices or place.tenant not in self._here
-        self._here[place.tenant], place.seen = place, seen
+        self._here[place.tenant] = place
+        place.seen = seen
         if is_new:
             self._users_changed = True
             self._join(place, now_ns, is_waiting=False)

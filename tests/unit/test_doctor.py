@@ -21,6 +21,11 @@ def fail(_: Path) -> list[doctor.Check]:
     raise ValueError("an unknown answer")
 
 
+def crash(_: Path) -> list[doctor.Check]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
 def found(tmp_path: Path) -> dict[str, doctor.Check]:
     return {check.name: check for check in doctor.checks(Options(tmp_path / "run"))}
 
@@ -54,3 +59,9 @@ def test_an_error_of_the_driver_s_check_is_a_failed_check(tmp_path: Path, monkey
     monkeypatch.setattr(doctor.nvml, "checks", fail)
     driver = found(tmp_path)["driver"]
     assert (driver.ok, "ValueError" in driver.found) == (False, True)
+
+
+def test_a_crash_in_the_driver_s_library_is_a_failed_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.nvml, "checks", crash)
+    driver = found(tmp_path)["driver"]
+    assert (driver.ok, "status -9" in driver.found) == (False, True)

@@ -28,7 +28,7 @@ class Tenant:
 
 
 class Program:
-    """A program whose data are always right."""
+    """A program with data that are always right."""
 
     def __init__(self, *_: object) -> None:
         self._answers = ["ready"]
@@ -44,7 +44,7 @@ class Program:
 
 
 class Service:
-    """A service whose agent is this process."""
+    """A service with this process as its agent."""
 
     class agent:
         pid = os.getpid()

@@ -118,7 +118,7 @@ def test_a_changed_priority_of_a_unit_starves_no_tenant_outside(before: int, aft
 
 
 def test_a_stall_of_the_gatekeeper_is_charged_to_no_tenant_beyond_the_lease() -> None:
-    """All gates are open after the lease, so the tenant whose turn it was did not have the device alone."""
+    """All gates are open after the lease, so the tenant with the turn did not have the device alone."""
     it = World(Tenant(1), Tenant(2)).run(1.0)
     owner = next(it.tenants[place.tenant] for place in it.turns.places.values() if place.turn)
     it.now += 8 * S
