@@ -39,6 +39,7 @@ SCENARIOS = {
         "stack", "lmem", "heap", "fifo", "globals", "managed", "hostreg", "streams", "graph_nodes", "reset", "contexts",
         "graph_mem",
     ),
+    "arrays": ("former", "formats", "sparse", "multicast"),
 }  # fmt: skip
 PROGRAM_OF = {name: f"charged_{program}" for program, names in SCENARIOS.items() for name in names}
 # Memory in use on the device that NVML shows for no process, measured on one H200: for each context, and once for the

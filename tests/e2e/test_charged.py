@@ -18,7 +18,7 @@ from tests.support.service import IN_A_WORLD
 PARTS = 2  # a quick run runs only one of them
 REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}  # so do later calls of the scenario
 MARK = re.compile(r"^ {3}\S.* +-?\d+ +-?\d+  lower +\d+ ms, higher +\d+ ms", re.MULTILINE)
-MARKS = 99  # of all scenarios
+MARKS = 134  # of all scenarios
 
 
 def scenarios() -> list[str]:
