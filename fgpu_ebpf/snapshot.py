@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-RELEASED = "released devices"  # the name of the check that fails while the agent has released the devices
-
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -385,16 +383,3 @@ def _read(value: Any) -> Any:
     if type(value) is tuple:
         return [_read(part) for part in value]
     return Fields(value) if type(value) in _VIEWS else value
-
-
-def no_limit(snapshot: Mapping[str, Any]) -> str:
-    """Return the warning to show above a Snapshot, which is given as JSON.
-
-    The warning is empty if all limits are in force and the devices are not released.
-    """
-    if snapshot["unenforced"]:
-        return f"No limit is enforced: {snapshot['unenforced']}"
-    if released := snapshot.get("lacks", {}).get(RELEASED):
-        return f"Released devices: {released[0]}"
-    incomplete = snapshot.get("incomplete")  # an agent of an older version does not report `incomplete`
-    return f"Some limits may be out of date: {incomplete}" if incomplete else ""

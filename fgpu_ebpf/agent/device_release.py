@@ -18,7 +18,7 @@ from fgpu_ebpf.agent.nvml_reconcile import Reconciler
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver.descriptor_holders import device_files
 from fgpu_ebpf.driver.library_files import file_at
-from fgpu_ebpf.snapshot import RELEASED
+from fgpu_ebpf.tenancy.enforcement import RELEASED
 from fgpu_ebpf.tenancy.event_log import EventLog
 
 FILES = "driver files"

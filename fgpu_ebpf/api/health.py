@@ -14,7 +14,7 @@ from fgpu_ebpf.agent import nvml_reconcile
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver import bypass_reason, xids
 from fgpu_ebpf.policy import folder
-from fgpu_ebpf.snapshot import RELEASED
+from fgpu_ebpf.tenancy.enforcement import RELEASED
 
 NONE = f": only `fgpu run`, `fgpu set` and shares limit anything. {folder.NEXT_STEP}"
 # `fgpu policy check` prints all errors of the files. `fgpu reload` also reports that the folder was removed.

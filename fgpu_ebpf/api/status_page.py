@@ -25,9 +25,9 @@ from fgpu_ebpf.agent import gatekeeper_process
 from fgpu_ebpf.api import bars, health, ranking
 from fgpu_ebpf.api.ranking import BY_WORD, COLUMNS, GPU, TENANT, Order, Row
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.snapshot import Fields, Snapshot, no_limit
+from fgpu_ebpf.snapshot import Fields, Snapshot
 from fgpu_ebpf.tenancy import parking_text
-from fgpu_ebpf.tenancy.enforcement import Enforcement, denial
+from fgpu_ebpf.tenancy.enforcement import Enforcement, denial, no_limit
 
 if TYPE_CHECKING:
     from jinja2 import Template

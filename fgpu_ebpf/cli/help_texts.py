@@ -10,13 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli.request import HINT_SECONDS
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 TARGET = """\b
 TARGET is one of:
@@ -71,6 +73,8 @@ def optional_target(function: Decorated) -> Decorated:
 
 def _tenants(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the names of tenants that begin with `incomplete`, with the path of the tenant's cgroup as help."""
+    from click.shell_completion import CompletionItem  # only completion needs this module
+
     run_dir: Path = ctx.find_root().params["run_dir"]
     try:
         snapshot = control_client.call(run_dir, {"verb": "snapshot"}, HINT_SECONDS)

@@ -19,7 +19,7 @@ from fgpu_ebpf.api import bars, ranking
 from fgpu_ebpf.api.ranking import COLUMNS, GPU, TENANT, Column, Mark, Row
 from fgpu_ebpf.cli.help_texts import TOP_KEYS, TOP_WORDS
 from fgpu_ebpf.cli.top_input import LatestSnapshot, ViewChoice
-from fgpu_ebpf.snapshot import no_limit
+from fgpu_ebpf.tenancy.enforcement import no_limit
 
 # The columns to leave out of a narrow window, in this order.
 _LEFT_OUT = ("WAITED", "ENTITLED", "PEAK", "HELD BY", "REFUSED", "SHARE", "LIMIT", "USED")

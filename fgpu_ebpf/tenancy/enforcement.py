@@ -1,7 +1,8 @@
 """The degree of enforcement of a tenant's limits: the word in `fgpu status`, `fgpu explain`, metrics and web page.
 
 The rule is applied when a Snapshot is built, in the agent's main loop. The commands, the metrics and the web page read
-the word from the Snapshot. The module does no I/O.
+the word from the Snapshot. no_limit() is for the text above all tenants. The commands import this module, and not
+`snapshot`, whose data classes take longer to import. The module does no I/O.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from fgpu_ebpf.policy.units import memory_text
 
+RELEASED = "released devices"  # the name of the check that fails while the agent has released the devices
 _COOPERATES = frozenset({"unprobed", "standalone"})
 _OUTSIDE_TURNS = frozenset({"outside_turns", "empty_turns"})  # processes with limited memory and unlimited time
 _KILLED_IN_TIME = frozenset({"no_admission", "no_shim"})  # a probe runs in the call of such a process, and can kill it
@@ -99,3 +101,16 @@ def sentence(tenant: Mapping[str, Any]) -> str:
     pids = sorted({p["pid"] for p in tenant["processes"] if p["how"] and p["how"] not in _COOPERATES | _OUTSIDE_TURNS})
     which = f" (pid {', '.join(map(str, pids[:5]))}{', ...' if len(pids) > 5 else ''})" if pids else ""
     return f"{tenant['tenant']}: {Enforcement.COUNTED.words}{which}; see fgpu explain {tenant['tenant']}"
+
+
+def no_limit(snapshot: Mapping[str, Any]) -> str:
+    """Return the warning to show above a Snapshot, which is given as JSON.
+
+    The warning is empty if all limits are in force and the devices are not released.
+    """
+    if snapshot["unenforced"]:
+        return f"No limit is enforced: {snapshot['unenforced']}"
+    if released := snapshot.get("lacks", {}).get(RELEASED):
+        return f"Released devices: {released[0]}"
+    incomplete = snapshot.get("incomplete")  # an agent of an older version does not report `incomplete`
+    return f"Some limits may be out of date: {incomplete}" if incomplete else ""

@@ -12,7 +12,8 @@ import pytest
 from fgpu_ebpf.agent import agent as agent_module
 from fgpu_ebpf.agent.agent import Agent
 from fgpu_ebpf.api import status_page
-from fgpu_ebpf.snapshot import Fields, Snapshot, no_limit
+from fgpu_ebpf.snapshot import Fields, Snapshot
+from fgpu_ebpf.tenancy.enforcement import no_limit
 
 
 def test_a_snapshot_that_cannot_be_renewed_is_marked_until_the_state_can_be_read_again(
