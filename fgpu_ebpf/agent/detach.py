@@ -45,7 +45,6 @@ _FILES = (
         file_locks.NEXT,
         TENANT_NAMES,
         "xids.json",
-        driver_limits.FILE,
     ),
 )
 

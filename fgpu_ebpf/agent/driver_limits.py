@@ -131,10 +131,11 @@ class DriverLimits:
         new = [key for key, hard in wanted.items() if key not in self._others and own.get(key) != hard]
         self._put({key: wanted[key] for key in [*new, *self._next(wanted)]})
 
-    def restore_all(self) -> None:
-        """Restore the limits that the agent has replaced."""
+    def restore_all(self) -> bool:
+        """Restore the limits that the agent has replaced. Return whether the agent has none in the driver any more."""
         for key in list(self._own):
             self._restore(key)
+        return not self._own
 
     def _next(self, keys: Iterable[Key]) -> list[Key]:
         found = list(islice(keys, self._checked, self._checked + CHECKED_AT_A_TIME))
@@ -194,7 +195,10 @@ class DriverLimits:
 
 
 def take_away(file: Path) -> None:
-    """Restore the limits before those of the agents, and remove the record. A driver that does not respond has none."""
+    """Restore the limits before those of the agents, and then remove the record.
+
+    The record stays while the driver has such limits, so that a later call can restore them.
+    """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         root, known = Path(record["root"]), {bytes.fromhex(u): int(i) for u, i in record.get("devices", {}).items()}
@@ -209,8 +213,11 @@ def take_away(file: Path) -> None:
 
 def _restore_all(file: Path, root: Path, known: dict[bytes, int]) -> None:
     try:
-        DriverLimits(Nvml(root, known), file, root).restore_all()
-    except DriverError as error:
+        if DriverLimits(Nvml(root, known), file, root).restore_all():
+            file.unlink(missing_ok=True)
+        else:
+            log.warning("the driver's own limits that are recorded in %s stay in force: NVML refuses the change", file)
+    except (DriverError, OSError) as error:
         log.warning("the driver's own limits cannot be restored: %s", error)
 
 

@@ -63,6 +63,7 @@ class KernelEvents:
         self.lacks: Callable[[int, int, int, float], object] = lambda *_: None
         """Called with tenant, device, bytes and time of a request that waits, for which the driver has no memory."""
         self._full = ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
+        self._is_scan_due = False
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when there are events."""
@@ -73,10 +74,17 @@ class KernelEvents:
         events = list(islice(self._events.read(), MOST_AT_ONCE))
         for event in events:
             if event.kind not in _OF_CGROUPS:
-                self._dispatch(event)
+                try:
+                    self._dispatch(event)
+                except OSError as error:  # the host is short of memory or files; the other events are still handled
+                    log.error("an event of process %d cannot be handled: %s", event.tgid, error)
         of_cgroups = [event for event in events if event.kind in _OF_CGROUPS]
-        self._budgets.note(event.path for event in of_cgroups)
-        self._look_at_cgroups(of_cgroups)
+        try:
+            self._budgets.note(event.path for event in of_cgroups)
+            self._look_at_cgroups(of_cgroups)
+        except OSError as error:
+            log.error("cgroups of %d events cannot be examined: the host is scanned: %s", len(of_cgroups), error)
+            self._is_scan_due = True
 
     def lost(self) -> list[str]:
         """Return the paths of workloads whose cgroup events were lost since the last call.
@@ -84,8 +92,9 @@ class KernelEvents:
         An empty path means all cgroups of the host.
         """
         before, self._full = self._full, self._ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
+        is_due, self._is_scan_due = self._is_scan_due or self._full > before, False
         lost = self._budgets.lost()
-        return [*lost, ""] if self._full > before and "" not in lost else lost
+        return [*lost, ""] if is_due and "" not in lost else lost
 
     # -- one process or level
 

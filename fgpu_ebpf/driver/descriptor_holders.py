@@ -11,7 +11,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ PERIOD_SECONDS = 5.0
 AGE_NS = 1_000_000_000  # the driver may still be releasing younger orphans
 MOST_PROCESSES, MOST_DESCRIPTORS = 4096, 65536  # read for one cgroup in one search
 MOST_KEEPERS = 8
+MOST_MAPS = 1 << 24  # bytes of /proc/PID/maps
 PREFIX = "nvidia"  # /dev/nvidiactl, /dev/nvidia0, /dev/nvidia-uvm, in any folder
 
 
@@ -59,13 +61,19 @@ class Keepers:
 
     def _run(self) -> None:
         while all_ := self._held:
-            found = {held.pid: find(held) for held in all_}
+            once = cache(search)  # one search of a cgroup for all of its orphans
+            found = {held.pid: find(held, once) for held in all_}
             self._parents = {pid: parent(pid) for pids in found.values() for pid in pids}
             self._found = found
             time.sleep(PERIOD_SECONDS)
 
 
-def find(held: Held) -> tuple[int, ...]:
+def search(path: str) -> list[int]:
+    """Return the processes of a cgroup, and of all cgroups below, that have descriptors of the driver."""
+    return _with_descriptors(_below(path))
+
+
+def find(held: Held, search: Callable[[str], list[int]] = search) -> tuple[int, ...]:
     """Return processes with descriptors of the driver, from the innermost of the cgroups that has such a process.
 
     If some of these processes are relatives (is_relative()) of the exited process, only the relatives are returned. The
@@ -73,7 +81,7 @@ def find(held: Held) -> tuple[int, ...]:
     """
     found: list[int] = []
     for path in held.paths:
-        found += [pid for pid in _with_descriptors(_below(path)) if pid not in found]
+        found += [pid for pid in search(path) if pid not in found]
         if found:
             break
     relatives = [pid for pid in found if is_relative(pid, held.pid)]
@@ -111,7 +119,7 @@ def device_files(pid: int) -> list[str]:
     """Return the driver's device files that a process has open or mapped. The result is empty for an exited process."""
     found = set(descriptors(pid, MOST_DESCRIPTORS))
     with contextlib.suppress(OSError):
-        lines = procfs.read(f"/proc/{pid}/maps").decode(errors="replace").split("\n")
+        lines = procfs.read(f"/proc/{pid}/maps", MOST_MAPS).decode(errors="replace").split("\n")
         found |= {words[5] for line in lines if len(words := line.split(maxsplit=5)) > 5}
     return sorted(path for path in found if os.path.basename(path).startswith(PREFIX))
 

@@ -42,9 +42,9 @@ Job = Callable[[], Taken]
 
 def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
     """Return the files that this host trusts: this shim, shims that are or were in the store, drivers in agent.yaml."""
-    versions = shim_store.files(store) if store else []
-    files = {mapped_files.as_mapped(str(path)): Role.SHIM for path in versions}
-    return Trust(files, shim_store.genuine(shim, store), listed)
+    files = shim_store.files(store) if store else []
+    versions = {mapped_files.as_mapped(str(path)): str(path.resolve()) for path in files}
+    return Trust(versions, shim_store.genuine(shim, store), listed)
 
 
 def _done(job: Job) -> Taken:

@@ -86,15 +86,16 @@ def digest(fd: int, stamp: Stamp) -> str:
 class Trust:
     """The files and contents that this host trusts.
 
-    `files`: the host driver's files and the shims, with their roles. `shims`: the sizes of all shims by SHA-256.
-    `listed`: digests of drivers from agent.yaml.
+    `versions`: the host's paths of the shims in the store, including versions that only running containers use.
+    `shims`: the sizes of all shims by SHA-256. `listed`: digests of drivers from agent.yaml.
     """
 
     def __init__(
-        self, files: Mapping[File, Role] | None = None, shims: Mapping[str, int] | None = None,
+        self, versions: Mapping[File, str] | None = None, shims: Mapping[str, int] | None = None,
         listed: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        self._files = dict(files or {})
+        self.versions = dict(versions or {})
+        self._files = dict.fromkeys(self.versions, Role.SHIM)
         self._shims = {f"sha256:{digest}": size for digest, size in (shims or {}).items()}
         self._drivers = set(listed)
         self._known: dict[File, tuple[Stamp, str]] = {}

@@ -12,10 +12,12 @@ import errno
 import functools
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from fgpu_ebpf.linux import mapped_files, openat2
+from fgpu_ebpf.linux.procmaps import File
 
 LIBRARY_FOLDERS = (
     "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib", ".",
@@ -115,14 +117,16 @@ def _loader_cache() -> list[str]:
     return done.stdout.splitlines()
 
 
-def target_of(pid: int, mapped: mapped_files.MappedFile) -> Target:
+def target_of(pid: int, mapped: mapped_files.MappedFile, versions: Mapping[File, str]) -> Target:
     """Return the target for a file that a process maps. Raise OSError if the file cannot be opened.
 
     The process determines its paths, so each path is tried, and the opened file is compared with the mapping. The path
-    in map_files is a link of the kernel to the mapped file.
+    in map_files is a link of the kernel to the mapped file. `versions`: the host's paths of the shims in the store.
+    Their path in a container is not the host's path, and their links have to outlive the agent.
     """
+    stored = versions.get((mapped.dev, mapped.ino), mapped.path)
     ways = (
-        Target(mapped.path, mapped.dev, mapped.ino, True, mapped.path, root="/"),
+        Target(mapped.path, mapped.dev, mapped.ino, True, stored, root="/"),
         Target(mapped.path, mapped.dev, mapped.ino, False, f"/proc/{pid}/map_files/{mapped.place}", True),
         Target(mapped.path, mapped.dev, mapped.ino, False, mapped.path, root=f"/proc/{pid}/root"),
     )

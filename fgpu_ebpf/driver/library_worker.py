@@ -60,7 +60,7 @@ class Examiner:
     def mapped(self, pid: int, one: MappedFile) -> Examined:
         """Examine a file that a process maps. If the result has no error, the process's memory has the breakpoints."""
         try:
-            return self._examine(target_of(pid, one), pid)
+            return self._examine(target_of(pid, one, self._trust.versions), pid)
         except Exception as error:  # any exception, because a tenant's file may contain anything
             is_file_s = not isinstance(error, Unreachable)
             return Examined((one.dev, one.ino), error=str(error) or repr(error), is_file_s=is_file_s)
@@ -75,7 +75,7 @@ class Examiner:
     def stamp(self, pid: int, one: MappedFile) -> Stamp | None:
         """Return the current size and times of a file that a process maps; None: the file cannot be opened."""
         try:
-            fd = target_of(pid, one).open()
+            fd = target_of(pid, one, self._trust.versions).open()
         except OSError:
             return None
         try:
@@ -98,7 +98,7 @@ class Examiner:
         """Store the digest of a file's contents in Trust. Return the file's stamp, or None for an unreadable file."""
         file = one.dev, one.ino
         try:
-            fd = target_of(pid, one).open()
+            fd = target_of(pid, one, self._trust.versions).open()
             try:
                 stamp = Stamp.of(fd)
                 self._trust.learn(file, stamp, library_class.digest(fd, stamp))

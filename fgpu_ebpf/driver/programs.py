@@ -67,9 +67,9 @@ class Loading:
         if self._child:
             self._image = self._compiled(self._child)
         assert self._image
-        image.load(self._image, self._pins)
-        for old in self._pins.glob("loaded-*"):
+        for old in self._pins.glob("loaded-*"):  # before the first program is replaced
             old.rmdir()
+        image.load(self._image, self._pins)
         self._stamp.mkdir()
         return self._digest
 

@@ -51,13 +51,13 @@ class Mounted(NamedTuple):
     options: str
 
 
-def read(path: str) -> bytes:
-    """Return a small file of /proc or of the cgroup file system, at most 64 KiB. Raise OSError on failure."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 1 << 16)
-    finally:
-        os.close(fd)
+def read(path: str, most: int = 1 << 16) -> bytes:
+    """Return the first `most` bytes of a file of /proc or of the cgroup file system. Raise OSError on failure.
+
+    One read() of a file with many lines returns at most a page, even if more fits.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
+        return file.read(most)
 
 
 def field(text: bytes, name: bytes) -> bytes:

@@ -18,6 +18,7 @@ from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.workloads.cgroup_names import RUN_FOLDER
 from fgpu_ebpf.workloads.workload import Workload, identify
 
+_MOST_PIDS = 1 << 26  # bytes of cgroup.procs: all pids that a host can have
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
 
@@ -96,7 +97,7 @@ class Workloads:
     def pids(self, path: str) -> list[int]:
         """Return the pids of the processes in the cgroup itself. The list is empty if the cgroup is gone."""
         try:
-            return [int(line) for line in procfs.read(f"{self.root}{path}/cgroup.procs").split()]
+            return [int(line) for line in procfs.read(f"{self.root}{path}/cgroup.procs", _MOST_PIDS).split()]
         except OSError:
             return []
 

@@ -118,6 +118,20 @@ def test_no_more_descriptors_are_read_than_asked_for() -> None:
         assert len(descriptors(os.getpid(), 2)) == 2
 
 
+def test_one_search_serves_all_orphans_of_a_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant can have thousands of orphans, and each search reads the cgroup of each process of the host."""
+    searched, keepers = [], Keepers()
+    monkeypatch.setattr(procfs, "pids", lambda: searched.append(1) or [])
+
+    def end(_: float) -> None:
+        keepers._held = ()
+
+    monkeypatch.setattr(descriptor_holders.time, "sleep", end)
+    keepers._held = [Held(pid, ("/a", "/")) for pid in range(1, 51)]
+    keepers._run()
+    assert len(searched) == 2
+
+
 def test_a_thread_finds_keepers_and_later_drops_them(keeper: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptor_holders, "PERIOD_SECONDS", 0.01)
     kept, keepers = keeper(start_new_session=True), Keepers()

@@ -274,6 +274,22 @@ def test_limits_are_restored_on_the_device_whose_index_the_ledger_had(
     assert [*driver.now.values()] == [NONE]
 
 
+def test_the_record_is_kept_until_all_limits_are_restored(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "driver-limits.json"
+    put(agent(driver, tmp_path), {key(tmp_path): 5 * MIB})
+    monkeypatch.setattr(driver_limits, "Nvml", lambda *_: driver)
+    driver.refuses = True
+    driver_limits.take_away(file)
+    assert hard(driver, key(tmp_path)) == 5 * MIB
+    assert file.exists()
+    driver.refuses = False
+    driver_limits.take_away(file)
+    assert hard(driver, key(tmp_path)) == NONE.hard
+    assert not file.exists()
+
+
 @given(
     before=st.sampled_from([NONE, Limits(0, 4 * MIB), Limits(MIB, 40 * MIB)]),
     steps=st.lists(st.tuples(st.integers(5, 30), st.integers(0, 2)), max_size=6),

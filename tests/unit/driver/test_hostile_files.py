@@ -115,7 +115,7 @@ def test_the_agent_opens_the_mapped_file_and_not_its_replacement(
 
     def look() -> None:
         (mapped,) = cuda_mappings.fgpu_mappings(pid) or ()
-        fd = library_files.target_of(pid, mapped).open()
+        fd = library_files.target_of(pid, mapped, {}).open()
         opened.append((mapped_files.mapped_as(fd), len(elf.function_offsets(fd, NAMES))))
         os.close(fd)
 

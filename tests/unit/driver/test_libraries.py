@@ -10,12 +10,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fgpu_ebpf.driver import cuda_mappings, file_budget, libraries, library_class, probe_plan
+from fgpu_ebpf.driver import (
+    cuda_mappings,
+    file_budget,
+    libraries,
+    library_class,
+    library_files,
+    probe_plan,
+    shim_store,
+)
 from fgpu_ebpf.driver.discovery import Discovery
 from fgpu_ebpf.driver.library_class import Role, Stamp, Trust
 from fgpu_ebpf.driver.library_worker import Examiner
@@ -448,3 +457,18 @@ def test_a_stamp_belongs_to_the_file_and_not_to_its_name(tmp_path: Path, library
     assert (found.size, found.mtime_ns) == (stamp.size, stamp.mtime_ns)
     assert examiner.read(pid, one) == found
     assert library_class.Trust().digest((one.dev, one.ino), found) is None
+
+
+@needs_root("it opens files in /proc/PID/map_files")
+def test_an_old_shim_in_the_store_keeps_its_probes_without_the_agent_whatever_its_path_in_a_container(
+    tmp_path: Path, library: Path, holder: Holder
+) -> None:
+    """A container has the shim at STORE/current, which on the host is a link to a newer version by now."""
+    store = tmp_path / "store"
+    old = shim_store.stage(copy(library, tmp_path / "libfgpu.so"), store)
+    (store / "current").symlink_to("another-version")
+    pid = holder(old)
+    (one,) = [one for one in cuda_mappings.fgpu_mappings(pid) or () if one.path == str(old)]
+    in_container = replace(one, path=str(store / "current/libfgpu.so"))
+    found = library_files.target_of(pid, in_container, libraries.trusted(old, store, ()).versions)
+    assert (found.pinned, found.way) == (True, str(old.resolve()))

@@ -83,6 +83,23 @@ def test_pinned_programs_are_loaded_again_only_after_a_change_of_the_sources(
     assert runs(tmp_path) == 2
 
 
+def test_programs_that_were_replaced_in_part_are_not_taken_for_the_older_ones(
+    world: World, compiler: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An administrator goes back to the older version after the start of the newer one has failed."""
+    world.load(compiler)
+    (world.sources / "fgpu.h").write_text("int two;")
+
+    def fails(image: image.Image, pins: Path) -> None:
+        raise ProgramError("no memory")
+
+    monkeypatch.setattr(image, "load", fails)
+    with pytest.raises(ProgramError, match="no memory"):
+        world.load(compiler)
+    (world.sources / "fgpu.h").write_text("int one;")
+    assert world.loading(compiler).begun
+
+
 def test_a_start_after_a_boot_compiles_nothing(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     for _ in range(2):
         world.load(compiler)

@@ -157,4 +157,4 @@ def test_a_mapped_file_is_not_searched_behind_a_link(tmp_path: Path, dweller: Dw
     (tmp_path / "way").symlink_to("/etc")
     pid, here = dweller(tmp_path), mapped_files.as_mapped("/etc/passwd")
     with pytest.raises(OSError, match=r"symbolic links|No such file"):
-        target_of(pid, mapped_files.MappedFile("/way/passwd", *here, "0-0"))
+        target_of(pid, mapped_files.MappedFile("/way/passwd", *here, "0-0"), {})

@@ -78,3 +78,18 @@ def test_a_cgroup_with_a_line_end_in_its_name_is_read_in_full(monkeypatch: pytes
     monkeypatch.setattr(procfs, "read", lambda _: "0::/a\rb\x85c/d\n".encode())
     found = [path for path, _ in processes.cgroups(1, "freezer")]
     assert found[:2] == ["/a\rb\x85c/d", "/a\rb\x85c"]
+
+
+def test_a_file_with_many_lines_is_read_to_its_end() -> None:
+    """The kernel returns such a file page by page."""
+    program = """
+import mmap, sys
+from fgpu_ebpf.linux import procfs
+held = [mmap.mmap(-1, 4096, prot=mmap.PROT_READ if n % 2 else mmap.PROT_WRITE) for n in range(400)]
+with open("/proc/self/maps", "rb") as file:
+    lines = len(file.read().splitlines())
+print(lines > 300, abs(len(procfs.read("/proc/self/maps", 1 << 20).splitlines()) - lines) < 10)
+print(len(procfs.read("/proc/self/maps", 10)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "10"]
