@@ -3,27 +3,37 @@
 The BPF programs kill a process in a call that has a probe. Memory that was allocated through a driver library without
 probes is visible in NVML alone, so the agent kills the process that holds the memory. This module runs in the agent's
 main loop, once a round, and needs the capability KILL.
+
+Memory that a process had before the first limit of its cgroup is spared. These bytes are stored in a file, because a
+later agent cannot tell them from memory that was allocated around the limit.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.nvml_reconcile import Truth
-from fgpu_ebpf.driver.device_sample import Rows
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
-from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux import atomic_file, procfs
 from fgpu_ebpf.tenancy.enforcer import Enforcer
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.tenant import Tenant
 
+log = logging.getLogger("fgpu.agent")
+_Spared = dict[int, tuple[int, dict[int, int]]]  # by pid: the start of the process in clock ticks, the bytes by device
+
 
 class BypassKiller:
-    """The steps that kill bypassing processes. `truth` returns the last result of NVML."""
+    """The steps that kill bypassing processes. `truth` returns the last result of NVML. `place`: the file."""
+
+    FILE = "spared.json"
 
     def __init__(
         self,
@@ -32,6 +42,7 @@ class BypassKiller:
         enforcer: Enforcer,
         unwitnessed: Unwitnessed,
         history: EventLog,
+        place: Path,
     ) -> None:
         self._truth = truth
         self._ledger = ledger
@@ -39,7 +50,9 @@ class BypassKiller:
         self._unwitnessed = unwitnessed
         self._history = history
         self._last: Truth | None = None
-        self._before: dict[int, Mapping[int, Rows]] = {}  # NVML's rows when a tenant's cgroup got its limit
+        self._place = place
+        self._spared = _read(place)  # by cgroup
+        self._is_stored = True
 
     def look(self) -> None:
         """Kill processes, once for each new result of NVML.
@@ -47,8 +60,10 @@ class BypassKiller:
         The ledger has already been corrected according to this result.
         """
         truth, kills = self._truth(), [tenant for tenant in self._enforcer if self._kills(tenant)]
-        new = {tenant.cgroup: truth.held if tenant.cgroup in self._enforcer.since else {} for tenant in kills}
-        self._before = {cgroup: self._before.get(cgroup, held) for cgroup, held in new.items()}
+        before, cgroups = self._spared, [tenant.cgroup for tenant in kills]
+        self._spared = {cgroup: before[cgroup] if cgroup in before else self._had(cgroup, truth) for cgroup in cgroups}
+        if not self._is_stored or before.keys() != self._spared.keys():
+            self._store()
         if truth is self._last or not kills:
             return
         self._last = truth
@@ -61,7 +76,7 @@ class BypassKiller:
         for pid, process in truth.processes.items():
             is_seen = process.flags & (abi.Seen.SHIM | abi.Seen.CALL)
             bytes_ = beyond.get((pid, device), 0) if is_seen else process.bytes[device]
-            if tenant.cgroup not in process.levels or bytes_ <= self._spared(pid, tenant, device):
+            if tenant.cgroup not in process.levels or bytes_ <= self._spared_bytes(pid, tenant, device):
                 continue
             if self._kill(pid, process.generation):
                 self._report(tenant, pid, device, bytes_)
@@ -69,15 +84,35 @@ class BypassKiller:
     def _kills(self, tenant: Tenant) -> bool:
         return tenant.kill and not tenant.observe and not self._enforcer.spares(tenant)
 
-    def _spared(self, pid: int, tenant: Tenant, device: int) -> int:
+    def _had(self, cgroup: int, truth: Truth) -> _Spared:
+        """Return NVML's bytes of all processes that are older than the first limit of a cgroup."""
+        since, found = self._enforcer.since.get(cgroup), _Spared()
+        if since is None:
+            return found
+        for device, rows in truth.held.items():
+            for pid, bytes_ in rows.items():
+                start = procfs.started(pid) if bytes_ else None
+                if bytes_ and start is not None and start / os.sysconf("SC_CLK_TCK") <= since:
+                    found.setdefault(pid, (start, {}))[1][device] = bytes_
+        return found
+
+    def _spared_bytes(self, pid: int, tenant: Tenant, device: int) -> int:
         """Return the bytes for which a process is not killed: the memory from the time before the limit of the cgroup.
 
         No probe could record these bytes. Some of these bytes may be for modules, which the driver loads later.
         """
-        before = self._before[tenant.cgroup].get(device, {}).get(pid) or 0
-        started, since = procfs.started(pid) if before else None, self._enforcer.since.get(tenant.cgroup, 0.0)
-        is_older = started is not None and started / os.sysconf("SC_CLK_TCK") <= since
-        return before + self._unwitnessed.modules if is_older else 0
+        start, rows = self._spared[tenant.cgroup].get(pid, (0, {}))
+        before = rows.get(device, 0)
+        return before + self._unwitnessed.modules if before and procfs.started(pid) == start else 0
+
+    def _store(self) -> None:
+        try:
+            atomic_file.write(self._place, json.dumps(self._spared))
+            self._is_stored = True
+        except OSError as error:
+            if self._is_stored:
+                log.warning("%s cannot be written, and the next agent needs it: %s", self._place, error)
+            self._is_stored = False
 
     def _beyond_limit(self, tenant: Tenant) -> list[int]:
         """Return the devices on which a tenant is charged more than its limit, even if the limit is not committed."""
@@ -110,3 +145,21 @@ class BypassKiller:
             "killed", tenant=tenant.name, pid=pid, gpu=device, bytes=bytes_, reason="onBypass",
             text="the process exceeded the limit with memory that no probe has recorded",
         )  # fmt: skip
+
+
+def _read(place: Path) -> dict[int, _Spared]:
+    """Return the bytes by cgroup that an earlier agent has stored. An unreadable file counts as empty."""
+    try:
+        said = json.loads(place.read_text(encoding="utf-8"))
+        return {
+            int(cgroup): {
+                int(pid): (int(start), {int(device): int(bytes_) for device, bytes_ in rows.items()})
+                for pid, (start, rows) in spared.items()
+            }
+            for cgroup, spared in said.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        log.warning("%s cannot be read, so that no memory from before a limit is spared: %s", place, error)
+        return {}

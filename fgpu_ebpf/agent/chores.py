@@ -90,7 +90,7 @@ def make_chores(
         shortfalls.look,
         XidReports(truth, history).look,
         OrphanReports(truth, manager, keepers, history).look,
-        BypassKiller(truth, ledger, enforcer, unwitnessed, history).look,
+        BypassKiller(truth, ledger, enforcer, unwitnessed, history, settings.run_dir / BypassKiller.FILE).look,
         late.look,
         opens.look,
         usage.look,

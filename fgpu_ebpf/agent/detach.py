@@ -1,11 +1,12 @@
-"""`fgpu detach`: the removal of everything that fgpu has left on the host, with nine exceptions.
+"""`fgpu detach`: the removal of everything that fgpu has left on the host, with ten exceptions.
 
 The exceptions are the files that an engine's settings name (run `fgpu setup --undo` first), the files with which an
 engine stops containers that have the shim or, until a boot, starts containers by settings that were undone, versions of
 the shim that processes have mapped, the folder of the gatekeeper's socket while a container has mounted this folder,
 the parker's socket while systemd listens there, cgroups in which programs of `fgpu run` still run, the cache of
-compiled BPF programs, the measured sizes of contexts, and the store of `fgpu usage`. This module runs in the agent's
-main thread, or in the command if no agent runs. After an OSError the next call removes the remaining parts.
+compiled BPF programs, the measured sizes of contexts, the store of `fgpu usage`, and the record of the driver's own
+limits that could not be restored. This module runs in the agent's main thread, or in the command if no agent runs.
+After an OSError the next call removes the remaining parts.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _FILES = (
         file_locks.GATEKEEPER,
         file_locks.NEXT,
         TENANT_NAMES,
+        "spared.json",
         "xids.json",
     ),
 )

@@ -32,7 +32,7 @@ STATE = Path("/var/lib/fgpu")
 STORE = STATE / "shim"
 RUN_FILES = (
     *("overrides.json", "engines.json", "tenants.json", "elders.json", "xids.json", "gatekeeper.json"),
-    *("driver-limits.json", "ld.so.preload", "ld-nix.so.preload", "agent.lock", "gatekeeper.lock"),
+    *("spared.json", "driver-limits.json", "ld.so.preload", "ld-nix.so.preload", "agent.lock", "gatekeeper.lock"),
     *("control.sock", "discover.sock", "shim/shim.sock"),
 )
 STATE_FILES = ("policies.json", "contexts.json", "shim/previous", "shim/versions")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,11 +148,13 @@ class Host:
     def __init__(self, pid: int, **facts: Any) -> None:
         self.books, self.history, self.is_spared = Books(), EventLog(), False
         self.since, self.held = dict[int, float](), 0
+        self.place = Path(tempfile.mkdtemp()) / "spared.json"
         self.books.used, self.books.limit = 5 * MIB, 4 * MIB
         self.pid, self.process = pid, process(**facts)
         self.books.processes = {pid: self.process}
 
-    def look(self, **options: Any) -> None:
+    def killer(self, **options: Any) -> BypassKiller:
+        """Return the killer of a new agent."""
         one = tenant(**{"kill": True} | options)
 
         class Enforcer(list):  # type: ignore[type-arg]
@@ -158,7 +162,10 @@ class Host:
             since = self.since
 
         truth = Truth(processes={self.pid: self.process}, held={0: {self.pid: self.held}})
-        BypassKiller(lambda: truth, self.books, Enforcer([one]), unwitnessed(), self.history).look()  # type: ignore[arg-type]
+        return BypassKiller(lambda: truth, self.books, Enforcer([one]), unwitnessed(), self.history, self.place)  # type: ignore[arg-type]
+
+    def look(self, **options: Any) -> None:
+        self.killer(**options).look()
 
     def killed(self) -> list[int]:
         return [event["pid"] for event in self.history.since(0)["events"] if event["what"] == "killed"]
@@ -214,6 +221,40 @@ def test_no_process_is_killed_for_what_it_had_before_its_limit(
     host.held, host.since = 5 * MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME) if limit_is_younger else 0.001}
     host.look()
     assert is_killed(child) == dies
+
+
+@pytest.mark.parametrize(("bytes_", "dies"), [(5 * MIB + MODULES, False), (5 * MIB + MODULES + 1, True)])
+def test_a_later_agent_kills_no_process_for_what_it_had_before_its_limit(
+    child: subprocess.Popen[bytes], bytes_: int, dies: bool
+) -> None:
+    host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB)
+    host.held, host.since = 5 * MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME)}
+    host.look()
+    host.since, host.held, host.process = {}, bytes_, process(bytes_=bytes_, overhead=bytes_)
+    host.books.processes = {child.pid: host.process}
+    host.look()
+    assert is_killed(child) == dies
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{", '{"7": {"1": [1]}}', '{"7": 3}', "9" * 5000, "[" * 100_000])
+def test_a_damaged_file_spares_nothing(child: subprocess.Popen[bytes], said: str) -> None:
+    host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB)
+    host.place.write_text(said)
+    host.look()
+    assert is_killed(child)
+
+
+def test_a_file_that_cannot_be_written_is_written_later(child: subprocess.Popen[bytes], caplog: Any) -> None:
+    host = Host(child.pid, bytes_=MIB)
+    host.books.used = 0
+    host.place.parent.rmdir()
+    killer = host.killer()
+    for _ in range(3):
+        killer.look()
+    assert caplog.text.count("cannot be written") == 1
+    host.place.parent.mkdir()
+    killer.look()
+    assert json.loads(host.place.read_text()) == {"7": {}}
 
 
 def test_a_limit_that_does_not_fit_its_device_kills_no_process_below_it(child: subprocess.Popen[bytes]) -> None:
