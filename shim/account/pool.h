@@ -7,8 +7,13 @@
 #define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
 #define FGPU_CREDITS 8
 
-struct credit { /* bytes freed by one stream: a pool may give them to the same stream again at once, and to no other */
-    _Atomic uint64_t stream, bytes;
+#define FGPU_UNMEASURED (8ULL << 20) /* given out without credit until the pool is measured: it may be fragmented */
+
+/* Bytes freed by one stream: a pool may give them to the same stream again at once, and to no other. They are in pieces
+ * of `piece` bytes without gaps, and serve requests of at most that size, each with a whole piece: a pool does not move
+ * memory, and takes more of the device for a larger request. */
+struct credit {
+    _Atomic uint64_t stream, bytes, piece;
 };
 
 struct pool {
@@ -19,7 +24,8 @@ struct pool {
     _Atomic uint64_t spent;   /* upper bound of the bytes in use: as measured last, and all given out since */
     _Atomic uint64_t pending; /* admitted for calls that have not returned yet */
     _Atomic uint64_t busy_until_ns;
-    _Atomic uint64_t unclaimed; /* freed by streams without room in the table of credits */
+    _Atomic uint64_t unclaimed; /* freed by streams without room in the table of credits, or in smaller pieces */
+    _Atomic uint64_t given;     /* bytes given out without credit since the pool was last measured */
     _Atomic int unsettled;      /* synchronisations that may still shrink the pool */
     struct credit credits[FGPU_CREDITS];
 };
@@ -53,7 +59,7 @@ static inline uint64_t fgpu_blocks(uint64_t bytes) { return (bytes + FGPU_BLOCK 
 static inline uint64_t fgpu_larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* -- pool_growth.c */
-HIDDEN CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes); /* `bytes` are pending until fgpu_pool_grown */
-HIDDEN void fgpu_pool_grown(struct pool *pool, uint64_t bytes);
+HIDDEN CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes);  /* `bytes` are pending until fgpu_pool_grown */
+HIDDEN CUresult fgpu_pool_grown(struct pool *pool, uint64_t bytes); /* `bytes` were pending */
 
 #endif

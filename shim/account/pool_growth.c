@@ -86,20 +86,31 @@ CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
     return refusal;
 }
 
-/* The driver has returned. Request the bytes that it really allocated. A refusal comes too late for this call, and
- * takes effect at the next growth. */
-void fgpu_pool_grown(struct pool *pool, uint64_t bytes)
+/* Return whether the pool holds a block or more beyond the admitted bytes, and gets no admission for it. */
+static bool is_beyond(struct pool *pool)
 {
     uint64_t used, reserved;
+    return fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->portion.admitted) + FGPU_BLOCK &&
+           ask_up_to(pool, reserved, NULL) != CUDA_SUCCESS;
+}
+
+/* The driver has returned. Request the bytes that it really allocated: a fragmented pool takes new blocks although it
+ * has as many free bytes. After a refusal the caller returns the memory to the pool, and each later call measures. */
+CUresult fgpu_pool_grown(struct pool *pool, uint64_t bytes)
+{
+    bool beyond = false;
     enum fgpu_link link = fgpu_look().link;
     atomic_fetch_sub(&pool->pending, bytes);
-    if (link != FGPU_HELD) return;
+    atomic_store_explicit(&pool->given, 0, memory_order_relaxed);
+    if (link != FGPU_HELD) return CUDA_SUCCESS;
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
-    if (fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->portion.admitted) + FGPU_BLOCK &&
-        ask_up_to(pool, reserved, NULL))
-        atomic_store(&pool->spent,
-                     atomic_load(&pool->portion.admitted)); /* from here on every call measures the pool */
+    if (is_beyond(pool)) {
+        fgpu_pools_yield(atomic_load(&pool->ordinal));
+        beyond = is_beyond(pool);
+    }
+    if (beyond) atomic_store(&pool->spent, atomic_load(&pool->portion.admitted));
     fgpu_unrelax(mode);
     errno = saved;
+    return beyond ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
 }

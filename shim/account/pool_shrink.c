@@ -32,6 +32,7 @@ static void forget_credits(struct pool *pool)
     for (int i = 0; i < FGPU_CREDITS; i++) {
         atomic_store_explicit(&pool->credits[i].bytes, 0, memory_order_relaxed);
         atomic_store_explicit(&pool->credits[i].stream, 0, memory_order_relaxed);
+        atomic_store_explicit(&pool->credits[i].piece, 0, memory_order_relaxed);
     }
 }
 

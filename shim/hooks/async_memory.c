@@ -24,8 +24,10 @@ static _Atomic(void *) notes; /* a table of NOTES */
 
 struct order {         /* one request */
     struct pool *pool; /* NULL: not charged to a pool */
-    uint64_t stream, bytes;
-    bool on_credit, grown, called;
+    CUstream handle;
+    bool per_thread;
+    uint64_t stream, bytes, credit; /* credit: bytes taken from the stream's */
+    bool grown, called;
     CUresult result;   /* of the last call of the driver */
     uint64_t since_ns; /* as in fgpu_request */
 };
@@ -43,22 +45,38 @@ static struct pool *pool_of_stream(CUstream stream, bool per_thread)
 static struct credit *credit_of(struct pool *pool, uint64_t stream) { return &pool->credits[mix(stream) >> 61]; }
 _Static_assert(FGPU_CREDITS == 8, "three bits");
 
-static bool use_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
+/* Take a piece for a request. Returns the bytes of the piece; 0: the stream has none of this size. */
+static uint64_t use_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
 {
     struct credit *credit = credit_of(pool, stream);
-    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return false;
+    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return 0;
+    uint64_t piece = atomic_load_explicit(&credit->piece, memory_order_relaxed);
     uint64_t had = atomic_load_explicit(&credit->bytes, memory_order_relaxed);
-    while (had >= bytes)
-        if (atomic_compare_exchange_weak(&credit->bytes, &had, had - bytes)) return true;
-    return false;
+    while (bytes <= piece && piece <= had)
+        if (atomic_compare_exchange_weak(&credit->bytes, &had, had - piece)) return piece;
+    return 0;
 }
 
+/* Add freed bytes without a gap to the stream's credit, in whole pieces. The first ones set the size of a piece. */
 static void give_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
 {
     struct credit *credit = credit_of(pool, stream);
-    uint64_t its = atomic_load_explicit(&credit->stream, memory_order_relaxed);
-    bool claimed = its == stream || (!its && atomic_compare_exchange_strong(&credit->stream, &its, stream));
-    atomic_fetch_add_explicit(claimed ? &credit->bytes : &pool->unclaimed, bytes, memory_order_relaxed);
+    uint64_t its = atomic_load_explicit(&credit->stream, memory_order_relaxed), whole = 0;
+    if (its == stream || (!its && atomic_compare_exchange_strong(&credit->stream, &its, stream))) {
+        uint64_t piece = atomic_load_explicit(&credit->piece, memory_order_relaxed);
+        if (!piece || !atomic_load_explicit(&credit->bytes, memory_order_relaxed))
+            atomic_store_explicit(&credit->piece, piece = bytes, memory_order_relaxed);
+        whole = piece == bytes ? bytes : bytes / piece * piece;
+        atomic_fetch_add_explicit(&credit->bytes, whole, memory_order_relaxed);
+    }
+    if (whole < bytes) atomic_fetch_add_explicit(&pool->unclaimed, bytes - whole, memory_order_relaxed);
+}
+
+static void return_credit(struct pool *pool, uint64_t stream, uint64_t taken)
+{
+    struct credit *credit = credit_of(pool, stream);
+    bool is_own = atomic_load_explicit(&credit->stream, memory_order_relaxed) == stream;
+    if (taken) atomic_fetch_add_explicit(is_own ? &credit->bytes : &pool->unclaimed, taken, memory_order_relaxed);
 }
 
 /* Record a free. The pool shrinks when a thread waits for the stream, not now. */
@@ -137,44 +155,65 @@ static CUresult before(struct order *order, size_t size)
         return CUDA_ERROR_OUT_OF_MEMORY;
     }
     order->bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : (size + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
-    if (use_credit(pool, order->stream, order->bytes)) {
-        order->on_credit = true;
-        return CUDA_SUCCESS;
-    }
+    order->credit = use_credit(pool, order->stream, order->bytes);
+    if (order->credit) return CUDA_SUCCESS;
     uint64_t spent = atomic_fetch_add_explicit(&pool->spent, order->bytes, memory_order_relaxed) + order->bytes;
     if (LIKELY(spent <= atomic_load_explicit(&pool->portion.admitted, memory_order_relaxed))) return CUDA_SUCCESS;
     if (has_no_context(order->stream)) return CUDA_SUCCESS;
     order->grown = true;
     uint64_t had = take_credit(pool, order->stream); /* too little, but the pool can combine it with a new block */
     CUresult refusal = fgpu_pool_grow(pool, order->bytes);
-    if (refusal && had) give_credit(pool, order->stream, had);
+    if (refusal) return_credit(pool, order->stream, had);
     return refusal;
+}
+
+/* Return whether a call without credit has made the pool larger than was admitted. */
+static bool is_beyond(const struct order *order)
+{
+    struct pool *pool = order->pool;
+    if (order->grown) return fgpu_pool_grown(pool, order->bytes) != CUDA_SUCCESS;
+    if (order->credit || order->result) return false;
+    uint64_t given = atomic_fetch_add_explicit(&pool->given, order->bytes, memory_order_relaxed) + order->bytes;
+    return given >= FGPU_UNMEASURED && fgpu_pool_grown(pool, 0) != CUDA_SUCCESS;
+}
+
+/* Return memory to its pool, in the order of its stream. The pool gives it back to the device at a later wait. */
+static bool undo(const struct order *order, CUdeviceptr pointer)
+{
+    __typeof__(&cuMemFreeAsync) give = order->per_thread ? REAL(cuMemFreeAsync_ptsz) : REAL(cuMemFreeAsync);
+    if (!give || give(pointer, order->handle) != CUDA_SUCCESS) return false;
+    atomic_store_explicit(&order->pool->unsettled, FGPU_SYNCS, memory_order_relaxed);
+    return true;
 }
 
 /* After a call. The bytes of a failed call stay in `spent`: the next measurement corrects a number that is too high,
  * but might not correct one that is too low. */
-static void after(const struct order *order, CUdeviceptr pointer)
+static void after(struct order *order, CUdeviceptr *pointer)
 {
     CUresult result = order->result;
-    if (order->grown) fgpu_pool_grown(order->pool, order->bytes);
-    if (LIKELY(result == CUDA_SUCCESS))
-        write_note(pointer, order);
-    else if (order->on_credit)
-        give_credit(order->pool, order->stream, order->bytes);
-    if (result && order->grown) fgpu_pool_trimmed(order->pool);
-    if (result) fgpu_failed(atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed), 0, result);
+    bool beyond = is_beyond(order);
+    if (LIKELY(result == CUDA_SUCCESS)) {
+        if (beyond && undo(order, *pointer))
+            *pointer = 0, order->result = CUDA_ERROR_OUT_OF_MEMORY;
+        else
+            write_note(*pointer, order);
+        return;
+    }
+    return_credit(order->pool, order->stream, order->credit);
+    if (order->grown) fgpu_pool_trimmed(order->pool);
+    fgpu_failed(atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed), 0, result);
 }
 
 /* Return whether to call the driver now, for the first time or after room was made. A pool grows by blocks. */
-static bool attempt(struct order *order, size_t size, const CUdeviceptr *pointer)
+static bool attempt(struct order *order, size_t size, CUdeviceptr *pointer)
 {
     if (order->called) {
         if (!order->pool) return false;
-        after(order, *pointer);
+        after(order, pointer);
         if (LIKELY(order->result != CUDA_ERROR_OUT_OF_MEMORY)) return false;
         int index = atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed);
         if (!fgpu_room_comes(index, fgpu_blocks(order->bytes), &order->since_ns)) return false;
-        order->on_credit = order->grown = false;
+        order->credit = 0, order->grown = false;
     }
     order->called = true;
     order->result = before(order, size);
@@ -186,7 +225,7 @@ static bool attempt(struct order *order, size_t size, const CUdeviceptr *pointer
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         if (!dptr || !bytesize || fgpu_is_capturing(hStream, per_thread)) return driver(__VA_ARGS__);                  \
-        struct order order = {.pool = (from), .stream = fgpu_stream_key(hStream, per_thread)};                         \
+        struct order order = {(from), hStream, per_thread, .stream = fgpu_stream_key(hStream, per_thread)};            \
         while (attempt(&order, bytesize, dptr)) order.result = driver(__VA_ARGS__);                                    \
         return order.result;                                                                                           \
     } while (0)

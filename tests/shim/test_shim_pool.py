@@ -49,6 +49,49 @@ out(L.fake_queries())"""
     assert len(grants(held)) == 1
 
 
+FRAGMENT = (
+    POOLS
+    + """
+L.fake_fragmented.argtypes = [C.c_uint64]; L.fake_fragmented(0)
+ps = [new(6 * MiB) for _ in range(160)]  # 960 MiB of 1 GiB
+for p in ps[::2]: drop(p)
+L.fake_fragmented(6 * MiB)
+"""
+)
+
+
+@pytest.mark.parametrize("wait", ["", "L.fake_sync()"])
+@pytest.mark.parametrize("size", [96 * MIB, 400 * MIB])
+def test_a_fragmented_pool_does_not_grow_beyond_the_limit(held: Agent, wait: str, size: int) -> None:
+    """The pool has enough free bytes, but in pieces that are too small, and takes more of the device."""
+    script = FRAGMENT + f"{wait}\nout(results([new({size}), new({size})]), L.fake_reserved(0) >> 20, L.fake_given())"
+    results, reserved, live = held.python(script)[0]
+    assert results == [OOM, OOM]
+    assert live == 80, "memory of a refused request was not returned to the pool"
+    assert reserved >= 960  # as on a device, the pool keeps the memory until the stream has reached the free
+    assert held.do("look")["used"] <= GIB
+
+
+def test_pieces_of_a_fragmented_pool_serve_requests_of_their_size_without_a_measurement(held: Agent) -> None:
+    script = FRAGMENT + "n = L.fake_queries(); out(results(new(6 * MiB) for _ in range(40)), L.fake_queries() - n)"
+    assert held.python(script) == [[[0] * 40, 0]]
+
+
+def test_each_piece_serves_one_request(held: Agent) -> None:
+    """Two requests of 4 MiB do not fit into a piece of 6 MiB; the third request needs another block."""
+    script = (
+        POOLS
+        + """
+L.fake_fragmented.argtypes = [C.c_uint64]
+ps = [new(6 * MiB) for _ in range(4)]; drop(ps[0]); drop(ps[2])
+n = L.fake_queries(); got = [new(4 * MiB), new(4 * MiB)]; a = L.fake_queries() - n
+L.fake_fragmented(2 * MiB); got.append(new(8 * MiB))
+out(results(got), a, L.fake_queries() > n)"""
+    )
+    assert held.python(script) == [[[0, 0, 0], 0, True]]
+    assert sum(grants(held)) == 64 * MIB, "the new block is charged"
+
+
 def test_memory_freed_in_one_stream_does_not_serve_another_stream(held: Agent) -> None:
     """Eight streams allocate 200 MiB each and free it, without waiting. Five of them fit."""
     script = (

@@ -55,8 +55,11 @@ static uint64_t all_held(struct pool *p)
     for (int i = 0; i < 16; i++) n += p->held[i];
     return n;
 }
+static uint64_t hole; /* not 0: no free memory of a pool has more bytes without a gap, and no block is free as a whole */
+void fake_fragmented(uint64_t largest) { hole = largest; }
 static void trim(struct pool *p)
 {
+    if (hole) return;
     uint64_t keep = blocks(p->used + all_held(p));
     if (p->reserved > keep) p->reserved = keep;
 }
@@ -90,17 +93,27 @@ static struct {
     int pool;
 } given[1 << 16];
 
+int fake_given(void) /* the number of allocations that exist */
+{
+    int n = 0;
+    for (int i = 1; i < 1 << 16; i++) n += given[i].bytes > 0;
+    return n;
+}
+
 static CUresult take(CUdeviceptr *out, size_t n, int number, CUstream stream)
 {
     struct pool *p = &pools[number];
     unsigned s = (uintptr_t)stream & 15;
     errno = 41;
     if (next_result) return next_result;
-    uint64_t own = p->held[s] < n ? p->held[s] : n;
-    p->held[s] -= own;
     p->used += n;
-    uint64_t total = blocks(p->used + all_held(p));
-    if (total > p->reserved) p->reserved = total;
+    if (hole && n > hole) {
+        p->reserved += blocks(n);
+    } else {
+        p->held[s] -= p->held[s] < n ? p->held[s] : n;
+        uint64_t total = blocks(p->used + all_held(p));
+        if (total > p->reserved) p->reserved = total;
+    }
     int at = 1;
     while (given[at].bytes) at++;
     given[at].bytes = n, given[at].pool = number;
