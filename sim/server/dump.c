@@ -7,8 +7,8 @@
 
 #define MAX_RECORDS (SIM_MAX_CLIENTS + SIM_MAX_DEVICES)
 
-static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm",     "managed", "pool", "module",
-                                             "graph",   "local", "runtime", "launch",  "pages"};
+static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm",     "managed", "pool",  "module",
+                                             "graph",   "local", "runtime", "launch",  "pages", "tiles"};
 
 static void print_device(const struct sim_record *r, const struct sim_device *device, const char *before)
 {
@@ -25,7 +25,7 @@ static void print_process(const struct sim_record *r, const char *before)
 {
     uint64_t bytes = 0, requested = 0;
     for (uint32_t kind = 0; kind < SIM_KINDS; kind++) {
-        if (kind != SIM_PAGES) bytes += r->bytes[kind];
+        if (ledger_is_listed(kind)) bytes += r->bytes[kind];
         if (kind < SIM_ASKED) requested += r->requested[kind];
     }
     printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"freed_after_us\": %" PRIu64

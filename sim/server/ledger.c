@@ -13,7 +13,10 @@ static struct context *find_context(struct client *client, uint64_t id)
     return NULL;
 }
 
-static bool belongs_to_process(uint32_t kind) { return kind == SIM_VMM || kind == SIM_POOL || kind == SIM_GRAPH; }
+static bool belongs_to_process(uint32_t kind)
+{
+    return kind == SIM_VMM || kind == SIM_POOL || kind == SIM_GRAPH || kind == SIM_TILES;
+}
 
 struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t id)
 {
@@ -34,7 +37,7 @@ static bool fits(const struct gpu *gpu, uint64_t bytes) { return bytes <= usable
 
 bool ledger_fits(uint32_t device, uint64_t bytes) { return fits(&server.gpus[device], bytes); }
 
-bool ledger_is_listed(uint32_t kind) { return kind != SIM_PAGES; }
+bool ledger_is_listed(uint32_t kind) { return kind != SIM_PAGES && kind != SIM_TILES; }
 
 /* Counts memory of the driver itself, which is taken from the device and is in no process's row. */
 static void keep(struct gpu *gpu, uint64_t bytes)
@@ -155,6 +158,14 @@ bool ledger_give(struct client *client, const struct sim_request *request)
     give(&server.gpus[request->device], request->kind, request->bytes);
     holding->bytes[request->kind] -= request->bytes;
     holding->requested[request->kind] -= request->requested;
+    return true;
+}
+
+bool ledger_unlist(struct client *client, const struct sim_request *request)
+{
+    if (request->kind != SIM_VMM || !ledger_give(client, request)) return false;
+    take(&server.gpus[request->device], SIM_TILES, request->bytes);
+    client->own[request->device].bytes[SIM_TILES] += request->bytes;
     return true;
 }
 

@@ -207,6 +207,8 @@ static struct answer answer(struct client *client, const struct sim_request *nam
         return (struct answer){.status = managed_set(client, request->device, request->bytes)};
     case SIM_GIVE:
         return (struct answer){.wrong = ledger_give(client, request) ? NULL : "releases more than it holds"};
+    case SIM_UNLIST:
+        return (struct answer){.wrong = ledger_unlist(client, request) ? NULL : "unlists more than it holds"};
     case SIM_CLOSE:
         return (struct answer){.wrong =
                                    teardown_context(client, request) ? NULL : "closes a context that is not its own"};

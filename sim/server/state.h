@@ -154,6 +154,8 @@ enum sim_status ledger_attach(struct client *client);
 enum sim_status ledger_take(struct client *client, const struct sim_request *request);
 /* Releases memory. Returns false if the client holds less. */
 bool ledger_give(struct client *client, const struct sim_request *request);
+/* Turns memory of the process that its row shows into memory that no row shows. Returns false if it has less. */
+bool ledger_unlist(struct client *client, const struct sim_request *request);
 /* Returns whether the request names a context of the client on the request's device. */
 bool ledger_has_context(struct client *client, const struct sim_request *request);
 void ledger_close(struct client *client, uint64_t context);

@@ -38,6 +38,7 @@ enum sim_op {
     SIM_ATTACH,     /* cuInit; returns a file with a struct sim_gate, or none */
     SIM_TAKE,       /* takes bytes of a kind; kind context: the server has the number of bytes */
     SIM_GIVE,       /* releases bytes of a kind */
+    SIM_UNLIST,     /* turns bytes of the kind SIM_VMM into bytes of the kind SIM_TILES */
     SIM_CLOSE,      /* ends a context with everything in it */
     SIM_MEMORY,     /* struct sim_memory */
     SIM_PROCESSES,  /* reply.count x struct sim_process, those that the client may see */
@@ -75,6 +76,7 @@ enum sim_kind {
     SIM_RUNTIME, /* for functions of device code: the heap of malloc, and the buffer of printf */
     SIM_LAUNCH,  /* for launches: streams, and nodes of graphs */
     SIM_PAGES,   /* page tables of registered host memory: in no process's row */
+    SIM_TILES,   /* memory of released handles that is mapped into sparse arrays: in no process's row */
     SIM_KINDS,
 };
 

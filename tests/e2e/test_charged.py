@@ -19,6 +19,10 @@ PARTS = 2  # a quick run runs only one of them
 REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}  # so do later calls of the scenario
 MARK = re.compile(r"^ {3}\S.* +-?\d+ +-?\d+  lower +\d+ ms, higher +\d+ ms", re.MULTILINE)
 MARKS = 134  # of all scenarios
+AS_ON_A_CARD = ("former", "sparse")  # scenarios of the third table in docs/charged-memory.md
+FIGURES = re.compile(r"^ {3}(\S.*?) +(\d+) +(-?\d+)  lower .* ms  (\S.*)$", re.MULTILINE)
+CARD_FIGURES = re.compile(r"^\| `(\w+)`: (.+?) \| (\d+) \| (\S.*?) \| (\d+) \|", re.MULTILINE)
+LEDGER_MIB = 2  # by which the ledger may differ from the device
 
 
 def scenarios() -> list[str]:
@@ -41,6 +45,10 @@ def bench(*names: str) -> str:
     return done.stdout
 
 
+def output_of(said: str, name: str) -> str:
+    return said.partition(f"== {name}\n")[2].partition("\n== ")[0]
+
+
 @pytest.mark.timed
 @pytest.mark.timeout(300)
 def test_all_memory_that_the_device_holds_is_charged(scale: Callable[[int, int, int], int]) -> None:
@@ -54,5 +62,19 @@ def test_all_memory_that_the_device_holds_is_charged(scale: Callable[[int, int, 
     assert len(MARK.findall(said)) == figures["charged_rows"]["value"] >= 2 * len(chosen)
     assert chosen != every or figures["charged_rows"]["value"] == MARKS
     for name, refusal in REFUSED.items():
-        part_of_it = said.partition(f"== {name}\n")[2].partition("\n== ")[0]
-        assert f". {refusal}" in part_of_it, part_of_it
+        assert f". {refusal}" in output_of(said, name), output_of(said, name)
+
+
+@pytest.mark.timed
+@pytest.mark.timeout(300)
+def test_contexts_and_arrays_take_as_much_as_on_a_card() -> None:
+    said = bench(*AS_ON_A_CARD)
+    table = (ROOT / "docs/charged-memory.md").read_text(encoding="utf-8").partition("\nThe third table ")[2]
+    rows = [row for row in CARD_FIGURES.findall(table.partition("\n## ")[0]) if row[0] in AS_ON_A_CARD]
+    assert {row[0] for row in rows} == set(AS_ON_A_CARD)
+    for name, mark, device, nvml, ledger in rows:
+        found = [row[1:] for row in FIGURES.findall(output_of(said, name)) if row[0] == mark]
+        assert found, (name, mark)
+        for device_here, ledger_here, nvml_here in found:
+            assert (device_here, nvml_here) == (device, nvml), (name, mark)
+            assert abs(int(ledger_here) - int(ledger)) <= LEDGER_MIB, (name, mark)

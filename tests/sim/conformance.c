@@ -206,6 +206,7 @@ int main(int argc, char **argv)
                     {"hooks3", check_code},
                     {"freed", check_freed},
                     {"afar", check_afar},
+                    {"sparse", check_sparse},
                     {"checkpoint", check_checkpoint},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);

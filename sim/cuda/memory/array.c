@@ -1,13 +1,15 @@
 /* Arrays: memory with a shape. They take extent x format bytes of the device, as any allocation, and have no address
- * for the program. */
+ * for the program. A sparse array takes none. */
 #include "cuda/core/capture_state.h"
 #include "cuda/memory/memory.h"
+#include "cuda/stream/stream.h"
 
 #include <stdlib.h>
 
 struct array {
     CUDA_ARRAY3D_DESCRIPTOR descriptor;
     CUdeviceptr memory;
+    struct tiles *tiles; /* not NULL: the array is sparse, and has no memory of its own */
     bool is_mipmapped;
     unsigned levels;
     struct array *parent; /* of a level, which has no memory of its own */
@@ -62,9 +64,17 @@ static CUresult create(void **out, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, un
     for (unsigned level = 0; level < levels; level++)
         if (!size_of(descriptor, level, &size) || __builtin_add_overflow(total, size, &total))
             return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    bool is_sparse = descriptor->Flags & CUDA_ARRAY3D_SPARSE;
+    if (is_sparse && (is_mipmapped || !tiles_are_simulated(descriptor, total)))
+        return sim_leave(CUDA_ERROR_NOT_SUPPORTED);
     struct array *array = calloc(1, sizeof *array);
     if (!array) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    result = memory_allocate(context, total, &array->memory);
+    if (is_sparse) {
+        array->tiles = tiles_new(descriptor);
+        result = array->tiles ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    } else {
+        result = memory_allocate(context, total, &array->memory);
+    }
     if (result) {
         free(array);
         return sim_leave(result);
@@ -109,12 +119,14 @@ static CUresult destroy(const void *handle, bool is_mipmapped)
     if (!array || array->parent) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     *at = array->next;
     forget_levels(array);
-    result = memory_free(array->memory);
+    result = array->tiles ? CUDA_SUCCESS : memory_free(array->memory);
+    tiles_end(array->tiles);
     free(array);
     return sim_leave(result);
 }
 
-/* The server frees the context's memory as a whole. This only removes the handles. */
+/* The server frees the context's memory as a whole. This removes the handles, and unmaps tiles: their memory belongs to
+ * the process. */
 void arrays_end(const struct context *context)
 {
     for (struct array **at = &arrays; *at;) {
@@ -124,6 +136,7 @@ void arrays_end(const struct context *context)
             continue;
         }
         *at = array->next;
+        tiles_end(array->tiles);
         free(array);
     }
 }
@@ -218,4 +231,42 @@ API cuMipmappedArrayGetLevel(CUarray *pLevelArray, CUmipmappedArray hMipmappedAr
     struct array *array = make_level(parent, level);
     if (array) *pLevelArray = (CUarray)array;
     return sim_leave(array ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY);
+}
+
+/* Sparse arrays. A mapping is made at the call, not in the order of the stream. */
+
+static struct tiles *tiles_of(CUarray handle)
+{
+    const struct array *array = *find(handle, false);
+    return array ? array->tiles : NULL;
+}
+
+static CUresult map_array(const CUarrayMapInfo *list, unsigned count, CUstream handle, bool per_thread)
+{
+    struct context *context;
+    struct stream *stream;
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
+    if (result) return result;
+    if (stream->capture) {
+        capture_break(stream->capture);
+        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
+    if (!list || !count) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    for (unsigned i = 0; i < count && !result; i++) {
+        struct tiles *tiles = list[i].resourceType == CU_RESOURCE_TYPE_ARRAY ? tiles_of(list[i].resource.array) : NULL;
+        result = tiles ? tiles_change(tiles, &list[i], context->device) : CUDA_ERROR_INVALID_VALUE;
+    }
+    return sim_leave(result);
+}
+
+TWICE(_ptsz, cuMemMapArrayAsync, (CUarrayMapInfo * mapInfoList, unsigned int count, CUstream hStream),
+      map_array(mapInfoList, count, hStream, per_thread))
+
+API cuArrayGetSparseProperties(CUDA_ARRAY_SPARSE_PROPERTIES *sparseProperties, CUarray array)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sparseProperties || !tiles_of(array)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    tiles_describe(sparseProperties);
+    return sim_leave(CUDA_SUCCESS);
 }

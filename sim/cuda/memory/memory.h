@@ -121,6 +121,23 @@ void *share_map(int file, size_t size);
 
 /* Shares the memory that is mapped at the range. */
 CUresult vmm_key(const struct range *range, uint64_t *key);
+/* Returns the tile pool on the device, if it has `size` bytes from `offset` on, or NULL. */
+struct vmm_handle *vmm_tile_pool(CUmemGenericAllocationHandle id, int device, uint64_t offset, uint64_t size);
+/* Counts a tile of an array to which the handle's memory is mapped. */
+void vmm_map_tile(struct vmm_handle *handle);
+void vmm_unmap_tile(struct vmm_handle *handle);
+
+/* sparse.c: the tiles of sparse arrays */
+
+/* Returns whether sparse arrays of this shape, which have `size` bytes, are simulated. */
+bool tiles_are_simulated(const CUDA_ARRAY3D_DESCRIPTOR *descriptor, size_t size);
+/* Returns the tiles of such an array, none of them mapped, or NULL. */
+struct tiles *tiles_new(const CUDA_ARRAY3D_DESCRIPTOR *descriptor);
+/* Unmaps all tiles. NULL: does nothing. */
+void tiles_end(struct tiles *tiles);
+/* Maps memory of a tile pool to a part of the tiles, or unmaps the part. */
+CUresult tiles_change(struct tiles *tiles, const CUarrayMapInfo *info, int device);
+void tiles_describe(CUDA_ARRAY_SPARSE_PROPERTIES *properties);
 
 /* ipc.c */
 

@@ -1,5 +1,6 @@
 /* Virtual memory management: physical memory (handles) and address space (reservations) are separate. Memory exists
- * while a handle has a reference or a mapping: a released handle keeps its memory until the unmap. */
+ * while a handle has a reference or a mapping: a released handle keeps its memory until the unmap. If only sparse
+ * arrays still have it, no process's row shows it (measured). */
 #include "cuda/memory/memory.h"
 
 #include <stdlib.h>
@@ -9,6 +10,8 @@
 struct vmm_handle {
     size_t size;
     unsigned refs, maps;
+    size_t tiles; /* of sparse arrays, to which the memory is mapped */
+    bool is_unlisted;
     uint64_t key[2]; /* not 0: other processes may have opened it, or it comes from another process */
     bool is_foreign; /* imported */
     CUmemAllocationProp prop;
@@ -33,10 +36,24 @@ static struct vmm_handle *find_handle(CUmemGenericAllocationHandle id)
     return NULL;
 }
 
+static void unlist(struct vmm_handle *handle)
+{
+    struct sim_request request = {.device = (uint32_t)handle->prop.location.id,
+                                  .kind = SIM_VMM,
+                                  .bytes = handle->size,
+                                  .requested = handle->size};
+    sim_ask(SIM_UNLIST, request, NULL, 0);
+    handle->is_unlisted = true;
+}
+
 /* Called after every release and every unmapping. The later of them frees the memory. */
 static void settle(struct vmm_handle *handle)
 {
     if (handle->refs || handle->maps) return;
+    if (handle->tiles) {
+        if (!handle->is_unlisted && !has_key(handle->key)) unlist(handle);
+        return;
+    }
     struct vmm_handle **at = &handles;
     while (*at != handle) at = &(*at)->next;
     *at = handle->next;
@@ -44,6 +61,8 @@ static void settle(struct vmm_handle *handle)
     if (has_key(handle->key)) {
         if (!handle->is_foreign) sim_give(NULL, handle->prop.location.id, SIM_VMM, 0, handle->size);
         share_drop(handle->key);
+    } else if (handle->is_unlisted) {
+        sim_give(NULL, handle->prop.location.id, SIM_TILES, handle->size, 0);
     } else {
         sim_give(NULL, handle->prop.location.id, SIM_VMM, handle->size, handle->size);
     }
@@ -140,6 +159,24 @@ API cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *prop, CUmemGener
     if (!prop || !handle) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *prop = handle->prop;
     return sim_leave(CUDA_SUCCESS);
+}
+
+/* Sparse arrays. */
+
+struct vmm_handle *vmm_tile_pool(CUmemGenericAllocationHandle id, int device, uint64_t offset, uint64_t size)
+{
+    struct vmm_handle *handle = find_handle(id);
+    bool is_pool = handle && handle->prop.allocFlags.usage & CU_MEM_CREATE_USAGE_TILE_POOL;
+    if (!is_pool || handle->prop.location.id != device || offset > handle->size) return NULL;
+    return size <= handle->size - offset ? handle : NULL;
+}
+
+void vmm_map_tile(struct vmm_handle *handle) { handle->tiles++; }
+
+void vmm_unmap_tile(struct vmm_handle *handle)
+{
+    handle->tiles--;
+    settle(handle);
 }
 
 /* Address space. */
