@@ -207,6 +207,7 @@ int main(int argc, char **argv)
                     {"freed", check_freed},
                     {"afar", check_afar},
                     {"sparse", check_sparse},
+                    {"formats", check_formats},
                     {"checkpoint", check_checkpoint},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);

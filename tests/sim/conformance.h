@@ -94,6 +94,7 @@ void check_code(void);
 void check_freed(void);
 void check_afar(void);
 void check_sparse(void);
+void check_formats(void);
 void check_checkpoint(void);
 
 #endif

@@ -1,6 +1,6 @@
 """Sparse arrays: when the memory that is mapped into their tiles is freed, and which mappings are refused.
 
-conformance_sparse.c has the results that were measured on a card.
+conformance_arrays.c has the results that were measured on a card.
 """
 
 from __future__ import annotations

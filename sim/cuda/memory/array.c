@@ -39,15 +39,48 @@ static size_t format_bytes(CUarray_format format)
     }
 }
 
+#define BLOCK 4u /* the side of a block of a compressed format, in texels */
+
+/* Returns the bytes of a block; 0: the format is not compressed, or has another number of channels. Not shared with
+ * fgpu's table of formats (bpf/texels.h): an error there must differ from the driver. */
+static size_t block_bytes(CUarray_format format, unsigned channels)
+{
+    switch ((int)format) {
+    case CU_AD_FORMAT_BC1_UNORM:
+    case CU_AD_FORMAT_BC1_UNORM_SRGB:
+        return channels == 4 ? 8 : 0;
+    case CU_AD_FORMAT_BC4_UNORM:
+    case CU_AD_FORMAT_BC4_SNORM:
+        return channels == 1 ? 8 : 0;
+    case CU_AD_FORMAT_BC5_UNORM:
+    case CU_AD_FORMAT_BC5_SNORM:
+        return channels == 2 ? 16 : 0;
+    case CU_AD_FORMAT_BC6H_UF16:
+    case CU_AD_FORMAT_BC6H_SF16:
+        return channels == 3 ? 16 : 0;
+    case CU_AD_FORMAT_BC2_UNORM:
+    case CU_AD_FORMAT_BC2_UNORM_SRGB:
+    case CU_AD_FORMAT_BC3_UNORM:
+    case CU_AD_FORMAT_BC3_UNORM_SRGB:
+    case CU_AD_FORMAT_BC7_UNORM:
+    case CU_AD_FORMAT_BC7_UNORM_SRGB:
+        return channels == 4 ? 16 : 0;
+    default:
+        return 0;
+    }
+}
+
 static size_t at_least_one(size_t n) { return n ? n : 1; }
 
 /* Returns false if the product does not fit or the shape is invalid. */
 static bool size_of(const CUDA_ARRAY3D_DESCRIPTOR *d, unsigned level, size_t *size)
 {
-    size_t element = format_bytes(d->Format) * d->NumChannels;
     bool counts = d->NumChannels == 1 || d->NumChannels == 2 || d->NumChannels == 4;
-    if (!element || !counts || !d->Width) return false;
-    size_t width = at_least_one(d->Width >> level), height = at_least_one(d->Height >> level);
+    size_t block = block_bytes(d->Format, d->NumChannels), side = block ? BLOCK : 1;
+    size_t element = block ? block : counts ? format_bytes(d->Format) * d->NumChannels : 0;
+    if (!element || !d->Width) return false;
+    size_t width = (at_least_one(d->Width >> level) - 1) / side + 1;
+    size_t height = (at_least_one(d->Height >> level) - 1) / side + 1;
     return !__builtin_mul_overflow(element, width, size) && !__builtin_mul_overflow(*size, height, size) &&
            !__builtin_mul_overflow(*size, at_least_one(d->Depth >> level), size);
 }

@@ -1,5 +1,5 @@
-/* Sparse arrays: they take no memory. Memory that is mapped into one stays on the device when its handle is released,
- * and is then in no process's row of NVML. */
+/* Sparse arrays, and arrays of compressed formats. Sparse arrays take no memory. Memory that is mapped into one stays
+ * on the device when its handle is released, and is then in no process's row of NVML. */
 #define _GNU_SOURCE
 #include "conformance.h"
 
@@ -83,4 +83,31 @@ void check_sparse(void)
     TRY("destroy", cuArrayDestroy, array);
     show("destroy");
     CALL(nvmlShutdown);
+}
+
+void check_formats(void)
+{
+    static const struct {
+        const char *name;
+        CUarray_format format;
+        unsigned channels;
+    } kinds[] = {{"bc1", CU_AD_FORMAT_BC1_UNORM, 4},
+                 {"bc4", CU_AD_FORMAT_BC4_UNORM, 1},
+                 {"bc7", CU_AD_FORMAT_BC7_UNORM, 4},
+                 {"nv12", CU_AD_FORMAT_NV12, 3}};
+    char name[48];
+    section("formats");
+    use_primary();
+    mark();
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        CUDA_ARRAY3D_DESCRIPTOR shape = {
+            .Width = 16384, .Height = 16384, .Format = kinds[i].format, .NumChannels = kinds[i].channels};
+        CUarray array = NULL;
+        TRY(kinds[i].name, cuArray3DCreate_v2, &array, &shape);
+        snprintf(name, sizeof name, "%s.mib", kinds[i].name);
+        say(name, taken_mib());
+        if (array) CALL(cuArrayDestroy, array);
+        snprintf(name, sizeof name, "%s.destroyed.mib", kinds[i].name);
+        say(name, taken_mib());
+    }
 }
