@@ -37,8 +37,8 @@ class Commitments:
         self._capacity = {device.index: device.usable_bytes for device in devices}
         self.overcommit = overcommit
         self.held_elsewhere: Callable[[int, Callable[[int], bool]], int] = lambda *_: 0
-        # By cgroup and device: granted bytes, or the reason of a denial. An inner map is replaced and never changed, so
-        # that save() need not copy inner maps.
+        # By cgroup and device with a limit: granted bytes, or the reason of a denial. An inner map is replaced and not
+        # changed, so that save() need not copy inner maps.
         self._granted: dict[int, Mapping[int, int]] = {}
         self._denied: dict[int, Mapping[int, str]] = {}
         self._lacking: set[int] = set()  # cgroups that were denied a limit, or have less than they requested
@@ -55,10 +55,11 @@ class Commitments:
         A pinned limit of 0 was denied, or the policy's limit is 0, which the next decision finds.
         """
         for index in devices if counts(tenant) else ():
-            if tenant.limits[index]:
-                _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
-            else:
+            limit = tenant.limits[index]
+            if not limit:
                 self._deny(tenant.cgroup, index, "the limit did not fit when the previous agent ended")
+            elif _is_limit(limit):
+                _enter(self._granted, tenant.cgroup, index, limit)
         self._sums = None
 
     def forget(self, cgroup: int) -> None:
@@ -94,7 +95,7 @@ class Commitments:
         inside = below(group.path)
         for cgroup, found in self._granted.items() if self._tree.has_inside(group.path) else ():
             for index, bytes_ in found.items() if self._path(cgroup).startswith(inside) else ():
-                total[index] = total.get(index, 0) + (bytes_ if _is_limit(bytes_) else 0)
+                total[index] = total.get(index, 0) + bytes_
         return total
 
     def is_used(self, cgroup: int) -> bool:
@@ -144,12 +145,12 @@ class Commitments:
         if self.unit(tenant) is not tenant:
             self.forget(tenant.cgroup)
             return
-        for index in set(range(abi.DEVICES)) - tenant.limits.keys():
+        limited = {index for index, limit in tenant.limits.items() if _is_limit(limit)}
+        for index in set(range(abi.DEVICES)) - limited:
             _remove(self._granted, tenant.cgroup, index)
             _remove(self._denied, tenant.cgroup, index)
         self._sums = None
-        decided = tenant.limits.keys() - self.undecided(tenant)
-        for index in decided if counts_by_device(tenant) else tenant.limits:
+        for index in limited - self.undecided(tenant) if counts_by_device(tenant) else limited:
             self._grant(tenant, index)
 
     def try_again(self) -> list[Tenant]:
@@ -245,8 +246,7 @@ class Commitments:
 
     def _held(self, index: int) -> int:
         """Return the bytes of a device that are charged to gone tenants and are not part of a granted limit."""
-        nothing = (0, abi.NO_LIMIT)
-        return self.held_elsewhere(index, lambda cgroup: self._granted.get(cgroup, {}).get(index, 0) not in nothing)
+        return self.held_elsewhere(index, lambda cgroup: self._granted.get(cgroup, {}).get(index, 0) != 0)
 
     def _path(self, cgroup: int) -> str:
         tenant = self._tree.get(cgroup)
@@ -255,7 +255,7 @@ class Commitments:
     def _promise(self, cgroup: int, index: int) -> int:
         """Return a tenant's granted bytes that count on a device, or 0 if a group around the tenant has a grant."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
-        if tenant is None or not _is_limit(limit):
+        if tenant is None:
             return 0
         if any(counts(group) and index in self._granted.get(group.cgroup, ()) for group in self._tree.around(tenant)):
             return 0

@@ -464,6 +464,21 @@ def test_memory_without_a_request_is_a_first_use(two, books):
     assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
 
 
+def test_a_later_limit_on_a_device_without_a_limit_counts_from_the_first_use_of_that_device_on(two, books):
+    holder, pod = two.make("/holder", 8), dataclasses.replace(two.make("/pod", 4), limits={0: 4 * GIB, 1: abi.NO_LIMIT})
+    two.enforcer.adopt(dataclasses.replace(pod, source=Source.KEPT), {0, 1})
+    two.enforcer.put([holder, pod])
+    assert two.enforcer.use_device(holder.cgroup, 1) == ""
+    two.enforcer.use(pod.cgroup)
+    for limit, more in ((abi.NO_LIMIT, "labels"), (8 * GIB, "")):
+        two.enforcer.put([dataclasses.replace(pod, limits={0: 4 * GIB, 1: limit}, notes=(more,))])
+        assert (two.committed(0), two.committed(1)) == (4 * GIB, 8 * GIB)
+    assert uncommitted(books, pod) == {1}
+    assert "8GiB for pod do not fit on device 1" in two.enforcer.use_device(pod.cgroup, 1)
+    two.enforcer.put([dataclasses.replace(pod, limits={0: abi.NO_LIMIT, 1: 2 * GIB})])
+    assert (two.committed(0), two.committed(1), books.limits[pod.cgroup][0][0]) == (0, 10 * GIB, abi.NO_LIMIT)
+
+
 def test_a_later_group_counts_in_place_of_its_tenants(two, books):
     inner = two.make("/g/inner", 8)
     two.enforcer.put([inner])
