@@ -17,7 +17,7 @@ from typing import TypeVar
 from fgpu_ebpf import abi
 from fgpu_ebpf.policy.rules import Device
 from fgpu_ebpf.policy.units import memory_text
-from fgpu_ebpf.tenancy.tenant import Tenant
+from fgpu_ebpf.tenancy.tenant import Source, Tenant
 from fgpu_ebpf.tenancy.tenant_tree import TenantTree, below
 
 T = TypeVar("T")
@@ -206,13 +206,21 @@ class Commitments:
         """Return why a limit that is set by hand does not fit, or an empty text if the limit fits.
 
         The limit must fit on every device where the limit was granted or denied, or counts from the first process on.
-        If there is no such device, the limit must fit on at least one device.
+        If there is no such device, the limit must fit on at least one device. A limit that is granted already fits.
         """
-        if not counts_by_device(tenant):
-            return next(filter(None, (self.shortage_on(tenant, index) for index in tenant.limits)), "")
-        decided = tenant.limits.keys() - self.undecided(tenant)
-        shortages = [self.shortage_on(tenant, index) for index in decided or tenant.limits]
+        decided = tenant.limits.keys() - self.undecided(tenant) if counts_by_device(tenant) else tenant.limits.keys()
+        new = [index for index in decided or tenant.limits if not self._has(tenant, index)]
+        shortages = [self.shortage_on(tenant, index) for index in new]
         return next(filter(None, shortages), "") if decided or all(shortages) else ""
+
+    def _has(self, tenant: Tenant, index: int) -> bool:
+        """Return True if a limit is granted already, and the present tenant was not kept at the start with this limit.
+
+        A limit that was kept because it does not fit stays reported until it is lowered or fits.
+        """
+        limit, before = tenant.limits[index], self._tree.get(tenant.cgroup)
+        had = self._granted.get(tenant.cgroup, {}).get(index, -1)
+        return limit < had or (limit == had and before is not None and before.source is not Source.KEPT)
 
     def shortage_on(self, tenant: Tenant, index: int) -> str:
         """Return why the tenant's limit does not fit on a device, or an empty text if the limit fits."""

@@ -176,6 +176,20 @@ def test_overcommit_admits_every_limit(place, books):
     assert [in_force(books, tenant) for tenant in tenants] == [8 * GIB] * 3
 
 
+def test_a_limit_by_hand_on_an_overcommitted_device_can_be_kept_or_lowered_and_not_raised(place, books):
+    place.enforcer.commitments.overcommit = True
+    one, two, three = (place.make(f"/t{n}", 6, Source.SET) for n in range(3))
+    place.enforcer.put([one, two, three])
+    place.enforcer.commitments.overcommit = False
+    place.enforcer.put([dataclasses.replace(one, limits={0: GIB}), dataclasses.replace(two, kill=True)])
+    assert [in_force(books, tenant) for tenant in (one, two, three)] == [GIB, 6 * GIB, 6 * GIB]
+    assert books.limits[two.cgroup][1] == abi.LimitFlag.KILL
+    assert place.enforcer.commitments.committed(0) == 13 * GIB
+    for limit in (2, 7):
+        with pytest.raises(RoomError, match="12GiB of 10GiB are committed"):
+            place.enforcer.put([dataclasses.replace(one, limits={0: limit * GIB})])
+
+
 def test_a_limit_beyond_the_device_commits_the_whole_device(place):
     place.enforcer.put([place.make("/one", 100, Source.SET)])
     assert place.enforcer.commitments.committed(0) == 10 * GIB

@@ -201,6 +201,8 @@ def test_a_limit_by_hand_that_does_not_fit_any_more_is_kept_and_named(host):
     manager = host.start()
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 9 * GIB}] * 2
     assert "do not fit" in doubts("", manager.enforcer)
+    manager.set("/c1", {"memory_bytes": 8 * GIB})
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: 8 * GIB}, {0: 9 * GIB}]
 
 
 def test_limits_by_hand_inside_a_group_are_in_force_after_a_start_with_or_without_pins(host):
