@@ -238,6 +238,8 @@ class Reconciler:
             rows = self._look_at(device, release, own, drift, ended, RETRIES if is_full else 1, is_due)
             if rows is not None:
                 held[device], unexplained[device] = rows, release.balance.unexplained
+        if not held:  # no sample of this pass has the processes
+            self._known = self._ledger.processes()
         self._carried.look()
         before = self.truth
         now = replace(before, held=held, drift=drift, orphans=orphans, ended=ended, unexplained=unexplained)

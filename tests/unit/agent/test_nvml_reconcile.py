@@ -202,6 +202,19 @@ def test_memory_in_nvml_beyond_the_witnessed_bytes_is_overhead():
     assert one.truth.drift == {(ME, 0): 0}
 
 
+def test_processes_are_those_of_the_ledger_while_nvml_answers_for_no_device(monkeypatch):
+    books, rows = Books(process(900 * MIB, 512 * MIB)), None
+    one = reconciler(books, lambda: rows)
+    one.look()
+    assert one.truth.processes == {ME: books.entry}, "NVML has not answered yet"
+    rows = {ME: 900 * MIB}
+    one.look()
+    rows = None
+    monkeypatch.setattr(books, "processes", dict)
+    one.look()
+    assert (one.truth.held, one.truth.processes) == ({}, {})
+
+
 def test_managed_memory_is_not_compared_with_nvml():
     books = Books(process(900 * MIB, 512 * MIB, managed=100 * MIB))
     reconciler(books, {ME: 800 * MIB}).look()
