@@ -138,6 +138,8 @@ class PolicyFolder:
             return Reading(None, (invalid.error,), state)
         except OSError as error:
             return self._failed(f"cannot be read: {error.strerror}", state)
+        if not state.path_stats:  # state() could not read the folder, so its files are not known
+            return self._failed("cannot be read", state)
         policies: list[Policy] = []
         errors: list[ConfigError] = []
         files: list[tuple[str, bytes]] = []

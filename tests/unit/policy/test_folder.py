@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -231,6 +232,21 @@ def test_a_file_that_is_opened_and_still_empty_does_not_mean_no_policies(tmp_pat
     later.join()
     (tmp_path / "b.yaml").touch()
     assert names(folder(tmp_path, settle_seconds=0.01).read()) == ["a"], "some files are empty"
+
+
+def test_a_folder_that_can_be_read_only_at_times_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    listdir, calls = os.listdir, []
+
+    def fail_at_times(path):
+        calls.append(path)
+        if len(calls) in (1, 3):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", fail_at_times)
+    assert errors(folder(tmp_path).read()) == [f"{tmp_path}: cannot be read"]
+    assert names(folder(tmp_path).read()) == ["a"]
 
 
 def test_a_folder_that_changes_continuously_is_an_error(tmp_path, monkeypatch):
