@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Set
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from fgpu_ebpf import abi
@@ -80,7 +81,7 @@ class Audit:
             for place in (place for place in gated if place[1] == device):
                 self._enter(place, now, gated[place].owned_ns, percent, processes)
                 self._tell(place, times)
-        known = {place: looks for place, looks in self._looks.items() if len(looks) > LOOKS}
+        known = {place: looks for place, looks in self._looks.items() if len(looks) > LOOKS and not _has_gap(looks)}
         beyond = {place: _ran(looks) - _owned(looks) for place, looks in known.items()}
         outside = (known[place][-1].pids for place, part in beyond.items() if part > MUCH)
         empty = [place for place, looks in known.items() if _is_empty(looks)]
@@ -107,6 +108,11 @@ class Audit:
         if looks and len(looks) > 1:
             seconds = min(MOST_SECONDS, looks[-1].at - looks[-2].at)
             times.add_ran(*place, int(looks[-1].ran * seconds * NS))
+
+
+def _has_gap(looks: deque[_Look]) -> bool:
+    """Return True if the audit paused between two checks: only the owned time, not the running time, covers a pause."""
+    return any(after.at - before.at > MOST_SECONDS for before, after in pairwise(looks))
 
 
 def _owned(looks: deque[_Look]) -> float:

@@ -23,7 +23,7 @@ class Host:
 
     def __init__(self, percent):
         self.percent, self.now, self.free = percent, 1000.0, 0
-        self.silent, self.part = False, 0.5
+        self.silent, self.part, self.unowned = False, 0.5, 0
         self.audit, self.processes = Audit(), PROCESSES
         self.shared, self.told = lambda: {HONEST, LIAR}, {HONEST, LIAR}
         self.ran = dict.fromkeys((HONEST, LIAR), 0)
@@ -34,7 +34,7 @@ class Host:
     def looks(self, number):
         for _ in range(number):
             self.now += 1.0
-            counts = TurnCounts(owned_ns=int(self.now * self.part * 1e9), free=self.free)
+            counts = TurnCounts(owned_ns=int((self.now * self.part - self.unowned) * 1e9), free=self.free)
             told = dict.fromkeys({HONEST} if self.silent else self.told, counts)
             self.turns = lambda told=told: told
             said = self.audit.look(self.now, {0: self.percent}, self, self.processes)
@@ -113,6 +113,15 @@ def test_the_audit_starts_again_after_a_missing_answer_of_nvml():
     host.percent = {81: 100}
     assert host.looks(10) == Verdict()
     assert host.looks(1).outside
+
+
+def test_the_audit_starts_again_after_a_pause_of_which_nvml_s_running_times_cover_a_second():
+    host = Host({71: 50, 81: 50})
+    assert host.looks(12).beyond == {HONEST: 0, LIAR: 0}
+    host.now += 10
+    host.unowned = 5  # no tenant had a turn in the pause
+    assert host.looks(10) == Verdict()
+    assert host.looks(1).beyond == {HONEST: 0, LIAR: 0}
 
 
 def test_the_audit_has_no_result_for_tenants_that_are_not_gated():
