@@ -287,7 +287,7 @@ class Reconciler:
         if room is not None and self._levels:
             release.look_without_entries(list(self._levels), room)
         if room is not None:
-            release.note_kept(sample, self._levels)
+            release.note_kept(sample, list(self._levels))
         return sample.rows
 
     def _sample(self, device: int, samples: int) -> Sample | None:

@@ -215,6 +215,24 @@ def test_processes_are_those_of_the_ledger_while_nvml_answers_for_no_device(monk
     assert (one.truth.held, one.truth.processes) == ({}, {})
 
 
+def test_a_level_may_be_reported_during_a_pass(monkeypatch):
+    """The main thread reports the orphaned bytes of a second level while the pass checks the first level."""
+    books = Books(process(0))
+    books.orphans.without = MIB
+    one, checked = reconciler(books, {}, MIB), []
+    one.orphaned(5)
+
+    def check_levels(_sample, levels):
+        for level in levels:
+            one.orphaned(6)
+            checked.append(level)
+
+    monkeypatch.setattr(one._releases[0], "look", lambda *_: MIB)
+    monkeypatch.setattr(one._releases[0], "note_kept", check_levels)
+    one.look()
+    assert (checked, one._levels) == ([5], {5, 6})
+
+
 def test_managed_memory_is_not_compared_with_nvml():
     books = Books(process(900 * MIB, 512 * MIB, managed=100 * MIB))
     reconciler(books, {ME: 800 * MIB}).look()
