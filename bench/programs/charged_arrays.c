@@ -1,5 +1,5 @@
-/* charged_arrays: contexts that a former function ends, arrays of compressed and planar formats, and memory that a
- * sparse array or a multicast object keeps after the release of its handle. See charged.h. */
+/* charged_arrays: contexts that a former function ends, arrays of compressed and planar formats, memory that a sparse
+ * array or a multicast object keeps after the release of its handle, and a fragmented pool. See charged.h. */
 #include "charged.h"
 
 /* Call a former function, which cuda.h replaces by a macro: `name` is the exported symbol. */
@@ -141,10 +141,40 @@ static void multicast(void)
     finish();
 }
 
+/* 6 GiB of a pool in pieces, of which every other one is freed: a device has no piece for a request of 1 GiB. With a
+ * limit of 8 GiB the pool may grow by 1 GiB, and not by 2 GiB. */
+static void fragments(void)
+{
+    enum { COUNT = 4096 };
+    static CUdeviceptr at[COUNT];
+    CUdeviceptr large[2] = {0};
+    CUmemoryPool pool = NULL;
+    cuuint64_t all = ~(cuuint64_t)0;
+    role('A', getpid());
+    begin();
+    CU(cuDeviceGetDefaultMemPool, &pool, 0);
+    CU(cuMemPoolSetAttribute, pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &all);
+    for (int i = 0; i < COUNT; i++)
+        if (CU(cuMemAllocAsync, &at[i], 3 * MIB / 2, NULL)) break;
+    mark("6 GiB of a pool in pieces of 1.5 MiB");
+    for (int i = 0; i < COUNT; i += 2) CU(cuMemFreeAsync, at[i], NULL);
+    CU(cuMemAllocAsync, &large[0], GIB, NULL);
+    mark("every other piece freed, 1 GiB allocated");
+    CU(cuMemAllocAsync, &large[1], GIB, NULL);
+    CU(cuStreamSynchronize, NULL);
+    mark("another 1 GiB requested");
+    for (int i = 1; i < COUNT; i += 2) CU(cuMemFreeAsync, at[i], NULL);
+    CU(cuStreamSynchronize, NULL);
+    CU(cuMemPoolTrimTo, pool, 0);
+    mark("all pieces freed, trimmed");
+    finish();
+}
+
 int main(int argc, char **argv)
 {
     static const struct scenario table[] = {
-        {"former", former}, {"formats", formats}, {"sparse", sparse}, {"multicast", multicast}, {NULL, NULL},
+        {"former", former},       {"formats", formats},     {"sparse", sparse},
+        {"multicast", multicast}, {"fragments", fragments}, {NULL, NULL},
     };
     return run_one(table, argc, argv);
 }

@@ -18,7 +18,7 @@ from tests.support.service import IN_A_WORLD
 PARTS = 2  # a quick run runs only one of them
 REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}  # so do later calls of the scenario
 MARK = re.compile(r"^ {3}\S.* +-?\d+ +-?\d+  lower +\d+ ms, higher +\d+ ms", re.MULTILINE)
-MARKS = 134  # of all scenarios
+MARKS = 139  # of all scenarios
 AS_ON_A_CARD = ("former", "formats", "sparse")  # scenarios of the third table in docs/charged-memory.md
 FIGURES = re.compile(r"^ {3}(\S.*?) +(\d+) +(-?\d+)  lower .* ms  (\S.*)$", re.MULTILINE)
 CARD_FIGURES = re.compile(r"^\| `(\w+)`: (.+?) \| (\d+) \| (\S.*?) \| (\d+) \|", re.MULTILINE)

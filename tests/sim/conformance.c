@@ -189,6 +189,7 @@ int main(int argc, char **argv)
                     {"lists", check_lists},
                     {"forked", check_forked},
                     {"records", check_records},
+                    {"fragments", check_fragments},
                     {"relaxed", check_relaxed},
                     {"lost", check_lost_graphs},
                     {"asides", check_asides},

@@ -65,6 +65,7 @@ void check_events(void);
 void check_unready(void); /* before cuInit in any thread */
 void check_forked(void);
 void check_records(void);
+void check_fragments(void);
 void check_contextless(void);
 void check_gone(void);
 void check_launches(void);
