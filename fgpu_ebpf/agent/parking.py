@@ -17,24 +17,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 
-from fgpu_ebpf.agent import blocked_calls, parker_client
+from fgpu_ebpf.agent import blocked_calls, parked_tenant, parker_client
 from fgpu_ebpf.agent.parkable import Parkable
-from fgpu_ebpf.agent.parked_tenant import (
-    Errand,
-    Errands,
-    Goal,
-    MakeRoom,
-    ParkedTenant,
-    Phase,
-    Totals,
-    coming_to,
-    full_level,
-    needs_of,
-    of_entries,
-    outdated,
-    report_stuck,
-    view_of,
-)
+from fgpu_ebpf.agent.parked_tenant import Errand, Errands, Goal, MakeRoom, ParkedTenant, Phase, Totals
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger.parked import Life
@@ -84,7 +69,7 @@ class Parking:
         """Take over the processes that an earlier agent was parking or had parked, and begin to serve."""
         self._selector = selector
         selector.register(self._wakeup, selectors.EVENT_READ, self._take_inbox)
-        self._tenants = of_entries(self._ledger, self._enforcer)
+        self._tenants = parked_tenant.of_entries(self._ledger, self._enforcer)
         self.look()
 
     def look(self) -> None:
@@ -103,14 +88,14 @@ class Parking:
                 self._lose_sight(parked, "the parker has not answered before the timeout")
             if parked.request or now < parked.next_at:
                 continue
-            if parked.phase is Phase.UNKNOWN:
-                self._ask_for_states(parked)
-            elif parked.phase is Phase.WAITING:
+            if parked.phase is Phase.WAITING:
                 self._wake(parked)
-            elif parked.phase is Phase.PARKED and (why := outdated(parked, self.parkable)):
+            elif parked.phase is not Phase.PARKED:  # UNKNOWN, or an error has interrupted the step after an answer
+                self._ask_for_states(parked)
+            elif why := parked_tenant.outdated(parked, self.parkable):
                 self._begin_to_wake(parked, why)
         self.totals = {cgroup: t for cgroup, t in self.totals.items() if self._enforcer.get(cgroup)}
-        report_stuck(self._tenants.values(), self._failed_checks)
+        parked_tenant.report_stuck(self._tenants.values(), self._failed_checks)
 
     def _forget_ended(self, parked: ParkedTenant, entries: Mapping[Life, object]) -> None:
         """Remove the processes without an entry: they have ended, or have executed another program."""
@@ -153,13 +138,13 @@ class Parking:
             self._give_up(parked, f"the parker does not run: {parker_client.fix()}")
             return
         parked.quiet = quiet
+        parked.enter(Phase.PARKING)
         for life in parked.members:
             if error := self._ledger.parked.begin(life):
                 sock.close()
                 self._end_entries(parked.members)
                 self._give_up(parked, f"{os.strerror(error)} (pid {life[0]})")
                 return
-        parked.enter(Phase.PARKING)
         self._ask(parked, sock, Goal.PARK)
 
     def _give_up(self, parked: ParkedTenant, why: str) -> None:
@@ -192,8 +177,12 @@ class Parking:
 
     def _take_inbox(self) -> None:
         self._wakeup.clear()
-        while self._inbox:
-            self._inbox.popleft()()
+        try:
+            while self._inbox:
+                self._inbox.popleft()()
+        finally:
+            if self._inbox:  # an error of one function must not delay the others
+                self._wakeup.wake()
 
     # -- steps
 
@@ -313,7 +302,8 @@ class Parking:
 
     def _wake(self, parked: ParkedTenant) -> None:
         """Charge the tenant, and request the restoration of the memory. If there is no room, try again later."""
-        needs, coming = needs_of(parked, self._ledger), coming_to(parked, self._tenants.values(), self.parkable)
+        needs = parked_tenant.needs_of(parked, self._ledger)
+        coming = parked_tenant.coming_to(parked, self._tenants.values(), self.parkable)
         needs.update({device: coming[device] for device in needs})
         if why := self.parkable.full_device(needs):
             has_claim, blockers = self.make_room(parked, needs)
@@ -324,11 +314,13 @@ class Parking:
             self._wait(parked, f"the parker does not run: {parker_client.fix()}")
             return
         parked.keep_away(self._ledger.parked.entries())
-        force = bool(outdated(parked, self.parkable))  # a level that the tenant will leave cannot prevent the wake-up
+        # A level that the tenant will leave cannot prevent the wake-up.
+        force = bool(parked_tenant.outdated(parked, self.parkable))
         if any(self._ledger.parked.wake(life, force) == errno.ENOSPC for life in parked.members):
             sock.close()
             self._release(parked.away)
-            self._wait(parked, full_level(parked, self._ledger, self._enforcer) or "a surrounding group has no room")
+            why = parked_tenant.full_level(parked, self._ledger, self._enforcer)
+            self._wait(parked, why or "a surrounding group has no room")
             return
         parked.enter(Phase.WAKING)
         self._ask(parked, sock, Goal.WAKE)
@@ -342,6 +334,7 @@ class Parking:
     # -- the driver's states
 
     def _ask_for_states(self, parked: ParkedTenant) -> None:
+        parked.enter(Phase.UNKNOWN, parked.why or "interrupted")
         parked.next_at = time.monotonic() + AGAIN_SECONDS
         if sock := parker_client.connected(self._run_dir):
             self._ask(parked, sock, None)
@@ -372,10 +365,10 @@ class Parking:
         parked.close_request()
         parked.enter(Phase.UNKNOWN)
         self._tenants.pop(parked.cgroup, None)
-        self._enforcer.moves.catch_up(pid for pid, _ in parked.members)
-        self._enforcer.release_left()
         for goal in Goal:
             parked.finish(goal, error)
+        self._enforcer.moves.catch_up(pid for pid, _ in parked.members)
+        self._enforcer.release_left()
 
     def stop(self) -> None:
         """End all threads and connections. The next agent takes over the tenants."""
@@ -397,4 +390,4 @@ class Parking:
 
     def view(self, cgroup: int) -> ParkingView | None:
         """Return the state of a tenant's parking, or None if the tenant was not parked since the agent's start."""
-        return view_of(self._tenants.get(cgroup), self.totals.get(cgroup))
+        return parked_tenant.view_of(self._tenants.get(cgroup), self.totals.get(cgroup))

@@ -149,6 +149,23 @@ class Quiet:
         self.is_stopped = True
 
 
+class ShortageError(OSError):
+    """An error of one step of the main loop, which then continues."""
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, has_worked: bool = False) -> None:
+    """Make the next call of a function raise an error, before or after the function's work."""
+    function = getattr(owner, name)
+
+    def fail(*arguments: object) -> NoReturn:
+        monkeypatch.setattr(owner, name, function)
+        if has_worked:
+            function(*arguments)
+        raise ShortageError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(owner, name, fail)
+
+
 class Host:
     """The agent's part, with a parker and a ledger of the test."""
 
@@ -190,9 +207,9 @@ class Host:
         deadline = time.monotonic() + seconds
         while self.state() != state:
             assert time.monotonic() < deadline, self.state()
-            for key, _ in self.selector.select(0.01):
-                key.data()
-            self.parking.look()
+            for step in (*(key.data for key, _ in self.selector.select(0.01)), self.parking.look):
+                with contextlib.suppress(ShortageError):
+                    step()
 
     def state(self) -> str:
         view = self.parking.view(CGROUP)
@@ -430,6 +447,54 @@ def test_a_parked_tenant_is_not_forgotten_in_a_shortage_of_files(
     host.parking.wake(CGROUP, "alice")
     host.until("running")
     assert host.books() == (False, 0)
+
+
+@pytest.mark.parametrize("verb", ["park", "end"])
+def test_after_an_error_in_a_step_that_follows_a_success_the_driver_is_asked(
+    host: Host, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    failing_once(monkeypatch, host.ledger.parked, verb)
+    park = host.parking.park(host.tenant)
+    host.until("parked")
+    assert (park.is_done, park.error, host.books()) == (True, "", (True, HELD))
+    wake = host.parking.wake(CGROUP, "alice")
+    host.until("running")
+    assert (wake.is_done, wake.error, host.books()) == (True, "", (False, 0))
+    assert host.parker.asked == (["park", "state", "wake"] if verb == "park" else ["park", "wake", "state"])
+
+
+def test_an_error_between_two_entries_leaves_no_entry(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "CHECK_SECONDS", 0.5)
+    failing_once(monkeypatch, host.ledger.parked, "begin", has_worked=True)
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert (errand.is_done, errand.error, host.books()) == (True, "interrupted", (False, 0))
+
+
+def test_requests_of_users_are_finished_before_other_work_is_done_for_the_processes(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.parker.broken = True
+    failing_once(monkeypatch, host.enforcer.moves, "catch_up")
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert (errand.is_done, errand.error) == (True, NO_DRIVER)
+
+
+def test_an_error_in_a_function_from_a_thread_does_not_delay_the_others(host: Host) -> None:
+    parked(host)
+    tenant, called = host.parking._tenants[CGROUP], list[int]()
+
+    def fail() -> NoReturn:
+        raise ShortageError(errno.EMFILE, "too many open files")
+
+    host.parking._put(tenant, fail)
+    host.parking._put(tenant, lambda: called.append(1))
+    for _ in range(2):
+        for key, _ in host.selector.select(0.01):
+            with contextlib.suppress(ShortageError):
+                key.data()
+    assert called == [1]
 
 
 def test_a_process_whose_entry_was_removed_is_forgotten(host: Host) -> None:
