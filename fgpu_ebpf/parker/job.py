@@ -16,6 +16,7 @@ from fgpu_ebpf.parker.protocol import Outcome, Request, RequestError, Say
 
 RETRY_SECONDS = 0.1
 QUIET_SECONDS = 0.2  # the least time for _wait_for_threads()
+_ENTIRE = frozenset({"running", "unknown", "gone"})  # states of processes that no job has locked
 PATIENCE_SECONDS = 10.0  # how long restore_all() waits for a call that an ended job has begun
 
 
@@ -86,7 +87,7 @@ class Job:
                     raise RequestError(f"the state of process {target.pid} is {state.name.lower()}, not running")
             self._check_room()
         except (RequestError, DriverError) as error:
-            return Outcome("running", str(error))
+            return Outcome("running", str(error), _ENTIRE.issuperset(self.states().values()))
         try:
             self._lock_all()
             self._wait_for_threads()

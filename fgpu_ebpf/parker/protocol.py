@@ -46,14 +46,19 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The end of a job: `running`, `parked` or `lost`, with the reason if another state was requested."""
+    """The end of a job: `running`, `parked` or `lost`, with the reason if another state was requested.
+
+    `is_unchanged`: the job has changed no state of a process.
+    """
 
     result: str
     error: str = ""
+    is_unchanged: bool = False
 
-    def reply(self) -> dict[str, str]:
+    def reply(self) -> dict[str, Any]:
         """Return the reply with this outcome."""
-        return {"result": self.result, **({"error": self.error} if self.error else {})}
+        said = {"result": self.result, **({"error": self.error} if self.error else {})}
+        return {**said, "changed": False} if self.is_unchanged else said
 
 
 def line(reply: Mapping[str, Any]) -> bytes:

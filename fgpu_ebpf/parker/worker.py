@@ -82,8 +82,7 @@ def _run(
     except (RequestError, DriverError, OSError) as error:
         result = "lost" if why else UNCHANGED.get(request.op, "")
         is_unchanged = job is None and not why  # no call was made, and the claim excludes other jobs
-        reply = Outcome(result, f"{why}; {error}" if why else str(error)).reply()
-        say({**reply, "changed": False} if is_unchanged else reply)
+        say(Outcome(result, f"{why}; {error}" if why else str(error), is_unchanged).reply())
     os._exit(0)
 
 

@@ -116,7 +116,7 @@ def test_a_process_that_the_driver_loses_is_reported_as_lost(
 def test_a_stopped_process_is_refused(parker: Parker, target: Popen[str]) -> None:
     with stopped(target.pid):
         refused = {"result": "running", "error": f"process {target.pid} is stopped"}
-        assert parker.replies("park", target.pid) == [refused]
+        assert parker.replies("park", target.pid) == [{**refused, "changed": False}]
     assert parker.result("park", target.pid) == {"result": "parked"}
     with stopped(target.pid):
         assert parker.replies("wake", target.pid) == [{**refused, "result": "parked"}]
@@ -128,7 +128,7 @@ def test_a_traced_process_is_refused(parker: Parker, target: Popen[str]) -> None
     assert libc.ptrace(PTRACE_SEIZE, target.pid, None, None) == 0
     try:
         error = f"process {target.pid} is traced by process {os.getpid()}"
-        assert parker.replies("park", target.pid) == [{"result": "running", "error": error}]
+        assert parker.replies("park", target.pid) == [{"result": "running", "error": error, "changed": False}]
     finally:
         os.kill(target.pid, signal.SIGSTOP)
         os.waitpid(target.pid, 0)
@@ -149,6 +149,7 @@ def test_a_process_in_a_frozen_cgroup_is_refused(machine: Machine, parker: Parke
             assert parker.result("park", target.pid) == {
                 "result": "running",
                 "error": f"process {target.pid} is in the frozen cgroup /{outer.name}/inner",
+                "changed": False,
             }
             (outer / "cgroup.freeze").write_text("0")
             assert parker.result("park", target.pid) == {"result": "parked"}
@@ -162,14 +163,14 @@ def test_another_process_with_the_same_pid_is_not_touched(parker: Parker, target
     (process,) = named(target.pid)
     process["started"] -= 1
     request = {"op": "park", "processes": [process], "bytes": SIZE}
-    reply = {"result": "running", "error": f"process {target.pid} has ended"}
+    reply = {"result": "running", "error": f"process {target.pid} has ended", "changed": False}
     assert Connection(parker.path, request).replies() == [reply]
     assert parker.states(target.pid) == ["running"]
 
 
 def test_a_process_without_cuda_is_refused(parker: Parker) -> None:
     error = f"the state of process {os.getpid()} is unknown, not running"
-    assert parker.replies("park", os.getpid()) == [{"result": "running", "error": error}]
+    assert parker.replies("park", os.getpid()) == [{"result": "running", "error": error, "changed": False}]
 
 
 def test_a_copy_that_does_not_fit_in_a_memory_cgroup_is_refused(machine: Machine, parker: Parker) -> None:

@@ -149,7 +149,7 @@ def test_no_process_is_checkpointed_after_the_deadline() -> None:
 def test_without_room_nothing_is_checkpointed(check: int, calls: list[tuple[str, int]]) -> None:
     bench = Bench()
     bench.full_at = check
-    assert bench.job().park() == Outcome("running", "no room")
+    assert bench.job().park() == Outcome("running", "no room", is_unchanged=not calls)
     assert bench.driver.calls == calls
 
 
@@ -159,7 +159,8 @@ def test_a_process_that_cannot_execute_is_not_touched(op: str, state: State) -> 
     bench.targets[1].obstacle = "process 8 is stopped"
     job = bench.job()
     outcome = job.park() if op == "park" else job.wake()
-    assert outcome == Outcome("running" if op == "park" else "parked", "process 8 is stopped")
+    expected = {"park": ("running", True), "wake": ("parked", False)}[op]
+    assert (outcome.result, outcome.is_unchanged, outcome.error) == (*expected, "process 8 is stopped")
     assert bench.driver.calls == []
 
 
@@ -181,10 +182,31 @@ def test_processes_in_another_state_are_not_touched(states: tuple[State, ...], e
     assert bench.driver.calls == []
 
 
-def test_a_process_that_has_no_cuda_is_named() -> None:
+@pytest.mark.parametrize(
+    ("others", "is_unchanged"),
+    [(State.RUNNING, True), (State.UNKNOWN, True), (State.LOCKED, False), (State.CHECKPOINTED, False)],
+)
+def test_a_process_that_has_no_cuda_is_named(others: State, is_unchanged: bool) -> None:
     bench = Bench()
-    bench.driver.states[8] = State.UNKNOWN
-    assert bench.job().park() == Outcome("running", "the state of process 8 is unknown, not running")
+    bench.driver.states = {7: State.UNKNOWN, 8: State.RUNNING, 9: others}
+    outcome = Outcome("running", "the state of process 7 is unknown, not running", is_unchanged)
+    assert bench.job().park() == outcome
+
+
+@pytest.mark.parametrize(("others", "is_unchanged"), [(State.RUNNING, True), (State.CHECKPOINTED, False)])
+def test_a_state_that_the_driver_does_not_report_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, others: State, is_unchanged: bool
+) -> None:
+    bench = Bench(state=others)
+
+    def state(pid: int) -> State:
+        if pid == 7:
+            raise DriverError("no state of 7", UNKNOWN_ERROR)
+        return bench.driver.states[pid]
+
+    monkeypatch.setattr(bench.driver, "state", state)
+    assert bench.job().park() == Outcome("running", "no state of 7", is_unchanged)
+    assert bench.driver.calls == []
 
 
 def test_processes_that_have_ended_while_parked_do_not_keep_others_from_running() -> None:
