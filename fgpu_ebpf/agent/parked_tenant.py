@@ -271,6 +271,23 @@ def outdated(tenant: ParkedTenant, parkable: Parkable) -> str:
     return "a limit was removed" if is_left or not enforcer.get(tenant.cgroup) else ""
 
 
+def changed(parked: ParkedTenant, parkable: Parkable) -> str:
+    """Set the bytes of a tenant after the check of its calls. Return why the tenant can no longer be parked, or "".
+
+    The tenant may have run, allocated memory or moved during the check.
+    """
+    tenant = parkable.enforcer.get(parked.cgroup)
+    processes = parkable.processes_of(tenant) if tenant else {}
+    if tenant is None or {(pid, process.generation) for pid, process in processes.items()} != parked.members.keys():
+        return "the tenant's processes or limits have changed meanwhile"
+    if why := parkable.obstacle(tenant, processes):
+        return why
+    parked.bytes = sum(sum(process.bytes) for process in processes.values())
+    for errand in parked.errands:
+        errand.bytes = parked.bytes
+    return ""
+
+
 def full_level(tenant: ParkedTenant, ledger: Ledger, enforcer: Enforcer) -> str:
     """Return a text about a level around a parked tenant that has no room for the tenant, or an empty text.
 

@@ -130,8 +130,9 @@ class Parking:
         self._put(parked, lambda: self._begin_to_park(parked, why, quiet))
 
     def _begin_to_park(self, parked: ParkedTenant, why: str, quiet: blocked_calls.Places) -> None:
-        if why or parked.shall_wake:
-            self._give_up(parked, why or "the tenant was woken meanwhile")
+        why = why or (parked.shall_wake and "the tenant was woken meanwhile")
+        if why := why or parked_tenant.changed(parked, self.parkable):
+            self._give_up(parked, why)
             return
         sock = parker_client.connected(self._run_dir)
         if sock is None:

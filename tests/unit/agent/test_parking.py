@@ -47,6 +47,7 @@ class FakeParker:
         self.state = "running"
         self.says: list[list[Line]] = []
         self.asked: list[str] = []
+        self.sizes: list[int] = []
         self.broken = False  # as if the driver could not be used
         self.breaks = False  # the driver cannot be used after the next answer about the state
         self._listener = socket.socket(socket.AF_UNIX)
@@ -65,6 +66,7 @@ class FakeParker:
                     continue
                 request = json.loads(line)
                 self.asked.append(request["op"])
+                self.sizes.append(request["bytes"])
                 lines = self.says.pop(0) if self.says and request["op"] != "state" else self._answer(request)
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -86,6 +88,7 @@ class FakeLedger:
 
     def __init__(self, pid: int) -> None:
         self.pid, self.has_entry, self.parked_bytes, self.is_full = pid, False, 0, False
+        self.held, self.generation = HELD, GENERATION
         self.flags = abi.Seen.SHIM | abi.SEEN_CALLED
         self.times: Any = None
         self.parked = SimpleNamespace(
@@ -94,9 +97,9 @@ class FakeLedger:
 
     def processes(self) -> dict[int, Process]:
         zero = (0,) * abi.DEVICES
-        bytes_ = (HELD - self.parked_bytes, *zero[1:])
+        bytes_ = (self.held - self.parked_bytes, *zero[1:])
         flags = self.flags | (abi.PARKED if self.has_entry else 0)
-        return {self.pid: Process(GENERATION, (CGROUP,), flags, 0, True, bytes_, zero, zero, zero, (1, *zero[1:]))}
+        return {self.pid: Process(self.generation, (CGROUP,), flags, 0, True, bytes_, zero, zero, zero, (1, *zero[1:]))}
 
     def process(self, pid: int) -> Process | None:
         return self.processes().get(pid)
@@ -666,6 +669,46 @@ def test_a_tenant_is_parked_with_the_memory_that_its_policy_permits_on_the_host(
         with pytest.raises(parking.ParkingError, match=r"more than memory\.park\.hostMemory"):
             host.parking.park(host.tenant)
     assert host.books() == (is_parked, HELD if is_parked else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "most", "why"),
+    [
+        ({"held": 2 * HELD}, 0, ""),
+        ({"held": 2 * HELD}, HELD, "more than memory.park.hostMemory permits"),
+        ({"held": 0}, 0, "have changed"),
+        ({"generation": GENERATION + 1}, 0, "have changed"),
+        ({"flags": abi.Seen.SHIM | abi.SEEN_CALLED | abi.Seen.IMPORT}, 0, "has opened memory"),
+    ],
+)
+def test_the_reasons_and_the_size_are_those_after_the_check_of_the_calls(
+    host: Host, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], most: int, why: str
+) -> None:
+    def check(_: object) -> tuple[str, blocked_calls.Places]:
+        for name, value in change.items():
+            setattr(host.ledger, name, value)
+        return "", {}
+
+    monkeypatch.setattr(blocked_calls, "before_parking", check)
+    host.tenant.park = Park(most_bytes=most)
+    errand = host.parking.park(host.tenant)
+    host.until("running" if why else "parked")
+    assert why in errand.error
+    assert host.parker.sizes == ([] if why else [2 * HELD])
+    assert errand.bytes == HELD * (1 if why else 2)
+
+
+def test_a_tenant_that_has_lost_its_limit_during_the_check_of_its_calls_is_not_parked(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(_: object) -> tuple[str, blocked_calls.Places]:
+        host.enforcer.get = lambda _: None
+        return "", {}
+
+    monkeypatch.setattr(blocked_calls, "before_parking", check)
+    errand = host.parking.park(host.tenant)
+    host.until("running")
+    assert (errand.error.endswith("have changed meanwhile"), host.parker.asked) == (True, [])
 
 
 def test_a_look_that_blocks_leaves_one_thread(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
