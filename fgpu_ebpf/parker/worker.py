@@ -45,7 +45,12 @@ def start(
         open_driver: loads the driver.
     """
     output, end = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(output)
+        os.close(end)
+        raise
     if pid == 0:
         try:
             _run(request, end, claimed, why, others, open_driver)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -50,3 +51,14 @@ def test_a_recovery_without_the_driver_may_follow_a_job_that_has_changed_states(
 
 def test_a_job_that_fails_after_a_call_may_have_changed_states() -> None:
     assert reply("wake", "", failing) == {"result": "parked", "error": "no memory"}
+
+
+def test_a_fork_that_fails_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> NoReturn:
+        raise OSError(errno.EAGAIN, "too many processes")
+
+    monkeypatch.setattr(os, "fork", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="too many processes"):
+        worker.start(Request("state", ()), -1, "", (), no_driver)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
