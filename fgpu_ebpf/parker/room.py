@@ -70,9 +70,17 @@ def _check_cgroup(path: str, folder: Path, needed: int) -> None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None: the file does not exist, or contains `max`."""
-    with contextlib.suppress(OSError, ValueError):
+    """Return the number in a file; None: the file does not exist, or contains `max`.
+
+    Raise RequestError in a shortage of files or memory, because then a file that cannot be read may have a limit.
+    """
+    try:
         return int(path.read_text(encoding="ascii"))
+    except OSError as error:
+        if error.errno in procfs.SHORTAGES:
+            raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError:
+        pass
     return None
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 
 from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.parker.protocol import RequestError
 
 ENOUGH_NS = 1_000_000  # of processor time, for any call that does not wait
 LOOK_SECONDS = 0.02
@@ -24,20 +25,31 @@ Look = dict[str, tuple[bytes, int]]  # the state and the processor time in nanos
 
 
 def look(pid: int) -> Look:
-    """Return the threads of a process. The result is empty if the process has exited."""
+    """Return the threads of a process. The result is empty if the process has exited.
+
+    Raise RequestError in a shortage of files or memory, because then a thread that cannot be read may run.
+    """
     found: Look = {}
     folder = f"/proc/{pid}/task"
     try:
         names = os.listdir(folder)
-    except OSError:
+    except OSError as error:
+        _check_ended(pid, error)
         return found
     for name in names:
         try:
             state = procfs.read(f"{folder}/{name}/stat").rpartition(b")")[2].split()[0]
             found[name] = state, int(procfs.read(f"{folder}/{name}/schedstat").split()[0])
-        except (OSError, IndexError, ValueError):  # the thread has ended
+        except OSError as error:
+            _check_ended(pid, error)
+        except (IndexError, ValueError):  # the thread has ended
             continue
     return found
+
+
+def _check_ended(pid: int, error: OSError) -> None:
+    if error.errno in procfs.SHORTAGES:
+        raise RequestError(f"the threads of process {pid} cannot be read: {error.strerror}") from error
 
 
 def are_past(pid: int, until: float, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:

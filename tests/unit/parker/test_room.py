@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -86,3 +88,14 @@ def test_copies_of_other_jobs_count_in_the_host_and_in_cgroups_around_both(make:
     assert "the cgroup /pod has room for 30.00 GiB" in refusal(8 * GIB, Copy([8], 19 * GIB))
     room.check(Copy([7], 8 * GIB), [Copy([ENDED], 80 * GIB)])
     assert "the host has 100.00 GiB" in refusal(8 * GIB, Copy([ENDED], 81 * GIB), Copy([ENDED], GIB))
+
+
+def test_a_limit_that_cannot_be_read_in_a_shortage_is_not_unlimited(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    make("/a", max=GIB, current=0)
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert refusal(2 * GIB).endswith("memory.current cannot be read: no memory")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 import pytest
 
 from fgpu_ebpf.parker import threads
+from fgpu_ebpf.parker.protocol import RequestError
 from fgpu_ebpf.parker.threads import ENOUGH_NS, Look
 
 
@@ -55,3 +59,13 @@ def test_threads_of_a_program_are_past_in_short_time(program: str) -> None:
         finally:
             process.kill()
     assert threads.look(process.pid) == {}
+
+
+@pytest.mark.parametrize("call", ["listdir", "open"])
+def test_threads_that_cannot_be_read_in_a_shortage_have_not_ended(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(RequestError, match="cannot be read"):
+        threads.are_past(os.getpid(), 0, lambda: 0, lambda _: None)
