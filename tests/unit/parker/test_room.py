@@ -97,5 +97,7 @@ def test_a_limit_that_cannot_be_read_in_a_shortage_is_not_unlimited(
         raise OSError(errno.ENOMEM, "no memory")
 
     make("/a", max=GIB, current=0)
-    monkeypatch.setattr(Path, "read_text", fail)
-    assert refusal(2 * GIB).endswith("memory.current cannot be read: no memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        why = refusal(2 * GIB)
+    assert why.endswith("memory.current cannot be read: no memory")
