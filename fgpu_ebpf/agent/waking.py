@@ -63,10 +63,9 @@ def _wake(run_dir: Path, pins: Path, ledger: Ledger, root: Path) -> str:
     except DriverError:  # a wrong root of the driver must not prevent the wake-up
         nvml = None
     parking = Parking(run_dir, Parkable(False, root, ledger, nvml, enforcer, dict), EventLog(), failed)
-    bytes_ = sum(sum(entry.bytes) for entry in ledger.parked.entries().values())
-    until = time.monotonic() + limit_seconds(bytes_)
     with selectors.DefaultSelector() as selector:
         parking.begin(selector)
+        until = time.monotonic() + limit_seconds(sum(parked.bytes for parked in parking.tenants()))
         while parking.names() and time.monotonic() < until:
             if why := parker_client.missing(run_dir):
                 return f"{', '.join(parking.names())}: {why}"

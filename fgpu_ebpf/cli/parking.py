@@ -103,7 +103,7 @@ def _woken_by_agent(folder: Path) -> str:
         away = [tenant for tenant in tenants if parking_text.is_away(tenant.get("parking"))]
         if not away:
             return ""
-        bytes_ = sum(device["parked_bytes"] for tenant in away for device in tenant["devices"])
+        bytes_ = sum(d["parked_bytes"] + d["used_bytes"] for tenant in away for d in tenant["devices"])
         until = until or time.monotonic() + waking.limit_seconds(bytes_)
         if why := parker_client.missing(folder):
             return f"{', '.join(tenant['tenant'] for tenant in away)}: {why}"

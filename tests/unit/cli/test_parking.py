@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ AWAY = {"state": "parked", "seconds": 60.0, "why": ""}
 
 
 def tenant(name: str, parking: dict[str, Any] | None) -> dict[str, Any]:
-    return {"tenant": name, "path": f"/{name}", "parking": parking, "devices": [{"parked_bytes": 1 << 20}]}
+    return {
+        "tenant": name,
+        "path": f"/{name}",
+        "parking": parking,
+        "devices": [{"parked_bytes": 1 << 20, "used_bytes": 0}],
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,18 @@ def test_a_tenant_that_is_not_woken_in_time_is_named(tmp_path: Path) -> None:
         done = fgpu(tmp_path, "wake", "--all")
     assert (done.exit_code, done.stdout) == (5, "")
     assert "still parked: a is parked, for 60 s, 1MiB in host memory" in done.stderr
+
+
+def test_the_time_limit_includes_memory_that_is_being_parked(tmp_path: Path) -> None:
+    device = {"parked_bytes": 0, "used_bytes": 60 << 30}
+    parking, end = {**AWAY, "state": "parking"}, time.monotonic() + 1.0
+
+    def snapshot(_: object) -> dict[str, Any]:
+        is_away = time.monotonic() < end
+        return {"tenants": [{**tenant("a", parking if is_away else None), "devices": [device]}]}
+
+    with agent(tmp_path, snapshot=snapshot, wake={}):
+        assert fgpu(tmp_path, "wake", "--all").exit_code == 0
 
 
 def test_without_a_parker_nothing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
