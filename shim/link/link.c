@@ -120,7 +120,7 @@ static COLD bool pause_before(unsigned round, uint64_t deadline)
 
 /* Register before the deadline, and again if the kernel does not confirm the pages. Returns the word of the following
  * state. The caller holds the turn. */
-static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now, uint64_t patience, bool unanswered)
+static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now, uint64_t patience)
 {
     unsigned set = set_of(word) ^ 1;
     struct fgpu_note *note = &own->notes[set];
@@ -147,7 +147,11 @@ static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now
     bool keeps = link_of(word) >= FGPU_UNMANAGED || word == FGPU_OPEN;
     /* Without a limit, nothing but this state refuses memory. In HELD, the kernel enforces the outer limits. */
     if (outcome == FGPU_IS_REFUSED && link_of(word) != FGPU_HELD) return FGPU_CLOSED;
-    if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return without_agent(FGPU_OPEN);
+    if (outcome == FGPU_IS_ABSENT) {
+        /* The kernel enforces while it answers; during an upgrade it does so without a directory. */
+        if (link_of(word) == FGPU_HELD) keeps = fgpu_ask(given(word), 0, 0, FGPU_HELLO, fgpu_ticket()) >= 0;
+        if (!keeps) return without_agent(FGPU_OPEN);
+    }
     if (word & COOPERATIVE && fgpu_standalone_join() >= FGPU_STANDALONE_ALONE) return word;
     /* EMPTY: no gatekeeper has ever responded there, so the image's limit applies. A gatekeeper that has responded, and
      * is silent now, may have had a lower limit. */
@@ -158,15 +162,14 @@ static COLD uint32_t hello(uint32_t word, struct fgpu_asked *asked, uint64_t now
 
 /* Register if the turn is free. A thread that does not get the turn continues with the current state: threads wait only
  * for the first registration. */
-static COLD uint32_t say_hello(uint32_t word, struct fgpu_asked *asked, uint64_t now, uint64_t patience,
-                               bool unanswered)
+static COLD uint32_t say_hello(uint32_t word, struct fgpu_asked *asked, uint64_t now, uint64_t patience)
 {
     uint64_t mark = now + patience + ABANDONED_NS;
     if (!take(now, mark)) return word;
     uint32_t latest = load();
     if (latest == word) { /* else another thread was faster */
         atomic_store(&own->next_ns, now + SECOND);
-        latest = hello(word, asked, now, patience, unanswered);
+        latest = hello(word, asked, now, patience);
         /* A registration costs the gatekeeper little, and a program that was moved must not wait a second for its new
          * pages. */
         if (latest != word) atomic_store(&own->next_ns, now + ANSWERED_NS);
@@ -185,7 +188,7 @@ static COLD uint32_t first(struct fgpu_asked *asked)
     uint64_t now = fgpu_now(), deadline = now + FIRST_NS;
     for (;;) {
         uint32_t word = load();
-        if (link_of(word) == FGPU_FRESH) word = say_hello(word, asked, now, FIRST_NS, false);
+        if (link_of(word) == FGPU_FRESH) word = say_hello(word, asked, now, FIRST_NS);
         if (link_of(word) != FGPU_FRESH) return word;
         now = fgpu_now();
         if (now >= deadline) return FGPU_CLOSED;
@@ -197,11 +200,11 @@ static COLD uint32_t first(struct fgpu_asked *asked)
 
 /* Register again if it is due. Only the clock determines when, so waiting processes do not overload a gatekeeper that
  * responds slowly. */
-static COLD uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
+static COLD uint32_t again(uint32_t word, uint64_t now, uint64_t patience)
 {
     struct fgpu_asked nowhere = FGPU_NOT_ASKED;
     if (now < atomic_load_explicit(&own->next_ns, memory_order_relaxed)) return word;
-    return say_hello(word, &nowhere, now, patience, unanswered);
+    return say_hello(word, &nowhere, now, patience);
 }
 
 /* Return whether the page's writer has exited, or has changed its decision for this process. */
@@ -222,9 +225,9 @@ static uint32_t current(void)
     if (link_of(word) == FGPU_FRESH) return first(&nowhere);
     if (word == FGPU_OPEN) return word;
     uint64_t now = fgpu_read_clock(CLOCK_MONOTONIC); /* each allocation reads the clock here, so it is read inline */
-    if (link_of(word) == FGPU_OPEN) return again(word, now, AGAIN_NS, false);
-    if (link_of(word) == FGPU_CLOSED) return again(word, now, CLOSED_NS, false);
-    return stale(word, now) ? again(word, now, AGAIN_NS, false) : word;
+    if (link_of(word) == FGPU_OPEN) return again(word, now, AGAIN_NS);
+    if (link_of(word) == FGPU_CLOSED) return again(word, now, CLOSED_NS);
+    return stale(word, now) ? again(word, now, AGAIN_NS) : word;
 }
 
 /*
@@ -256,7 +259,7 @@ COLD void fgpu_arrive(struct fgpu_asked asked)
     int saved = errno;
     uint32_t word = load();
     if (link_of(word) == FGPU_FRESH) first(&asked);
-    if (word == FGPU_OPEN) again(word, fgpu_now(), ANSWERED_NS, false); /* the driver's own start takes longer */
+    if (word == FGPU_OPEN) again(word, fgpu_now(), ANSWERED_NS); /* the driver's own start takes longer */
     fgpu_forget(&asked);
     fgpu_look();
     errno = saved;
@@ -302,7 +305,7 @@ COLD struct fgpu_view fgpu_insist(void)
         uint64_t now = fgpu_now(), next = atomic_load_explicit(&own->next_ns, memory_order_relaxed);
         struct timespec left = {0, (long)(next - now)};
         if (next > now && next - now <= ANSWERED_NS) syscall(SYS_nanosleep, &left, NULL);
-        word = again(word, fgpu_now(), CLOSED_NS, true);
+        word = again(word, fgpu_now(), CLOSED_NS);
     }
     errno = saved;
     return view_of(word);

@@ -154,13 +154,16 @@ def test_an_unanswered_request_repeats_the_hello_and_is_then_refused(held: Agent
     assert 2 <= held.do("look")["hellos"] <= 1 + HELLO_ROUNDS  # as many as fit before the deadline
 
 
+@pytest.mark.parametrize("lease", ["valid", "over"])
 @pytest.mark.parametrize("how", ["remove", "detach"])
-def test_a_detach_lifts_the_limit_of_a_running_program(held: Agent, how: str) -> None:
+def test_a_detach_lifts_the_limit_of_a_running_program(held: Agent, how: str, lease: str) -> None:
+    seconds = {"valid": 1.05, "over": 2.1}[lease]
     process = held.start_python(
-        "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(8 * GiB), info()[2] >> 30)"
+        f"L.cuInit(0); out(1); sys.stdin.readline(); time.sleep({seconds}); out(alloc(8 * GiB), info()[2] >> 30)"
     )
     process.stdout.readline()
     held.do("knobs", mute=1)
+    held.do("set", beats=lease == "valid")
     held.do(how)
     assert process.communicate("\n", timeout=10)[0] == "[0, 16]\n"
 
