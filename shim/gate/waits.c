@@ -28,11 +28,11 @@ void fgpu_event_made(CUresult result, const CUevent *event)
     atomic_compare_exchange_strong(&entry_of(*event)->event, &its, 0);
 }
 
-/* Return the mark of the work on the stream. Every context has a legacy stream with the same handle. */
+/* Return the mark of the work on the stream. The default streams of all contexts have the same handles: the lowest. */
 static struct fgpu_mark mark_at(CUstream stream, bool per_thread, uint64_t until_ns)
 {
-    bool legacy = !per_thread && (!stream || stream == CU_STREAM_LEGACY);
-    return (struct fgpu_mark){fgpu_stream_key(stream, per_thread), legacy ? fgpu_current_context() : NULL, until_ns};
+    bool shared = (uint64_t)stream <= (uint64_t)CU_STREAM_PER_THREAD;
+    return (struct fgpu_mark){fgpu_stream_key(stream, per_thread), shared ? fgpu_current_context() : NULL, until_ns};
 }
 
 /* Enter an event that was just recorded. The entry is written without a lock: a reader that finds another event or time

@@ -128,6 +128,23 @@ out(len(again) > 0, max(map(L.cuEventQuery, again))); line()"""
     process.communicate()
 
 
+@pytest.mark.parametrize("name", ["cuStreamSynchronize_ptsz(None)", "cuStreamQuery(C.c_void_p(2))"])
+def test_a_default_stream_of_a_thread_ends_no_work_in_another_context(simulator: Simulator, name: str) -> None:
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + f"""
+f, other = kernel(100000000), C.c_void_p()
+need("cuLaunchKernel_ptsz", f, 1, 1, 1, 1, 1, 1, 0, None, None, None)
+need("cuCtxCreate_v2", C.byref(other), 0, 0); out(L.{name}); line()"""
+    )
+    assert said(process) == [0]
+    assert page(agent) == {**page(agent), "launches": 1, "in_flight": 1}
+    process.kill()
+    process.communicate()
+
+
 def test_a_turn_begins_with_its_first_launch_and_ends_with_its_last_kernel(simulator: Simulator) -> None:
     """The page shows the first launch and the last kernel, not when the gate opened or when the drain was read."""
     agent = simulator.agent
