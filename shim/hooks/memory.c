@@ -73,13 +73,15 @@ EXPORT CUresult cuMemAllocPitch(CUdeviceptr_v1 *dptr, unsigned int *pPitch, unsi
     return request.result;
 }
 
-/* The memory is mapped later. It is charged now, even if it is never mapped. */
+/* The memory is mapped later. It is charged now, even if it is never mapped. The driver refuses a device that does not
+ * exist. */
 EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
                             unsigned long long flags)
 {
     __typeof__(&cuMemCreate) driver = REAL(cuMemCreate);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!handle || !size || !prop || prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
+    if (!handle || !size || !prop || prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE ||
+        !fgpu_is_device(prop->location.id))
         return driver(handle, size, prop, flags);
     uint64_t bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : size;
     struct fgpu_request request = {.ordinal = prop->location.id, .bytes = bytes, .kind = FGPU_VMM, .handle = handle};

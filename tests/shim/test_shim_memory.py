@@ -114,10 +114,11 @@ def test_requests_without_a_limit_are_admitted(held: Agent) -> None:
         ("alloc(0)", 1),  # the driver's own error
         ("(L.fake_context(0), alloc(1 << 20))[1]", 0),  # no context: a real driver refuses the call
         ("L.cuCtxCreate_v2(C.byref(C.c_void_p()), 0, 77)", 0),
+        ("create(1, 77, 4 * MiB)", 0),
     ],
 )
 def test_calls_that_allocate_nothing_are_not_requested(held: Agent, call: str, result: int) -> None:
-    assert held.python(f"out({call})") == [[result]]
+    assert held.python(f"{VMM_SCRIPT}out({call})") == [[result]]
     assert [c["kind"] for c in held.calls() if c["kind"] != HELLO] == []
 
 
