@@ -70,7 +70,7 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admi
         if (view->link == FGPU_OPEN || view->link == FGPU_UNMANAGED) return CUDA_SUCCESS;
         if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
         int index = fgpu_index(view->control, ordinal); /* < 0: the tenant does not have this device */
-        if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+        if (index < 0) return fgpu_is_limited(*view) ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
         int verdict =
             view->cooperative ? ask_standalone(index, admission) : ask_probe(*view, index, admission, patient);
         if (verdict >= 0) {

@@ -10,6 +10,7 @@ from tests.shim.shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
 MEMORY, CONTEXT, HELLO, VMM = 0, 2, 3, 4
 MIB = 1 << 20
 MOST = 1 << 48
+OBSERVE = 1
 OOM = 2
 HELLO_ROUNDS = 4  # FGPU_HELLO_ROUNDS of link.h
 
@@ -124,6 +125,13 @@ def test_calls_that_allocate_nothing_are_not_requested(held: Agent, call: str, r
 
 def test_a_device_outside_the_policy_has_no_memory(held: Agent) -> None:
     assert held.python("L.fake_context(3); out(alloc(1), L.fake_calls())") == [[OOM, 0]]
+
+
+@pytest.mark.parametrize(("flags", "result"), [(0, OOM), (OBSERVE, 0)])
+def test_only_observed_tenants_have_memory_on_a_device_without_a_page(held: Agent, flags: int, result: int) -> None:
+    held.do("set", uuids=["77" * 16])
+    held.do("limit", limit=1 << 30, flags=flags)
+    assert held.python("out(L.cuDevicePrimaryCtxRetain(C.byref(C.c_void_p()), 0), alloc(1))") == [[result, result]]
 
 
 def test_the_shim_returns_the_driver_s_own_error(held: Agent) -> None:
