@@ -13,10 +13,17 @@ HIDDEN bool fgpu_ask_capturing(CUstream stream, bool per_thread);
 HIDDEN bool fgpu_ask_device_of(CUstream stream, bool per_thread, CUdevice *ordinal);
 HIDDEN void fgpu_device_seen(CUdevice ordinal); /* a context exists there */
 
-static inline uint64_t fgpu_this_thread(void) { return (uint64_t)__builtin_thread_pointer(); }
+extern HIDDEN __thread uint64_t fgpu_thread_key __attribute__((tls_model("initial-exec"))); /* 0: none yet */
+HIDDEN uint64_t fgpu_number_thread(void);
 
-/* Return a key of the stream, never 0. A stream has a handle. The default stream of a thread has none: a pointer of the
- * thread is its key. */
+/* Return the key of this thread's default stream. The pointer of a thread is no key: a new thread may have the pointer
+ * of an ended one, and has another stream. */
+static inline uint64_t fgpu_this_thread(void)
+{
+    return LIKELY(fgpu_thread_key) ? fgpu_thread_key : fgpu_number_thread();
+}
+
+/* Return a key of the stream, never 0. A stream has a handle. The default stream of a thread has none. */
 static inline uint64_t fgpu_stream_key(CUstream stream, bool per_thread)
 {
     if (stream == CU_STREAM_PER_THREAD || (!stream && per_thread)) return fgpu_this_thread();

@@ -121,6 +121,23 @@ out(a, L.fake_queries() - before - a)"""
     assert held.python(script)[0] == [4, 0]  # the other thread measured; this one had credit by either stream name
 
 
+def test_the_default_stream_of_a_thread_that_has_ended_gives_no_credit(held: Agent) -> None:
+    """The C library gives a new thread the memory of an ended thread, and with it the pointer of that thread."""
+    script = (
+        POOLS
+        + """
+dl = C.CDLL(None)
+def run(work):
+    t, call = C.c_ulong(), C.CFUNCTYPE(V, V)(work)
+    dl.pthread_create(C.byref(t), None, call, None); dl.pthread_join(t, None); return t.value
+def first(_): drop(new(300 * MiB, 2), 2)
+def second(_): new(300 * MiB, 2)
+a = run(first); before = L.fake_queries(); b = run(second)
+out(a == b, L.fake_queries() - before)"""
+    )
+    assert held.python(script)[0] == [True, 4]  # the second thread measured
+
+
 @pytest.mark.parametrize("size", [2 * MIB, 3 * MIB, 32 * MIB, 100 * MIB])
 def test_pool_allocations_use_nearly_all_of_the_limit_and_are_refused_beyond(held: Agent, size: int) -> None:
     script = (
