@@ -84,9 +84,11 @@ def _state_and_tracer(pid: int, thread: str) -> tuple[str, int]:
 
 def _is_frozen(folder: Path) -> bool:
     """Return whether a cgroup of version 2 or 1 is frozen or is being frozen."""
-    for name, frozen in (("cgroup.events", "frozen 1"), ("cgroup.freeze", "1"), ("freezer.state", "FROZEN")):
+    for name, words in (
+        ("cgroup.events", {"frozen 1"}), ("cgroup.freeze", {"1"}), ("freezer.state", {"FROZEN", "FREEZING"})
+    ):  # fmt: skip
         with contextlib.suppress(OSError):
-            if frozen in (folder / name).read_text(encoding="ascii").split("\n"):
+            if not words.isdisjoint((folder / name).read_text(encoding="ascii").split("\n")):
                 return True
     return False
 
