@@ -30,31 +30,44 @@ int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uu
     return control->flags & FGPU_STANDALONE ? fgpu_standalone_device(uuid) : -1;
 }
 
+union words_of_uuid {
+    CUuuid uuid;
+    uint64_t words[2];
+};
+
+static CUresult read_uuid(CUdevice ordinal, union words_of_uuid *answer)
+{
+    __typeof__(&cuDeviceGetUuid_v2) get = REAL(cuDeviceGetUuid_v2);
+    if (!get) get = REAL(cuDeviceGetUuid);
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    CUresult result = get ? get(&answer->uuid, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
+    fgpu_unrelax(mode);
+    errno = saved;
+    return result;
+}
+
 /* Return the facts about a device; NULL: the driver returns no UUID for it. The UUID of an ordinal never changes in a
  * process. Threads that fill the entry at the same time write the same values. */
 static struct device *device_of(CUdevice ordinal)
 {
+    union words_of_uuid answer;
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
     struct device *device = &devices[ordinal];
     if (atomic_load_explicit(&device->known, memory_order_acquire)) return device;
-    __typeof__(&cuDeviceGetUuid_v2) get = REAL(cuDeviceGetUuid_v2);
-    if (!get) get = REAL(cuDeviceGetUuid);
-    union {
-        CUuuid uuid;
-        uint64_t words[2];
-    } answer;
-    int saved = errno;
-    CUstreamCaptureMode mode = fgpu_relax();
-    CUresult result = get ? get(&answer.uuid, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
-    fgpu_unrelax(mode);
-    errno = saved;
-    if (result != CUDA_SUCCESS) return NULL;
+    if (read_uuid(ordinal, &answer) != CUDA_SUCCESS) return NULL;
     for (int i = 0; i < 2; i++) atomic_store_explicit(&device->uuid[i], answer.words[i], memory_order_relaxed);
     atomic_store_explicit(&device->known, true, memory_order_release);
     return device;
 }
 
-bool fgpu_is_device(CUdevice ordinal) { return device_of(ordinal) != NULL; }
+/* Return false only if the driver refuses each call for this ordinal. The table has no room for some devices. */
+bool fgpu_is_device(CUdevice ordinal)
+{
+    union words_of_uuid answer;
+    CUresult result = device_of(ordinal) ? CUDA_SUCCESS : read_uuid(ordinal, &answer);
+    return result != CUDA_ERROR_INVALID_DEVICE && result != CUDA_ERROR_NOT_INITIALIZED;
+}
 
 /*
  * Return the ledger's index of a device, found by UUID: CUDA's ordinals depend on CUDA_VISIBLE_DEVICES. The page is

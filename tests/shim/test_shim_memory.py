@@ -127,6 +127,10 @@ def test_a_device_outside_the_policy_has_no_memory(held: Agent) -> None:
     assert held.python("L.fake_context(3); out(alloc(1), L.fake_calls())") == [[OOM, 0]]
 
 
+def test_a_device_beyond_the_table_has_no_memory(held: Agent) -> None:
+    assert held.python(f"{VMM_SCRIPT}L.fake_last_device(40); out(create(1, 30, 4 * MiB))") == [[OOM]]
+
+
 @pytest.mark.parametrize(("flags", "result"), [(0, OOM), (OBSERVE, 0)])
 def test_only_observed_tenants_have_memory_on_a_device_without_a_page(held: Agent, flags: int, result: int) -> None:
     held.do("set", uuids=["77" * 16])

@@ -42,10 +42,12 @@ CUresult cuCtxGetDevice(CUdevice *device)
 #ifdef OLD
 #define cuDeviceGetUuid_v2 cuDeviceGetUuid
 #endif
+static int last_device = 2;
+void fake_last_device(int device) { last_device = device; }
 CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device)
 {
     errno = 34;
-    if (device < 0 || device > 2) return CUDA_ERROR_INVALID_DEVICE;
+    if (device < 0 || device > last_device) return CUDA_ERROR_INVALID_DEVICE;
     memset(uuid, 0x10 + device, sizeof *uuid);
     return CUDA_SUCCESS;
 }

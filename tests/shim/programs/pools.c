@@ -55,7 +55,7 @@ static uint64_t all_held(struct pool *p)
     for (int i = 0; i < 16; i++) n += p->held[i];
     return n;
 }
-static uint64_t hole; /* not 0: no free memory of a pool has more bytes without a gap, and no block is free as a whole */
+static uint64_t hole; /* not 0: the largest free piece of each pool; no block is free as a whole */
 void fake_fragmented(uint64_t largest) { hole = largest; }
 static void trim(struct pool *p)
 {
