@@ -47,11 +47,17 @@ uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved)
     return 0;
 }
 
-/* Release what the pool no longer holds. Admitted calls that have not returned keep their bytes. */
+/* Release what the pool no longer holds. Admitted calls that have not returned keep their bytes. A pool that holds a
+ * block or more beyond the admitted bytes contains memory of a request that was refused after the driver's call. */
 static bool settle_down(struct pool *pool)
 {
-    uint64_t used, reserved;
-    if (!atomic_load(&pool->portion.admitted) || !fgpu_pool_measure(pool, &used, &reserved)) return false;
+    __typeof__(&cuMemPoolTrimTo) trim = REAL(cuMemPoolTrimTo);
+    uint64_t used, reserved, admitted = atomic_load(&pool->portion.admitted);
+    if (!admitted || !fgpu_pool_measure(pool, &used, &reserved)) return false;
+    if (trim && reserved >= admitted + FGPU_BLOCK &&
+        trim((CUmemoryPool)atomic_load(&pool->handle), admitted) == CUDA_SUCCESS &&
+        !fgpu_pool_measure(pool, &used, &reserved))
+        return false;
     fgpu_pool_credits(pool, used, reserved);
     return fgpu_give_back_above(&pool->portion, fgpu_larger(reserved, fgpu_blocks(used + atomic_load(&pool->pending))));
 }

@@ -72,6 +72,16 @@ def test_a_fragmented_pool_does_not_grow_beyond_the_limit(held: Agent, wait: str
     assert held.do("look")["used"] <= GIB
 
 
+def test_memory_of_a_request_that_was_refused_after_the_call_leaves_the_device_at_the_next_wait(held: Agent) -> None:
+    """The pool has a high release threshold, so that a wait alone releases nothing."""
+    script = FRAGMENT + (
+        "L.fake_lazy(1); p = new(400 * MiB); full = L.fake_reserved(0) >> 20; L.cuStreamSynchronize(V(0));"
+        "out(p, full, L.fake_reserved(0) >> 20)"
+    )
+    assert held.python(script) == [[OOM, 960 + 416, 960]]
+    assert held.do("look")["used"] <= GIB
+
+
 def test_pieces_of_a_fragmented_pool_serve_requests_of_their_size_without_a_measurement(held: Agent) -> None:
     script = FRAGMENT + "n = L.fake_queries(); out(results(new(6 * MiB) for _ in range(40)), L.fake_queries() - n)"
     assert held.python(script) == [[[0] * 40, 0]]

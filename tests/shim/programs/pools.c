@@ -11,7 +11,7 @@
 #define BLOCK (32ull << 20)
 struct pool {
     int device, in_place;
-    uint64_t used, reserved, held[16];
+    uint64_t used, reserved, held[16], loose; /* loose: blocks that are free as a whole in a fragmented pool */
 };
 static struct pool pools[512];
 static int made = 3; /* pools 0, 1 and 2 are the defaults of the three devices */
@@ -59,6 +59,7 @@ static uint64_t hole; /* not 0: the largest free piece of each pool; no block is
 void fake_fragmented(uint64_t largest) { hole = largest; }
 static void trim(struct pool *p)
 {
+    p->reserved -= p->loose, p->loose = 0;
     if (hole) return;
     uint64_t keep = blocks(p->used + all_held(p));
     if (p->reserved > keep) p->reserved = keep;
@@ -130,7 +131,10 @@ static CUresult give(CUdeviceptr pointer, CUstream stream)
     if (at > 65535 || !given[at].bytes) return CUDA_ERROR_INVALID_VALUE;
     struct pool *p = &pools[given[at].pool];
     p->used -= given[at].bytes;
-    p->held[(uintptr_t)stream & 15] += given[at].bytes;
+    if (hole && given[at].bytes > hole)
+        p->loose += blocks(given[at].bytes);
+    else
+        p->held[(uintptr_t)stream & 15] += given[at].bytes;
     given[at].bytes = 0;
     return CUDA_SUCCESS;
 }
