@@ -16,6 +16,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.agent.nvml_reconcile import Truth
@@ -28,6 +29,14 @@ from fgpu_ebpf.tenancy.tenant import Tenant
 
 log = logging.getLogger("fgpu.agent")
 _Spared = dict[int, tuple[int, dict[int, int]]]  # by pid: the start of the process in clock ticks, the bytes by device
+
+
+class _Holder(NamedTuple):
+    """A process with memory: its cgroup's path, its start in clock ticks since boot, and NVML's bytes by device."""
+
+    path: str
+    start: int
+    rows: dict[int, int]
 
 
 class BypassKiller:
@@ -52,6 +61,7 @@ class BypassKiller:
         self._last: Truth | None = None
         self._place = place
         self._spared = _read(place)  # by cgroup
+        self._known: set[int] = set()  # the cgroups whose older processes were looked for
         self._is_stored = True
 
     def look(self) -> None:
@@ -60,10 +70,7 @@ class BypassKiller:
         The ledger has already been corrected according to this result.
         """
         truth, kills = self._truth(), [tenant for tenant in self._enforcer if self._kills(tenant)]
-        before, cgroups = self._spared, [tenant.cgroup for tenant in kills]
-        self._spared = {cgroup: before[cgroup] if cgroup in before else self._had(cgroup, truth) for cgroup in cgroups}
-        if not self._is_stored or before.keys() != self._spared.keys():
-            self._store()
+        self._spare(truth)
         if truth is self._last or not kills:
             return
         self._last = truth
@@ -84,24 +91,34 @@ class BypassKiller:
     def _kills(self, tenant: Tenant) -> bool:
         return tenant.kill and not tenant.observe and not self._enforcer.spares(tenant)
 
-    def _had(self, cgroup: int, truth: Truth) -> _Spared:
-        """Return NVML's bytes of all processes that are older than the first limit of a cgroup."""
-        since, found = self._enforcer.since.get(cgroup), _Spared()
-        if since is None:
-            return found
-        for device, rows in truth.held.items():
-            for pid, bytes_ in rows.items():
-                start = procfs.started(pid) if bytes_ else None
-                if bytes_ and start is not None and start / os.sysconf("SC_CLK_TCK") <= since:
-                    found.setdefault(pid, (start, {}))[1][device] = bytes_
-        return found
+    def _spare(self, truth: Truth) -> None:
+        """Enter the memory that processes of new tenants have, and store the table if it has changed."""
+        tenants = {tenant.cgroup: tenant for tenant in self._enforcer}
+        new = [tenants[cgroup] for cgroup in tenants.keys() & self._enforcer.since.keys() - self._known]
+        older = _holders(truth) if new else {}
+        found = {tenant.cgroup: self._had(tenant, older) for tenant in new}
+        kept = {cgroup: spared for cgroup, spared in self._spared.items() if cgroup in tenants}
+        self._known = (self._known & tenants.keys()) | found.keys()
+        before, self._spared = self._spared, kept | {cgroup: had for cgroup, had in found.items() if had}
+        if not self._is_stored or before.keys() != self._spared.keys():
+            self._store()
+
+    def _had(self, tenant: Tenant, holders: Mapping[int, _Holder]) -> _Spared:
+        """Return the bytes of the processes in a tenant's cgroup that are older than the cgroup's first limit."""
+        since, inside = self._enforcer.since[tenant.cgroup], f"{tenant.path.rstrip('/')}/"
+        ticks = since * os.sysconf("SC_CLK_TCK")
+        return {
+            pid: (one.start, one.rows)
+            for pid, one in holders.items()
+            if one.start <= ticks and f"{one.path}/".startswith(inside)
+        }
 
     def _spared_bytes(self, pid: int, tenant: Tenant, device: int) -> int:
         """Return the bytes for which a process is not killed: the memory from the time before the limit of the cgroup.
 
         No probe could record these bytes. Some of these bytes may be for modules, which the driver loads later.
         """
-        start, rows = self._spared[tenant.cgroup].get(pid, (0, {}))
+        start, rows = self._spared.get(tenant.cgroup, {}).get(pid, (0, {}))
         before = rows.get(device, 0)
         return before + self._unwitnessed.modules if before and procfs.started(pid) == start else 0
 
@@ -145,6 +162,17 @@ class BypassKiller:
             "killed", tenant=tenant.name, pid=pid, gpu=device, bytes=bytes_, reason="onBypass",
             text="the process exceeded the limit with memory that no probe has recorded",
         )  # fmt: skip
+
+
+def _holders(truth: Truth) -> dict[int, _Holder]:
+    """Return the processes with memory, by pid."""
+    found: dict[int, dict[int, int]] = {}
+    for device, rows in truth.held.items():
+        for pid, bytes_ in rows.items():
+            if bytes_:
+                found.setdefault(pid, {})[device] = bytes_
+    places = {pid: (procfs.cgroup_path(pid), procfs.started(pid)) for pid in found}
+    return {pid: _Holder(path, start, found[pid]) for pid, (path, start) in places.items() if path and start}
 
 
 def _read(place: Path) -> dict[int, _Spared]:

@@ -62,7 +62,8 @@ def take_away(run_dir: Path, pins: Path, is_locked: bool = True) -> None:
         attach.detach(folder)
     _remove_empty(pins.parent)
     programs.unmount_made()
-    driver_limits.take_away(run_dir / driver_limits.FILE)
+    if driver_limits.take_away(run_dir / driver_limits.FILE):
+        _unlink(run_dir / driver_limits.FILE)
     # An earlier agent may have published a shim that differs from the last agent's shim.
     mounted, published = injection.mounted(run_dir).get("shim"), injection.published(run_dir)
     injection.take_away(run_dir)

@@ -194,30 +194,32 @@ class DriverLimits:
         return True
 
 
-def take_away(file: Path) -> None:
-    """Restore the limits before those of the agents, and then remove the record.
+def take_away(file: Path) -> bool:
+    """Restore the limits before those of the agents. Return whether the record is not needed any more.
 
-    The record stays while the driver has such limits, so that a later call can restore them.
+    The record is needed while the driver has such limits, so that a later call can restore them.
     """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         root, known = Path(record["root"]), {bytes.fromhex(u): int(i) for u, i in record.get("devices", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return
-    thread = threading.Thread(target=_restore_all, args=(file, root, known), daemon=True)
+        return True
+    restored = threading.Event()
+    thread = threading.Thread(target=_restore_all, args=(file, root, known, restored), daemon=True)
     thread.start()
     thread.join(RESTORE_SECONDS)
     if thread.is_alive():
         log.warning("NVML does not answer: the driver's own limits that are recorded in %s stay in force", file)
+    return restored.is_set()
 
 
-def _restore_all(file: Path, root: Path, known: dict[bytes, int]) -> None:
+def _restore_all(file: Path, root: Path, known: dict[bytes, int], restored: threading.Event) -> None:
     try:
         if DriverLimits(Nvml(root, known), file, root).restore_all():
-            file.unlink(missing_ok=True)
+            restored.set()
         else:
             log.warning("the driver's own limits that are recorded in %s stay in force: NVML refuses the change", file)
-    except (DriverError, OSError) as error:
+    except DriverError as error:
         log.warning("the driver's own limits cannot be restored: %s", error)
 
 

@@ -70,21 +70,27 @@ class KernelEvents:
         return self._events.fileno()
 
     def read(self) -> None:
-        """Handle the oldest MOST_AT_ONCE events. If more events are queued, the descriptor stays readable."""
+        """Handle the oldest MOST_AT_ONCE events. If more events are queued, the descriptor stays readable.
+
+        If the handling of an event fails, all other events are handled, and then the first OSError is raised.
+        """
         events = list(islice(self._events.read(), MOST_AT_ONCE))
+        errors = []
         for event in events:
             if event.kind not in _OF_CGROUPS:
                 try:
                     self._dispatch(event)
-                except OSError as error:  # the host is short of memory or files; the other events are still handled
-                    log.error("an event of process %d cannot be handled: %s", event.tgid, error)
+                except OSError as error:
+                    errors.append(error)
         of_cgroups = [event for event in events if event.kind in _OF_CGROUPS]
         try:
             self._budgets.note(event.path for event in of_cgroups)
             self._look_at_cgroups(of_cgroups)
         except OSError as error:
-            log.error("cgroups of %d events cannot be examined: the host is scanned: %s", len(of_cgroups), error)
-            self._is_scan_due = True
+            errors.append(error)
+            self._is_scan_due = True  # of all cgroups
+        if errors:
+            raise errors[0]
 
     def lost(self) -> list[str]:
         """Return the paths of workloads whose cgroup events were lost since the last call.
@@ -92,8 +98,9 @@ class KernelEvents:
         An empty path means all cgroups of the host.
         """
         before, self._full = self._full, self._ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
-        is_due, self._is_scan_due = self._is_scan_due or self._full > before, False
+        self._is_scan_due |= self._full > before
         lost = self._budgets.lost()
+        is_due, self._is_scan_due = self._is_scan_due, False
         return [*lost, ""] if is_due and "" not in lost else lost
 
     # -- one process or level

@@ -1,8 +1,9 @@
-"""The compiler, which compiles bpf/fgpu.bpf.c, prints programs and maps as JSON, and exits (which frees 130 MB).
+"""The compiler, which compiles bpf/fgpu.bpf.c, prints programs and maps as JSON, and exits (which frees 180 MB).
 
-The agent runs the compiler as a child process, `/usr/bin/python3 -I compiler.py SOURCES`, with the interpreter that has
-the distribution's BCC. Therefore the compiler imports nothing of fgpu. After an error the compiler prints one line with
-the fix to stderr and exits with status 1. driver/image.py parses the output.
+Two processes compile half of the programs each, at the same time. The agent runs the compiler as a child process,
+`/usr/bin/python3 -I compiler.py SOURCES`, with the interpreter that has the distribution's BCC. Therefore the compiler
+imports nothing of fgpu. After an error the compiler prints one line with the fix to stderr and exits with status 1.
+driver/image.py parses the output.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import json
 import os
 import re
+import signal
 import struct
 import sys
 from types import ModuleType
@@ -28,7 +30,10 @@ FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # fie
 # optimiser, because BCC runs LLVM's own optimiser over clang's result; and the reading of all kernel symbols for each
 # program that names the helper bpf_probe_read_user.
 LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
-_PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
+_INCLUDED = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
+_PROGRAM = re.compile(r"^int \w+\((struct \w+)", re.MULTILINE)
+_OF_UPROBES = "struct pt_regs"  # the type of the argument of half of the code
+_PR_SET_PDEATHSIG = 1
 
 
 class CompileError(Exception):
@@ -87,22 +92,32 @@ def kernel_flags(bcc: ModuleType) -> list[str]:
     return flags
 
 
-def whole_text(sources: str) -> str:
-    """Return the source with all included parts in one text, because BCC rewrites only code in the main file."""
+def whole_text(sources: str, of_uprobes: bool) -> str:
+    """Return the source with all included files in one text, because BCC rewrites only code in the main file.
+
+    The programs of uprobes, or all other programs, are static functions, which are not compiled because no function
+    calls them.
+    """
 
     def read(name: str) -> str:
         with open(os.path.join(sources, name), encoding="utf-8") as file:
             return f'#line 1 "{name}"\n' + file.read()
 
-    return _PART.sub(lambda part: read(part[1]), read("fgpu.bpf.c"))
+    def program(found: re.Match[str]) -> str:
+        return found[0] if (found[1] == _OF_UPROBES) is of_uprobes else f"static {found[0]}"
+
+    return _PROGRAM.sub(program, _INCLUDED.sub(lambda found: read(found[1]), read("fgpu.bpf.c")))
 
 
-def compile_programs(bcc: ModuleType, sources: str) -> Any:
-    """Return BCC's module of the programs. Their maps exist until this process exits. Raise CompileError on failure."""
+def compile_programs(bcc: ModuleType, sources: str, of_uprobes: bool) -> Any:
+    """Return BCC's module of half of the programs. Its maps exist until this process exits.
+
+    Raise CompileError on failure.
+    """
     os.environ["BCC_KERNEL_SOURCE"] = sources  # SOURCES/include has the stub headers
     flags = ["-I" + sources, *kernel_flags(bcc), "-Wno-everything", *LEAN]
     try:
-        return bcc.BPF(text=whole_text(sources), cflags=flags)
+        return bcc.BPF(text=whole_text(sources, of_uprobes), cflags=flags)
     except Exception as error:  # bcc has no exception class of its own
         raise CompileError(f"BCC cannot compile {sources}/fgpu.bpf.c: {error}") from error
 
@@ -134,14 +149,53 @@ def image(bcc: ModuleType, module: Any) -> dict[str, Any]:
     return {"maps": {name: form(fd) for name, fd in zip(names, descriptors, strict=True)}, "programs": programs}
 
 
+def half(sources: str, of_uprobes: bool) -> dict[str, Any]:
+    """Return the image with half of the programs. Raise CompileError on failure."""
+    bcc = import_bcc()
+    return image(bcc, compile_programs(bcc, sources, of_uprobes))
+
+
+def other_half(sources: str, parent: int, writing: int) -> None:
+    """Write the image with the programs that are not of uprobes, or the text of the error. The child runs this."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the agent may kill the parent
+    if os.getppid() != parent:
+        return
+    said: dict[str, Any] | str
+    try:
+        said = half(sources, of_uprobes=False)
+    except (CompileError, OSError) as error:
+        said = str(error)
+    with open(writing, "w", encoding="ascii") as file:
+        json.dump(said, file)
+
+
+def whole_image(sources: str) -> dict[str, Any]:
+    """Return the image with all programs. Raise CompileError or OSError on failure."""
+    reading, writing = os.pipe()
+    parent = os.getpid()
+    if not os.fork():
+        try:
+            other_half(sources, parent, writing)
+        finally:
+            os._exit(0)  # skips bcc's atexit handler, because nothing is attached and the kernel frees the maps
+    os.close(writing)
+    with open(reading, encoding="ascii") as file:
+        mine, text = half(sources, of_uprobes=True), file.read()
+    other = json.loads(text or '"a process of the compiler has ended early"')
+    if isinstance(other, str):
+        raise CompileError(other)
+    if other["maps"] != mine["maps"]:
+        raise CompileError("the halves of the programs have different maps")
+    return {"maps": mine["maps"], "programs": mine["programs"] | other["programs"]}
+
+
 def main() -> int:
     """usage: compiler.py SOURCES"""
     if len(sys.argv) != 2:
         print(main.__doc__, file=sys.stderr)
         return 2
     try:
-        bcc = import_bcc()
-        print(json.dumps(image(bcc, compile_programs(bcc, sys.argv[1]))))
+        print(json.dumps(whole_image(sys.argv[1])))
     except (CompileError, OSError) as error:
         print(f"fgpu compiler: {error}", file=sys.stderr)
         return 1
@@ -152,4 +206,4 @@ if __name__ == "__main__":
     CODE = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(CODE)  # skips bcc's atexit handler, because nothing is attached and the kernel frees the maps
+    os._exit(CODE)  # as in the child

@@ -56,8 +56,15 @@ def read(path: str, most: int = 1 << 16) -> bytes:
 
     One read() of a file with many lines returns at most a page, even if more fits.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
-        return file.read(most)
+    parts, left = list[bytes](), most
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while left and (part := os.read(fd, min(left, 1 << 16))):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts)
 
 
 def field(text: bytes, name: bytes) -> bytes:

@@ -7,13 +7,13 @@
 #define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
 #define FGPU_CREDITS 8
 
-#define FGPU_UNMEASURED (8ULL << 20) /* given out without credit until the pool is measured: it may be fragmented */
+#define FGPU_UNMEASURED (8ULL << 20) /* given out, perhaps not from a freed piece, until the pool is measured */
 
-/* Bytes freed by one stream: a pool may give them to the same stream again at once, and to no other. They are in pieces
- * of `piece` bytes without gaps, and serve requests of at most that size, each with a whole piece: a pool does not move
- * memory, and takes more of the device for a larger request. */
+/* Bytes freed by one stream: a pool may give them to the same stream again at once, and to no other. `bytes` are in
+ * pieces of `piece` bytes without gaps, each of which serves a request of at most that size: a pool does not move
+ * memory, and takes more of the device for a larger request. `rest` was freed in smaller pieces. */
 struct credit {
-    _Atomic uint64_t stream, bytes, piece;
+    _Atomic uint64_t stream, bytes, piece, rest;
 };
 
 struct pool {
@@ -24,8 +24,8 @@ struct pool {
     _Atomic uint64_t spent;   /* upper bound of the bytes in use: as measured last, and all given out since */
     _Atomic uint64_t pending; /* admitted for calls that have not returned yet */
     _Atomic uint64_t busy_until_ns;
-    _Atomic uint64_t unclaimed; /* freed by streams without room in the table of credits, or in smaller pieces */
-    _Atomic uint64_t given;     /* bytes given out without credit since the pool was last measured */
+    _Atomic uint64_t unclaimed; /* freed by streams without room in the table of credits */
+    _Atomic uint64_t given;     /* since the pool was last measured, perhaps not from a freed piece */
     _Atomic int unsettled;      /* synchronisations that may still shrink the pool */
     struct credit credits[FGPU_CREDITS];
 };

@@ -87,11 +87,11 @@ CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
 }
 
 /* Return whether the pool holds a block or more beyond the admitted bytes, and gets no admission for it. */
-static bool is_beyond(struct pool *pool)
+static bool is_beyond(struct pool *pool, struct patience *patience)
 {
     uint64_t used, reserved;
     return fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->portion.admitted) + FGPU_BLOCK &&
-           ask_up_to(pool, reserved, NULL) != CUDA_SUCCESS;
+           ask_up_to(pool, reserved, patience) != CUDA_SUCCESS;
 }
 
 /* The driver has returned. Request the bytes that it really allocated: a fragmented pool takes new blocks although it
@@ -105,9 +105,10 @@ CUresult fgpu_pool_grown(struct pool *pool, uint64_t bytes)
     if (link != FGPU_HELD) return CUDA_SUCCESS;
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
-    if (is_beyond(pool)) {
+    if (is_beyond(pool, NULL)) {
+        struct patience patience = {0};
         fgpu_pools_yield(atomic_load(&pool->ordinal));
-        beyond = is_beyond(pool);
+        beyond = is_beyond(pool, &patience);
     }
     if (beyond) atomic_store(&pool->spent, atomic_load(&pool->portion.admitted));
     fgpu_unrelax(mode);

@@ -33,6 +33,7 @@ static void forget_credits(struct pool *pool)
         atomic_store_explicit(&pool->credits[i].bytes, 0, memory_order_relaxed);
         atomic_store_explicit(&pool->credits[i].stream, 0, memory_order_relaxed);
         atomic_store_explicit(&pool->credits[i].piece, 0, memory_order_relaxed);
+        atomic_store_explicit(&pool->credits[i].rest, 0, memory_order_relaxed);
     }
 }
 
@@ -41,7 +42,9 @@ static void forget_credits(struct pool *pool)
 uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved)
 {
     uint64_t sum = used + atomic_load_explicit(&pool->unclaimed, memory_order_relaxed);
-    for (int i = 0; i < FGPU_CREDITS; i++) sum += atomic_load_explicit(&pool->credits[i].bytes, memory_order_relaxed);
+    for (int i = 0; i < FGPU_CREDITS; i++)
+        sum += atomic_load_explicit(&pool->credits[i].bytes, memory_order_relaxed) +
+               atomic_load_explicit(&pool->credits[i].rest, memory_order_relaxed);
     if (sum <= reserved) return sum - used;
     forget_credits(pool);
     return 0;

@@ -26,10 +26,10 @@ struct order {         /* one request */
     struct pool *pool; /* NULL: not charged to a pool */
     CUstream handle;
     bool per_thread;
-    uint64_t stream, bytes, credit; /* credit: bytes taken from the stream's */
-    bool grown, called;
-    CUresult result;   /* of the last call of the driver */
-    uint64_t since_ns; /* as in fgpu_request */
+    uint64_t stream, bytes, pieces, rest; /* pieces, rest: taken from the stream's credit */
+    bool is_piece, grown, called, undone; /* is_piece: a freed piece is large enough */
+    CUresult result;                      /* of the last call of the driver */
+    uint64_t since_ns;                    /* as in fgpu_request */
 };
 
 static uint64_t mix(uint64_t n) { return n * 0x9e3779b97f4a7c15ULL; }
@@ -45,38 +45,69 @@ static struct pool *pool_of_stream(CUstream stream, bool per_thread)
 static struct credit *credit_of(struct pool *pool, uint64_t stream) { return &pool->credits[mix(stream) >> 61]; }
 _Static_assert(FGPU_CREDITS == 8, "three bits");
 
-/* Take a piece for a request. Returns the bytes of the piece; 0: the stream has none of this size. */
-static uint64_t use_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
+static bool is_own(const struct credit *credit, uint64_t stream)
 {
-    struct credit *credit = credit_of(pool, stream);
-    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return 0;
-    uint64_t piece = atomic_load_explicit(&credit->piece, memory_order_relaxed);
-    uint64_t had = atomic_load_explicit(&credit->bytes, memory_order_relaxed);
-    while (bytes <= piece && piece <= had)
-        if (atomic_compare_exchange_weak(&credit->bytes, &had, had - piece)) return piece;
-    return 0;
+    return atomic_load_explicit(&credit->stream, memory_order_relaxed) == stream;
 }
 
-/* Add freed bytes without a gap to the stream's credit, in whole pieces. The first ones set the size of a piece. */
+static bool take(_Atomic uint64_t *from, uint64_t bytes)
+{
+    uint64_t had = atomic_load_explicit(from, memory_order_relaxed);
+    while (had >= bytes)
+        if (atomic_compare_exchange_weak(from, &had, had - bytes)) return true;
+    return false;
+}
+
+/* Take bytes of the stream's credit for a request, if possible from a piece that is large enough. */
+static bool use_credit(struct order *order)
+{
+    struct credit *credit = credit_of(order->pool, order->stream);
+    if (!is_own(credit, order->stream)) return false;
+    uint64_t piece = atomic_load_explicit(&credit->piece, memory_order_relaxed);
+    if (LIKELY(order->bytes <= piece) && take(&credit->bytes, piece)) {
+        order->pieces = piece, order->is_piece = true;
+        return true;
+    }
+    if (take(&credit->rest, order->bytes)) {
+        order->rest = order->bytes;
+        return true;
+    }
+    uint64_t whole = piece ? (order->bytes + piece - 1) / piece * piece : 0;
+    if (!whole || !take(&credit->bytes, whole)) return false;
+    order->pieces = whole;
+    return true;
+}
+
+/* Add freed bytes without a gap to the stream's credit, in whole pieces. The largest ones set the size of a piece. */
 static void give_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
 {
     struct credit *credit = credit_of(pool, stream);
-    uint64_t its = atomic_load_explicit(&credit->stream, memory_order_relaxed), whole = 0;
-    if (its == stream || (!its && atomic_compare_exchange_strong(&credit->stream, &its, stream))) {
-        uint64_t piece = atomic_load_explicit(&credit->piece, memory_order_relaxed);
-        if (!piece || !atomic_load_explicit(&credit->bytes, memory_order_relaxed))
-            atomic_store_explicit(&credit->piece, piece = bytes, memory_order_relaxed);
-        whole = piece == bytes ? bytes : bytes / piece * piece;
-        atomic_fetch_add_explicit(&credit->bytes, whole, memory_order_relaxed);
+    uint64_t its = 0;
+    if (!is_own(credit, stream) && !atomic_compare_exchange_strong(&credit->stream, &its, stream)) {
+        atomic_fetch_add_explicit(&pool->unclaimed, bytes, memory_order_relaxed);
+        return;
     }
-    if (whole < bytes) atomic_fetch_add_explicit(&pool->unclaimed, bytes - whole, memory_order_relaxed);
+    uint64_t piece = atomic_load_explicit(&credit->piece, memory_order_relaxed), whole = bytes;
+    if (piece != bytes && bytes >= atomic_load_explicit(&credit->bytes, memory_order_relaxed)) {
+        uint64_t smaller = atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
+        atomic_store_explicit(&credit->piece, bytes, memory_order_relaxed);
+        if (smaller) atomic_fetch_add_explicit(&credit->rest, smaller, memory_order_relaxed);
+    } else if (piece != bytes) {
+        whole = piece ? bytes / piece * piece : 0;
+    }
+    if (whole) atomic_fetch_add_explicit(&credit->bytes, whole, memory_order_relaxed);
+    if (whole < bytes) atomic_fetch_add_explicit(&credit->rest, bytes - whole, memory_order_relaxed);
 }
 
-static void return_credit(struct pool *pool, uint64_t stream, uint64_t taken)
+static void return_credit(struct order *order)
 {
-    struct credit *credit = credit_of(pool, stream);
-    bool is_own = atomic_load_explicit(&credit->stream, memory_order_relaxed) == stream;
-    if (taken) atomic_fetch_add_explicit(is_own ? &credit->bytes : &pool->unclaimed, taken, memory_order_relaxed);
+    struct credit *credit = credit_of(order->pool, order->stream);
+    bool own = is_own(credit, order->stream);
+    if (order->pieces)
+        atomic_fetch_add_explicit(own ? &credit->bytes : &order->pool->unclaimed, order->pieces, memory_order_relaxed);
+    if (order->rest)
+        atomic_fetch_add_explicit(own ? &credit->rest : &order->pool->unclaimed, order->rest, memory_order_relaxed);
+    order->pieces = order->rest = 0;
 }
 
 /* Record a free. The pool shrinks when a thread waits for the stream, not now. */
@@ -87,11 +118,12 @@ static void freed(struct pool *pool, uint64_t stream, uint64_t bytes)
         atomic_store_explicit(&pool->unsettled, FGPU_SYNCS, memory_order_relaxed);
 }
 
-static uint64_t take_credit(struct pool *pool, uint64_t stream)
+static void take_credit(struct order *order)
 {
-    struct credit *credit = credit_of(pool, stream);
-    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return 0;
-    return atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
+    struct credit *credit = credit_of(order->pool, order->stream);
+    if (!is_own(credit, order->stream)) return;
+    order->pieces = atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
+    order->rest = atomic_exchange_explicit(&credit->rest, 0, memory_order_relaxed);
 }
 
 /* Return the slot of a pointer; NULL: there is no table, or the pointer is one of the two marks of a slot without a
@@ -155,24 +187,23 @@ static CUresult before(struct order *order, size_t size)
         return CUDA_ERROR_OUT_OF_MEMORY;
     }
     order->bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : (size + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
-    order->credit = use_credit(pool, order->stream, order->bytes);
-    if (order->credit) return CUDA_SUCCESS;
+    if (use_credit(order)) return CUDA_SUCCESS;
     uint64_t spent = atomic_fetch_add_explicit(&pool->spent, order->bytes, memory_order_relaxed) + order->bytes;
     if (LIKELY(spent <= atomic_load_explicit(&pool->portion.admitted, memory_order_relaxed))) return CUDA_SUCCESS;
     if (has_no_context(order->stream)) return CUDA_SUCCESS;
     order->grown = true;
-    uint64_t had = take_credit(pool, order->stream); /* too little, but the pool can combine it with a new block */
+    take_credit(order); /* too little, but the pool can combine it with a new block */
     CUresult refusal = fgpu_pool_grow(pool, order->bytes);
-    if (refusal) return_credit(pool, order->stream, had);
+    if (refusal) return_credit(order);
     return refusal;
 }
 
-/* Return whether a call without credit has made the pool larger than was admitted. */
+/* Return whether a call that had no freed piece has made the pool larger than was admitted. */
 static bool is_beyond(const struct order *order)
 {
     struct pool *pool = order->pool;
     if (order->grown) return fgpu_pool_grown(pool, order->bytes) != CUDA_SUCCESS;
-    if (order->credit || order->result) return false;
+    if (order->is_piece || order->result) return false;
     uint64_t given = atomic_fetch_add_explicit(&pool->given, order->bytes, memory_order_relaxed) + order->bytes;
     return given >= FGPU_UNMEASURED && fgpu_pool_grown(pool, 0) != CUDA_SUCCESS;
 }
@@ -193,13 +224,16 @@ static void after(struct order *order, CUdeviceptr *pointer)
     CUresult result = order->result;
     bool beyond = is_beyond(order);
     if (LIKELY(result == CUDA_SUCCESS)) {
-        if (beyond && undo(order, *pointer))
-            *pointer = 0, order->result = CUDA_ERROR_OUT_OF_MEMORY;
-        else
+        order->undone = beyond && undo(order, *pointer);
+        if (LIKELY(!order->undone)) {
             write_note(*pointer, order);
+            return;
+        }
+        *pointer = 0, order->result = CUDA_ERROR_OUT_OF_MEMORY;
+        return_credit(order);
         return;
     }
-    return_credit(order->pool, order->stream, order->credit);
+    return_credit(order);
     if (order->grown) fgpu_pool_trimmed(order->pool);
     fgpu_failed(atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed), 0, result);
 }
@@ -210,10 +244,10 @@ static bool attempt(struct order *order, size_t size, CUdeviceptr *pointer)
     if (order->called) {
         if (!order->pool) return false;
         after(order, pointer);
-        if (LIKELY(order->result != CUDA_ERROR_OUT_OF_MEMORY)) return false;
+        if (LIKELY(order->result != CUDA_ERROR_OUT_OF_MEMORY) || order->undone) return false;
         int index = atomic_load_explicit(&order->pool->portion.index, memory_order_relaxed);
         if (!fgpu_room_comes(index, fgpu_blocks(order->bytes), &order->since_ns)) return false;
-        order->credit = 0, order->grown = false;
+        order->is_piece = order->grown = false;
     }
     order->called = true;
     order->result = before(order, size);

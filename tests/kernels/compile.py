@@ -31,9 +31,7 @@ def main() -> None:
     compiler, release = import_compiler(), tuple(map(int, sys.argv[1].split(".")))
     compiler.kernel_release = lambda: release
     compiler.member_offset = lambda *_: 8  # any value: the verifier does not check it
-    bcc = compiler.import_bcc()
-    image = compiler.image(bcc, compiler.compile_programs(bcc, str(REPOSITORY / "bpf")))
-    Path(sys.argv[2]).write_text(json.dumps(image))
+    Path(sys.argv[2]).write_text(json.dumps(compiler.whole_image(str(REPOSITORY / "bpf"))))
 
 
 if __name__ == "__main__":

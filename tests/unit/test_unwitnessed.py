@@ -23,6 +23,7 @@ from fgpu_ebpf.agent.nvml_reconcile import Truth
 from fgpu_ebpf.agent.settings import Options
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.ledger.unwitnessed_memory import LOOKS, Unwitnessed
+from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.tenancy.event_log import EventLog
 from tests.unit.orphan_kit import MIB, Books, orphan, process, tenant
@@ -171,6 +172,14 @@ class Host:
         return [event["pid"] for event in self.history.since(0)["events"] if event["what"] == "killed"]
 
 
+@pytest.fixture(autouse=True)
+def places(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Set the path of the cgroup of all processes; the tenant has the path /a."""
+    found = {"path": "/a/b"}
+    monkeypatch.setattr(procfs, "cgroup_path", lambda _: found["path"])
+    return found
+
+
 def is_killed(child: subprocess.Popen[bytes]) -> bool:
     child.terminate()  # the status of a process is that of its first deadly signal
     return child.wait(30) == -signal.SIGKILL
@@ -246,7 +255,7 @@ def test_a_damaged_file_spares_nothing(child: subprocess.Popen[bytes], said: str
 
 def test_a_file_that_cannot_be_written_is_written_later(child: subprocess.Popen[bytes], caplog: Any) -> None:
     host = Host(child.pid, bytes_=MIB)
-    host.books.used = 0
+    host.held, host.since = MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME)}
     host.place.parent.rmdir()
     killer = host.killer()
     for _ in range(3):
@@ -254,7 +263,32 @@ def test_a_file_that_cannot_be_written_is_written_later(child: subprocess.Popen[
     assert caplog.text.count("cannot be written") == 1
     host.place.parent.mkdir()
     killer.look()
-    assert json.loads(host.place.read_text()) == {"7": {}}
+    assert json.loads(host.place.read_text()) == {"7": {f"{child.pid}": [procfs.started(child.pid), {"0": MIB}]}}
+
+
+def test_memory_is_spared_if_the_policy_kills_only_after_a_restart(child: subprocess.Popen[bytes]) -> None:
+    host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB)
+    host.held, host.since = 5 * MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME)}
+    host.look(kill=False)
+    host.since = {}
+    host.look()
+    assert not is_killed(child)
+
+
+def test_processes_of_other_cgroups_are_neither_spared_nor_stored(
+    child: subprocess.Popen[bytes], places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, asked = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB), list[int]()
+    host.held, host.since, places["path"] = 5 * MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME)}, "/ab"
+    started = procfs.started
+    monkeypatch.setattr(procfs, "started", lambda pid: (asked.append(pid), started(pid))[1])
+    killer = host.killer(kill=False)
+    for _ in range(3):
+        killer.look()
+    assert asked == [child.pid], "the processes are read once for new tenants"
+    assert not host.place.exists()
+    host.look()
+    assert is_killed(child)
 
 
 def test_a_limit_that_does_not_fit_its_device_kills_no_process_below_it(child: subprocess.Popen[bytes]) -> None:

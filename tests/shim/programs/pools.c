@@ -11,7 +11,8 @@
 #define BLOCK (32ull << 20)
 struct pool {
     int device, in_place;
-    uint64_t used, reserved, held[16], loose; /* loose: blocks that are free as a whole in a fragmented pool */
+    uint64_t used, reserved, held[16];
+    uint64_t going, loose; /* of a fragmented pool: blocks that a stream will free as a whole, and that are free */
 };
 static struct pool pools[512];
 static int made = 3; /* pools 0, 1 and 2 are the defaults of the three devices */
@@ -60,7 +61,7 @@ void fake_fragmented(uint64_t largest) { hole = largest; }
 static void trim(struct pool *p)
 {
     p->reserved -= p->loose, p->loose = 0;
-    if (hole) return;
+    if (hole) return; /* no other block is free as a whole */
     uint64_t keep = blocks(p->used + all_held(p));
     if (p->reserved > keep) p->reserved = keep;
 }
@@ -68,6 +69,7 @@ static int lazy; /* neither a wait nor the end of a context releases anything */
 void fake_lazy(int on) { lazy = on; }
 void fake_sync(void)
 {
+    for (int i = 0; i < made; i++) pools[i].loose += pools[i].going, pools[i].going = 0;
     if (lazy) return;
     for (int i = 0; i < made; i++) memset(pools[i].held, 0, sizeof pools[i].held), trim(&pools[i]);
 }
@@ -132,7 +134,7 @@ static CUresult give(CUdeviceptr pointer, CUstream stream)
     struct pool *p = &pools[given[at].pool];
     p->used -= given[at].bytes;
     if (hole && given[at].bytes > hole)
-        p->loose += blocks(given[at].bytes);
+        p->going += blocks(given[at].bytes);
     else
         p->held[(uintptr_t)stream & 15] += given[at].bytes;
     given[at].bytes = 0;

@@ -281,13 +281,19 @@ def test_the_record_is_kept_until_all_limits_are_restored(
     put(agent(driver, tmp_path), {key(tmp_path): 5 * MIB})
     monkeypatch.setattr(driver_limits, "Nvml", lambda *_: driver)
     driver.refuses = True
-    driver_limits.take_away(file)
+    assert not driver_limits.take_away(file)
     assert hard(driver, key(tmp_path)) == 5 * MIB
-    assert file.exists()
     driver.refuses = False
-    driver_limits.take_away(file)
+    assert driver_limits.take_away(file)
     assert hard(driver, key(tmp_path)) == NONE.hard
-    assert not file.exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "{"])
+def test_a_record_that_is_missing_or_damaged_is_not_needed(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "driver-limits.json"
+    if text is not None:
+        file.write_text(text)
+    assert driver_limits.take_away(file)
 
 
 @given(

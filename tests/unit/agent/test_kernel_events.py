@@ -28,7 +28,7 @@ class Host:
         self.considered: list[str] = []
         self.history = EventLog()
         self.queued: list[Event] = []
-        budgets = SimpleNamespace(note=lambda paths: list(paths), lost=list)
+        budgets = SimpleNamespace(note=lambda paths: list(paths), lost=self._lost)
         monkeypatch.setattr(kernel_events, "EventBudgets", lambda *_: budgets)
         enforcer = SimpleNamespace(
             places=SimpleNamespace(owner=None),
@@ -52,6 +52,10 @@ class Host:
         if call in self.short:
             raise OSError(errno.ENFILE, "Too many open files in system")
 
+    def _lost(self) -> list[str]:
+        self._fails("lost")
+        return []
+
     def _consider(self, paths: Iterable[str]) -> None:
         self._fails("consider")
         self.considered += paths
@@ -68,14 +72,19 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 
 def test_the_other_events_are_handled_if_the_handler_of_one_fails(host: Host) -> None:
     host.short = {"use"}
-    host.read(PROCESS, REFUSED, MADE)
+    with pytest.raises(OSError, match="Too many open files"):  # the agent counts the failures of its main loop
+        host.read(PROCESS, REFUSED, MADE)
     assert [event["what"] for event in host.history.since(0)["events"]] == ["refused"]
     assert host.considered == ["/x"]
     assert host.events.lost() == []
 
 
 def test_all_cgroups_are_scanned_once_if_the_cgroups_of_events_cannot_be_examined(host: Host) -> None:
-    host.short = {"consider"}
-    host.read(MADE)
+    host.short = {"consider", "lost"}
+    with pytest.raises(OSError, match="Too many open files"):
+        host.read(MADE)
+    with pytest.raises(OSError, match="Too many open files"):
+        host.events.lost()
+    host.short = set()
     assert host.events.lost() == [""]
     assert host.events.lost() == []

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import NoReturn
 
@@ -93,3 +94,12 @@ print(len(procfs.read("/proc/self/maps", 10)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True", "10"]
+
+
+def test_a_read_takes_no_more_memory_than_the_file() -> None:
+    tracemalloc.start()
+    try:
+        procfs.read("/proc/self/cgroup", 1 << 26)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
