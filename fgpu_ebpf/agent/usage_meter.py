@@ -89,7 +89,7 @@ class UsageMeter:
             self.write()
 
     def write(self) -> None:
-        """Pass the amounts since the last call to the store."""
+        """Pass to the store the amounts since the previous call of this method."""
         if self._left:
             self._writer.give(self._left)
             self._left = {}

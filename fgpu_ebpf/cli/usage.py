@@ -1,6 +1,6 @@
 """`fgpu usage`: print the use of devices by tenant, from the store on disk.
 
-This module runs in the process of the command, which needs root, and no agent.
+This module runs in the process of the command, which needs root, but no agent.
 """
 
 from __future__ import annotations

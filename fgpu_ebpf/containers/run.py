@@ -89,7 +89,7 @@ def remove_created_preloads(run_dir: Path) -> None:
 def write_preloads(run_dir: Path, shim: Path) -> None:
     """Write the files that `fgpu run` mounts over PRELOADS, under the same names: the host's lines, then the shim.
 
-    No file is empty at any moment, because a program that starts at that moment would run without the shim.
+    Each file is replaced atomically: a program that started while a file was empty would run without the shim.
     """
     for host in PRELOADS:
         own = _text_of(host) or ""

@@ -104,7 +104,7 @@ class Probes:
                 self._ledger.enter_file(*file, check)
 
     def lost(self) -> frozenset[File | None]:
-        """Return files without their pinned links, of which calls are missed. None means process events."""
+        """Return the probed files that have lost a pinned link. None: the events of processes have lost one."""
         try:
             there = set(os.listdir(self._links))
         except FileNotFoundError:

@@ -158,7 +158,7 @@ class Book:
     """
 
     def __init__(self, is_counted: bool = True) -> None:
-        """Make an empty book.
+        """Start without allocated slots.
 
         Args:
             is_counted: whether the agent counts the containers that get these slots. Otherwise all slots of a device

@@ -2,10 +2,10 @@
 
 A *claim* is the time that a tenant's work in flight will take, by the tenant's own report. The *bound* is the longest
 time for which other tenants wait for this work. At first, the bound is UNPROVEN_NS. The bound rises to MOST_FLIGHT_NS
-as soon as work with a longer claim has ended as claimed. If other tenants waited and the work did not end as claimed,
-the bound is lowered to BUDGET_NS, which is the wait for a tenant without a claim. From there the bound doubles at
-regular intervals, which become longer with each further wait in vain. All tenants inside one unit (`nested_shares`)
-have the same `Standing`, so that a new cgroup gets no more trust than the previous cgroup.
+as soon as work with a claim longer than UNPROVEN_NS has ended as claimed. If other tenants waited and the work did not
+end as claimed, the bound is lowered to BUDGET_NS, which is the wait for a tenant without a claim. From there the bound
+doubles at regular intervals, which become longer with each further wait in vain. All tenants inside one unit
+(`nested_shares`) have the same `Standing`, so that a new cgroup gets no more trust than the previous cgroup.
 
 The module runs in threads of the gatekeeper that hold the time slicer's lock. The module does not charge tenants. Times
 are CLOCK_MONOTONIC nanoseconds.

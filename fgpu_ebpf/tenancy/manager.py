@@ -366,7 +366,7 @@ class Manager:
     # -- cgroups of `fgpu run`
 
     def remove_empty(self, paths: Iterable[str]) -> None:
-        """Remove the cgroups in `paths` that belong to `fgpu run`, were entered by a process, and are empty now."""
+        """Remove empty cgroups of `fgpu run`, except those that a process may still enter (ENTER_SECONDS)."""
         now, gone = time.monotonic(), []
         for path in paths:
             cgroup = self.workloads.cgroup(path)
