@@ -10,6 +10,7 @@ later agent cannot tell them from memory that was allocated around the limit.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -165,14 +166,20 @@ class BypassKiller:
 
 
 def _holders(truth: Truth) -> dict[int, _Holder]:
-    """Return the processes with memory, by pid."""
+    """Return the processes with memory, by pid. Raise OSError in a shortage: the next round tries again."""
     found: dict[int, dict[int, int]] = {}
     for device, rows in truth.held.items():
         for pid, bytes_ in rows.items():
             if bytes_:
                 found.setdefault(pid, {})[device] = bytes_
-    places = {pid: (procfs.cgroup_path(pid), procfs.started(pid)) for pid in found}
-    return {pid: _Holder(path, start, found[pid]) for pid, (path, start) in places.items() if path and start}
+    holders = {}
+    for pid, rows in found.items():
+        path, start = procfs.cgroup_path(pid), procfs.started(pid)
+        if start and path is None and procfs.started(pid) == start:
+            raise OSError(errno.EAGAIN, f"the cgroup of process {pid} cannot be read")
+        if start and path:
+            holders[pid] = _Holder(path, start, rows)
+    return holders
 
 
 def _read(place: Path) -> dict[int, _Spared]:

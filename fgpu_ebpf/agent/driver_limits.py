@@ -202,7 +202,12 @@ def take_away(file: Path) -> bool:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         root, known = Path(record["root"]), {bytes.fromhex(u): int(i) for u, i in record.get("devices", {}).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        log.warning("%s cannot be read, so that the limits in it stay in force: %s", file, error)
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return True
     restored = threading.Event()
     thread = threading.Thread(target=_restore_all, args=(file, root, known, restored), daemon=True)

@@ -181,7 +181,10 @@ def whole_image(sources: str) -> dict[str, Any]:
     os.close(writing)
     with open(reading, encoding="ascii") as file:
         mine, text = half(sources, of_uprobes=True), file.read()
-    other = json.loads(text or '"a process of the compiler has ended early"')
+    try:
+        other = json.loads(text)
+    except ValueError:
+        raise CompileError("a process of the compiler has ended early") from None
     if isinstance(other, str):
         raise CompileError(other)
     if other["maps"] != mine["maps"]:

@@ -26,10 +26,14 @@ def start(sources: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("file", "function"), [("calls.bpf.h", "call_enter"), ("ends.bpf.h", "process_exec")])
-def test_an_error_in_either_half_ends_the_compiler_with_the_error(sources: Path, file: str, function: str) -> None:
-    path = sources / file
-    path.write_text(path.read_text().replace(f"int {function}(", f"int {function}(struct not_there *here, "))
+@pytest.mark.parametrize(
+    ("file", "argument"), [("calls.bpf.h", "struct pt_regs"), ("adjust.bpf.h", "struct bpf_raw_tracepoint_args")]
+)
+def test_an_error_in_either_half_ends_the_compiler_with_the_error(sources: Path, file: str, argument: str) -> None:
+    """The error is in an additional program, which the other half does not compile."""
+    wrong = f"\nint wrong({argument} *ctx)\n"
+    with (sources / file).open("a") as end:
+        end.write(wrong + "{\n    return not_there.delete(&ctx);\n}\n")
     done = start(sources)
     output, errors = done.communicate(timeout=60)
     assert (done.returncode, output) == (1, "")

@@ -275,6 +275,20 @@ def test_memory_is_spared_if_the_policy_kills_only_after_a_restart(child: subpro
     assert not is_killed(child)
 
 
+def test_a_process_whose_cgroup_cannot_be_read_at_first_is_spared_later(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB)
+    host.held, host.since = 5 * MIB, {7: time.clock_gettime(time.CLOCK_BOOTTIME)}
+    paths = [None]
+    monkeypatch.setattr(procfs, "cgroup_path", lambda _: paths.pop() if paths else "/a/b")
+    killer = host.killer()
+    with pytest.raises(OSError, match="cannot be read"):
+        killer.look()
+    killer.look()
+    assert not is_killed(child)
+
+
 def test_processes_of_other_cgroups_are_neither_spared_nor_stored(
     child: subprocess.Popen[bytes], places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

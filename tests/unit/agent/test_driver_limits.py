@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,6 +287,14 @@ def test_the_record_is_kept_until_all_limits_are_restored(
     driver.refuses = False
     assert driver_limits.take_away(file)
     assert hard(driver, key(tmp_path)) == NONE.hard
+
+
+def test_a_record_that_cannot_be_read_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(errno.ENFILE, "too many open files")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert not driver_limits.take_away(tmp_path / "driver-limits.json")
 
 
 @pytest.mark.parametrize("text", [None, "", "{"])
