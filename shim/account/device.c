@@ -61,12 +61,12 @@ static struct device *device_of(CUdevice ordinal)
     return device;
 }
 
-/* Return false only if the driver refuses each call for this ordinal. The table has no room for some devices. */
+/* Return whether the driver has this device; false also if no driver's functions are known. The table has no room for
+ * some devices, whose memory is refused. */
 bool fgpu_is_device(CUdevice ordinal)
 {
     union words_of_uuid answer;
-    CUresult result = device_of(ordinal) ? CUDA_SUCCESS : read_uuid(ordinal, &answer);
-    return result != CUDA_ERROR_INVALID_DEVICE && result != CUDA_ERROR_NOT_INITIALIZED;
+    return device_of(ordinal) || read_uuid(ordinal, &answer) == CUDA_SUCCESS;
 }
 
 /*
