@@ -254,34 +254,47 @@ static bool attempt(struct order *order, size_t size, CUdeviceptr *pointer)
     return order->result == CUDA_SUCCESS;
 }
 
-#define ALLOCATE(name, per_thread, from, ...)                                                                          \
-    do {                                                                                                               \
-        __typeof__(&name) driver = REAL(name);                                                                         \
-        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        if (!dptr || !bytesize || fgpu_is_capturing(hStream, per_thread)) return driver(__VA_ARGS__);                  \
-        struct order order = {(from), hStream, per_thread, .stream = fgpu_stream_key(hStream, per_thread)};            \
-        while (attempt(&order, bytesize, dptr)) order.result = driver(__VA_ARGS__);                                    \
-        return order.result;                                                                                           \
-    } while (0)
+typedef CUresult (*from_current)(CUdeviceptr *, size_t, CUstream);
+typedef CUresult (*from_pool)(CUdeviceptr *, size_t, CUmemoryPool, CUstream);
+
+static CUresult call(from_current driver, from_pool pool_driver, CUdeviceptr *dptr, size_t size, CUmemoryPool from,
+                     CUstream stream)
+{
+    return driver ? driver(dptr, size, stream) : pool_driver(dptr, size, from, stream);
+}
+
+/* One body for all four calls, because the shim is mapped into every program. One of the two drivers is NULL. */
+static CUresult allocate(CUdeviceptr *dptr, size_t size, CUmemoryPool from, CUstream stream, bool per_thread,
+                         from_current driver, from_pool pool_driver)
+{
+    if (!driver && !pool_driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!dptr || !size || fgpu_is_capturing(stream, per_thread))
+        return call(driver, pool_driver, dptr, size, from, stream);
+    struct order order = {.handle = stream, .per_thread = per_thread};
+    order.pool = driver ? pool_of_stream(stream, per_thread) : from ? fgpu_pool_of(from) : NULL;
+    order.stream = fgpu_stream_key(stream, per_thread);
+    while (attempt(&order, size, dptr)) order.result = call(driver, pool_driver, dptr, size, from, stream);
+    return order.result;
+}
 
 EXPORT CUresult cuMemAllocAsync(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)
 {
-    ALLOCATE(cuMemAllocAsync, false, pool_of_stream(hStream, false), dptr, bytesize, hStream);
+    return allocate(dptr, bytesize, NULL, hStream, false, REAL(cuMemAllocAsync), NULL);
 }
 
 EXPORT CUresult cuMemAllocAsync_ptsz(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)
 {
-    ALLOCATE(cuMemAllocAsync_ptsz, true, pool_of_stream(hStream, true), dptr, bytesize, hStream);
+    return allocate(dptr, bytesize, NULL, hStream, true, REAL(cuMemAllocAsync_ptsz), NULL);
 }
 
 EXPORT CUresult cuMemAllocFromPoolAsync(CUdeviceptr *dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream)
 {
-    ALLOCATE(cuMemAllocFromPoolAsync, false, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
+    return allocate(dptr, bytesize, pool, hStream, false, NULL, REAL(cuMemAllocFromPoolAsync));
 }
 
 EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream)
 {
-    ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
+    return allocate(dptr, bytesize, pool, hStream, true, NULL, REAL(cuMemAllocFromPoolAsync_ptsz));
 }
 
 /* Free a pointer that no pool returned, or that has lost its note. Most such pointers come from cuMemAlloc. The driver
@@ -301,20 +314,26 @@ static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr poi
     return result;
 }
 
-#define FREE(name, per_thread)                                                                                         \
-    do {                                                                                                               \
-        __typeof__(&name) driver = REAL(name);                                                                         \
-        struct order order;                                                                                            \
-        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        if (!take_note(dptr, &order)) return free_unknown(driver, dptr, hStream);                                      \
-        bool captured = fgpu_is_capturing(hStream, per_thread); /* freed when the graph runs, if ever */               \
-        CUresult result = driver(dptr, hStream);                                                                       \
-        if (result != CUDA_SUCCESS)                                                                                    \
-            write_note(dptr, &order);                                                                                  \
-        else if (!captured)                                                                                            \
-            freed(order.pool, fgpu_stream_key(hStream, per_thread), order.bytes);                                      \
-        return result;                                                                                                 \
-    } while (0)
+static CUresult free_async(CUdeviceptr pointer, CUstream stream, bool per_thread, __typeof__(&cuMemFreeAsync) driver)
+{
+    struct order order;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!take_note(pointer, &order)) return free_unknown(driver, pointer, stream);
+    bool captured = fgpu_is_capturing(stream, per_thread); /* freed when the graph runs, if ever */
+    CUresult result = driver(pointer, stream);
+    if (result != CUDA_SUCCESS)
+        write_note(pointer, &order);
+    else if (!captured)
+        freed(order.pool, fgpu_stream_key(stream, per_thread), order.bytes);
+    return result;
+}
 
-EXPORT CUresult cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync, false); }
-EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync_ptsz, true); }
+EXPORT CUresult cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream)
+{
+    return free_async(dptr, hStream, false, REAL(cuMemFreeAsync));
+}
+
+EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream)
+{
+    return free_async(dptr, hStream, true, REAL(cuMemFreeAsync_ptsz));
+}

@@ -129,10 +129,17 @@ def world():
         return made[-1]
 
     yield make
+    programs = [program for one in made for program in one.programs]
     for one in made:
         one.slicer.end()
-        for program in one.programs:
-            program.ended.set()
+    for program in programs:
+        program.ended.set()
+    for program in programs:  # select() of later tests in this process takes no descriptor above 1023
+        if program.thread.is_alive():
+            program.thread.join()
+        program.page = program.status = None
+        program.client.control.close()
+        program.client.status.close()
 
 
 def test_a_gate_without_a_share_is_open_and_the_slicer_only_polls_shares(world):
