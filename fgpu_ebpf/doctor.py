@@ -142,8 +142,10 @@ def _driver(root: Path) -> list[Check]:
     if not child:
         _answer(root, writer)
     os.close(writer)
+    answers = select.poll()
+    answers.register(reader, select.POLLIN)
     with open(reader, "rb") as pipe:
-        if not select.select([pipe], [], [], NVML_SECONDS)[0]:
+        if not answers.poll(NVML_SECONDS * 1000):
             silent = f"NVML does not answer within {NVML_SECONDS:.0f} s"
             return [Check("driver", False, silent, "nvidia-smi shows whether the driver responds")]
         answer = pipe.read()

@@ -38,7 +38,6 @@ enum sim_op {
     SIM_ATTACH,     /* cuInit; returns a file with a struct sim_gate, or none */
     SIM_TAKE,       /* takes bytes of a kind; kind context: the server has the number of bytes */
     SIM_GIVE,       /* releases bytes of a kind */
-    SIM_UNLIST,     /* turns bytes of the kind SIM_VMM into bytes of the kind SIM_TILES */
     SIM_CLOSE,      /* ends a context with everything in it */
     SIM_MEMORY,     /* struct sim_memory */
     SIM_PROCESSES,  /* reply.count x struct sim_process, those that the client may see */
@@ -61,6 +60,7 @@ enum sim_op {
                        With parties: key has for each device the one to restore to, in SIM_PLACE_BITS each */
     SIM_SET_LIMITS, /* sends the folder of a cgroup; bytes = the hard limit, requested = the soft one; only for root */
     SIM_GET_LIMITS, /* sends the folder of a cgroup; struct sim_limits */
+    SIM_UNLIST,     /* turns bytes of the kind SIM_VMM into bytes of the kind SIM_TILES */
     SIM_OPS,
 };
 
