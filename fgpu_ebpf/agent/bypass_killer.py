@@ -62,7 +62,7 @@ class BypassKiller:
         self._last: Truth | None = None
         self._place = place
         self._spared = _read(place)  # by cgroup
-        self._known: set[int] = set()  # the cgroups whose older processes were looked for
+        self._known: set[int] = set()  # the cgroups that were searched for older processes
         self._is_stored = True
 
     def look(self) -> None:

@@ -2,7 +2,7 @@
 
 The rule is applied when a Snapshot is built, in the agent's main loop. The commands, the metrics and the web page read
 the word from the Snapshot. no_limit() is for the text above all tenants. The commands import this module, and not
-`snapshot`, whose data classes take longer to import. The module does no I/O.
+`snapshot`, because the import of its data classes takes longer. The module does no I/O.
 """
 
 from __future__ import annotations

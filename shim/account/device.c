@@ -62,7 +62,7 @@ static struct device *device_of(CUdevice ordinal)
 }
 
 /* Return whether the driver has this device; false also if no driver's functions are known. The table has no room for
- * some devices, whose memory is refused. */
+ * some devices: their memory is refused. */
 bool fgpu_is_device(CUdevice ordinal)
 {
     union words_of_uuid answer;

@@ -1,4 +1,4 @@
-/* A pool whose free memory is in pieces between pieces in use: for which requests does it take more of the device? */
+/* A pool with free pieces between pieces in use: for which requests does it take more of the device? */
 #include "conformance.h"
 
 #include <stdio.h>

@@ -1,4 +1,4 @@
-"""An event whose handler fails on a host that is short of memory or files. Kernel, manager and event log are models."""
+"""Events on a host that is short of memory or files. Kernel, manager and event log are models."""
 
 from __future__ import annotations
 
